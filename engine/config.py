@@ -1,0 +1,99 @@
+"""Every setting of the engine; a field's default stands here and its docstring says why.
+
+Standard library only: the service builds an `EngineConfig` and sends it to the child.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from engine.errors import ConfigError
+
+EngineKind = Literal["paged", "stand-in"]
+LoadFormat = Literal["auto", "safetensors", "dummy"]
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+Policy = Literal["fcfs", "priority"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """How one engine loads, schedules and runs. Raises `ConfigError` that names the field."""
+
+    model_dir: str = ""
+    """A Hugging Face directory: config.json, tokenizer.json, *.safetensors."""
+
+    kind: EngineKind = "paged"
+    """`stand-in` says a deterministic function of (prompt, seed, position) and loads no model: for fault and throughput tests."""
+
+    load_format: LoadFormat = "auto"
+    """`auto` and `safetensors` read *.safetensors; `dummy` makes random weights of the configured shape."""
+
+    dtype: DType = "auto"
+    """Of weights and KV cache; `auto` takes the checkpoint's own, float32 where that is float16 on a CPU."""
+
+    device: str = "auto"
+    """`auto`: the first CUDA or ROCm device, else the CPU."""
+
+    attention_backend: str = "auto"
+    """`auto`: Triton on CUDA and ROCm, plain torch elsewhere; a name of engine.attention's registry otherwise."""
+
+    max_model_len: int = 0
+    """Context in tokens; 0 takes the model's own, at most what the block pool can hold."""
+
+    block_size: int = 16
+    """Tokens a KV block: small enough to waste little, large enough to copy in lines."""
+
+    num_blocks: int = 0
+    """Blocks in the pool; 0 derives them from `kv_cache_bytes`."""
+
+    kv_cache_bytes: int = 0
+    """Memory for the KV cache; 0: 1 GiB on a CPU, 90 % of what is free after loading on a GPU."""
+
+    max_num_seqs: int = 64
+    """Sequences that run at once."""
+
+    max_num_waiting: int = 1024
+    """Sequences that wait inside the engine; admission keeps this queue short, so reaching it refuses with `overloaded`."""
+
+    max_num_batched_tokens: int = 512
+    """Token budget of a step: bounds a step's time, and so the gap that a prefill makes between others' tokens."""
+
+    max_prefill_chunk: int = 0
+    """One request's share of a step in prefill tokens; 0: the whole budget."""
+
+    enable_prefix_cache: bool = True
+    """Blocks of equal prefixes (and equal salt) are computed once."""
+
+    policy: Policy = "fcfs"
+    """Who runs next: `fcfs` by arrival, `priority` by priority, then arrival."""
+
+    watermark: float = 0.01
+    """Share of the pool kept back when a waiting sequence is let in, so that running ones can grow before they preempt."""
+
+    num_threads: int = 0
+    """Compute threads on a CPU; 0: the cores that the process may use."""
+
+    stand_in_tokens_per_s: float = 0.0
+    """Pace of one sequence of the stand-in engine; 0: as fast as it can."""
+
+    stand_in_max_model_len: int = 8192
+    """Context that the stand-in engine claims."""
+
+    def __post_init__(self) -> None:
+        positive = ("block_size", "max_num_seqs", "max_num_waiting", "max_num_batched_tokens", "stand_in_max_model_len")
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise ConfigError(f"engine.{name} must be at least 1", field=f"engine.{name}")
+        for name in (
+            "max_model_len",
+            "num_blocks",
+            "kv_cache_bytes",
+            "max_prefill_chunk",
+            "num_threads",
+            "stand_in_tokens_per_s",
+        ):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"engine.{name} must not be negative (0: chosen for you)", field=f"engine.{name}")
+        if not 0.0 <= self.watermark < 0.5:
+            raise ConfigError("engine.watermark must lie in [0, 0.5)", field="engine.watermark")
+        if self.kind == "paged" and not self.model_dir:
+            raise ConfigError("engine.model_dir is missing: name a model directory", field="model.path")

@@ -1,0 +1,137 @@
+"""What the engine says: the border types from the engine to the service.
+
+The engine reports facts (tokens, counts, monotonic stamps); the service makes text, spans and metrics of them.
+Stamps are CLOCK_MONOTONIC nanoseconds, which parent and child share on one machine. Standard library only.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "cancelled", "deadline", "error"]
+Phase = Literal["starting", "loading", "ready"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprobs:
+    """One said token's natural-log probability before temperature and filters, and the best alternatives, best first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceFacts:
+    """What happened to one choice so far; sent with its first token and again with its last.
+
+    `num_cached_tokens`: prompt (and resumed) tokens taken from the prefix cache when it was first scheduled.
+    `num_steps`: steps that held a chunk of it. `first_token_ns` and `last_token_ns` are 0 while there is none.
+    """
+
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_output_tokens: int
+    num_prefill_chunks: int
+    num_steps: int
+    num_preemptions: int
+    num_blocks: int
+    added_ns: int
+    first_scheduled_ns: int
+    first_token_ns: int
+    last_token_ns: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenOutput:
+    """The tokens that one step gave one choice of a request.
+
+    `seq` is the output position of `token_ids[0]`, counted per choice from 0, tokens already said included.
+    `finish_reason` is set exactly once a choice, on its last output; `token_ids` may then be empty (abort, error).
+    A stop or end-of-sequence token that ended the choice stands last in `token_ids` and in `stop_token_id`.
+    `error_code` and `error_message` are set when `finish_reason` is "error".
+    """
+
+    request_id: str
+    choice: int
+    seq: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    error_code: str = ""
+    error_message: str = ""
+    facts: SequenceFacts | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepStats:
+    """One step in numbers. Block counts: free + evictable + used = the pool. `num_wasted_slots`: slots of used blocks that hold no
+    computed token."""
+
+    step: int
+    started_ns: int
+    ended_ns: int
+    num_prefill_tokens: int
+    num_decode_tokens: int
+    num_running: int
+    num_waiting: int
+    num_free_blocks: int
+    num_evictable_blocks: int
+    num_used_blocks: int
+    num_wasted_slots: int
+    num_preemptions: int
+    num_prefix_query_tokens: int
+    num_prefix_hit_tokens: int
+    schedule_ns: int
+    execute_ns: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepOutput:
+    """Everything that one step said. Also sent with no outputs: step progress is the sign of life."""
+
+    outputs: tuple[TokenOutput, ...]
+    stats: StepStats
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineFacts:
+    """What a ready engine is; sent once in HELLO."""
+
+    model: str
+    architecture: str
+    dtype: str
+    device: str
+    attention_backend: str
+    max_model_len: int
+    vocab_size: int
+    num_blocks: int
+    block_size: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    eos_token_ids: tuple[int, ...]
+    num_parameters: int
+    weight_bytes: int
+    kv_cache_bytes: int
+    load_s: float
+    num_threads: int
+    pid: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineProgress:
+    """Where a starting engine is; `fraction` of the phase in [0, 1]."""
+
+    phase: Phase
+    fraction: float
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineFailure:
+    """Why an engine ends; the last thing that it says. `field` names the setting at fault, where one is."""
+
+    code: str
+    message: str
+    field: str = ""
+    retriable: bool = True

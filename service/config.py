@@ -1,0 +1,372 @@
+"""Every setting of the service: one TOML file, then environment, then flags; unknown keys are refused by name.
+
+`SLUICE_<SECTION>__<FIELD>` overrides the file; a command's flags override both. `deploy/sluice.toml` lists every field with
+its default and explanation, and a test keeps it true. Defaults and their reasons stand at the fields.
+"""
+
+import difflib
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+
+from engine import EngineConfig
+from service.errors import SetupError
+
+ENV_PREFIX = "SLUICE_"
+
+
+def cache_dir() -> Path:
+    """Where models, test servers and builds are kept between runs: $SLUICE_CACHE, else ~/.cache/sluice."""
+    return Path(os.environ.get("SLUICE_CACHE") or Path.home() / ".cache" / "sluice").expanduser()
+
+
+class Section(BaseModel):
+    """A section of the file. Unknown keys are errors; docstrings below a field explain it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class ModelSection(Section):
+    """What is served."""
+
+    path: str = ""
+    """A Hugging Face directory (config.json, tokenizer.json, *.safetensors). Empty: the demo's model, as `make` sets it up."""
+
+    name: str = ""
+    """The name that callers use; empty: the directory's name."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of weights and KV cache; `auto` is the checkpoint's own."""
+
+    load_format: Literal["auto", "safetensors", "dummy"] = "auto"
+    """`dummy` makes random weights of the directory's shape, for benchmarks."""
+
+    max_tokens_cap: int = Field(default=2048, ge=1)
+    """max_tokens of a request that names none is at most this, so that one forgotten limit does not hold a slot for a whole context."""
+
+
+class EngineSection(Section):
+    """The engine child. Meanings and reasons: engine/config.py."""
+
+    kind: Literal["paged", "stand-in"] = "paged"
+    """`stand-in` says a deterministic function of (prompt, seed, position) without a model: for fault and throughput tests."""
+
+    device: str = "auto"
+    """`auto`: the first CUDA or ROCm device, else the CPU."""
+
+    attention_backend: str = "auto"
+    """`auto`: Triton on CUDA and ROCm, plain torch elsewhere."""
+
+    max_model_len: int = Field(default=0, ge=0)
+    """Context in tokens; 0: the model's own, at most what the KV cache can hold."""
+
+    block_size: int = Field(default=16, ge=1, le=256)
+    """Tokens in a KV block."""
+
+    num_blocks: int = Field(default=0, ge=0)
+    """Blocks in the pool; 0: from kv_cache_bytes."""
+
+    kv_cache_bytes: int = Field(default=0, ge=0)
+    """Memory for the KV cache in bytes; 0: 1 GiB on a CPU, 90 % of what is free on a GPU."""
+
+    max_num_seqs: int = Field(default=64, ge=1)
+    """Sequences that run at once."""
+
+    max_num_waiting: int = Field(default=1024, ge=1)
+    """Sequences that may wait inside the engine."""
+
+    max_num_batched_tokens: int = Field(default=512, ge=1)
+    """Token budget of a step."""
+
+    max_prefill_chunk: int = Field(default=0, ge=0)
+    """One request's share of a step in prefill tokens; 0: the whole budget."""
+
+    enable_prefix_cache: bool = True
+    """Compute blocks of equal prefixes once (per tenant)."""
+
+    policy: Literal["fcfs", "priority"] = "fcfs"
+    """Who runs next."""
+
+    watermark: float = Field(default=0.01, ge=0, lt=0.5)
+    """Share of the pool kept back when a waiting sequence is let in."""
+
+    num_threads: int = Field(default=0, ge=0)
+    """Compute threads on a CPU; 0: the cores that the process may use."""
+
+    stand_in_tokens_per_s: float = Field(default=0.0, ge=0)
+    """Pace of one stand-in sequence; 0: as fast as it can."""
+
+    stand_in_max_model_len: int = Field(default=8192, ge=1)
+    """Context that the stand-in claims."""
+
+    start_timeout_s: float = Field(default=600.0, gt=0)
+    """A child that is not ready by then is killed and started again; loading a large checkpoint from a slow disk takes minutes."""
+
+    hang_timeout_s: float = Field(default=30.0, gt=0)
+    """A child that has work and completes no step for this long is killed and started again. A step is bounded by the token budget."""
+
+    max_restarts: int = Field(default=5, ge=0)
+    """Restarts within restart_window_s before the service gives up and reports itself not alive."""
+
+    restart_window_s: float = Field(default=300.0, gt=0)
+    """The window of max_restarts."""
+
+
+class KafkaSection(Section):
+    """Prompts in, chunks and results out."""
+
+    enabled: bool = True
+    """Without it Sluice serves gRPC alone."""
+
+    bootstrap_servers: str = "127.0.0.1:19092"
+    """Comma-separated host:port."""
+
+    embedded: bool = False
+    """Start librdkafka's in-process broker on bootstrap_servers' port. In memory, at-least-once, not durable: for a first try."""
+
+    group_id: str = "sluice"
+    """Consumer group: replicas with the same group share the prompts."""
+
+    topic_prefix: str = "sluice."
+    """Topics are <prefix>prompts, results, chunks, dlq and control."""
+
+    partitions: int = Field(default=6, ge=1)
+    """Of topics that `sluice topics create` makes: the most replicas that can share the work."""
+
+    replication_factor: int = Field(default=-1, ge=-1)
+    """Of topics that `sluice topics create` makes; -1: the broker's default."""
+
+    create_topics: bool = False
+    """Create missing topics at start, as `sluice topics create` does."""
+
+    session_timeout_ms: int = Field(default=10_000, ge=1_000)
+    """A replica that is silent for this long loses its partitions."""
+
+    heartbeat_interval_ms: int = Field(default=1_000, ge=100)
+    """How often a replica speaks to the group; also how fast others learn of a change."""
+
+    max_poll_records: int = Field(default=64, ge=1)
+    """Records taken from one partition at a time."""
+
+    max_partition_fetch_bytes: int = Field(default=1_048_576, ge=1_024)
+    """Small, since a pause throws fetched data away."""
+
+    window_offsets: int = Field(default=8_192, ge=16, le=16_384)
+    """Offsets of a partition between the oldest unfinished and the newest taken; the done-bits must fit in the commit's 4 KiB metadata."""
+
+    intake_high_tokens: int = Field(default=65_536, ge=1)
+    """Estimated tokens taken and unfinished above which taking stops."""
+
+    intake_low_tokens: int = Field(default=32_768, ge=0)
+    """Below it taking goes on; wide apart, since pausing costs a fetch."""
+
+    commit_interval_ms: int = Field(default=50, ge=5)
+    """Results are flushed and offsets committed this often, sooner when idle."""
+
+    chunk_interval_ms: int = Field(default=50, ge=1)
+    """A chunk record is written at once for the first token, then when this time has passed …"""
+
+    chunk_max_tokens: int = Field(default=16, ge=1)
+    """… or this many tokens have gathered."""
+
+    chunks_enabled: bool = True
+    """Write tokens to the chunk topic as they are made."""
+
+    max_result_bytes: int = Field(default=1_000_000, ge=1_024)
+    """Largest result record; a larger one drops logprobs, then becomes result_too_large."""
+
+    trusted_tenant_header: bool = False
+    """Believe the sluice-tenant header: only where the topic is protected by ACLs."""
+
+
+class GrpcSection(Section):
+    """The gRPC server."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 in a container."""
+
+    port: int = Field(default=50051, ge=0, le=65_535)
+    """0: any free one (printed at start)."""
+
+    max_message_bytes: int = Field(default=4_194_304, ge=1_024)
+    """Largest message in either direction."""
+
+    stream_buffer_bytes: int = Field(default=262_144, ge=4_096)
+    """What a slow reader may leave unread before deltas are merged."""
+
+    slow_reader_timeout_s: float = Field(default=30.0, gt=0)
+    """A reader that takes nothing for this long is ended with RESOURCE_EXHAUSTED."""
+
+    coalesce_ms: int = Field(default=20, ge=0)
+    """After the first token, tokens that come within this time share a message."""
+
+    heartbeat_s: float = Field(default=15.0, gt=0)
+    """A silent stream says so this often."""
+
+    keepalive_s: float = Field(default=30.0, gt=0)
+    """HTTP/2 ping interval that finds dead peers."""
+
+
+class HttpSection(Section):
+    """The OpenAI-compatible server (not built yet: reserved so that files stay valid)."""
+
+    enabled: Literal[False] = False
+    """Only false today."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+
+    port: int = Field(default=8000, ge=0, le=65_535)
+    """Port to listen on."""
+
+
+class AdminSection(Section):
+    """Health and metrics over HTTP."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 in a container."""
+
+    port: int = Field(default=9464, ge=0, le=65_535)
+    """/livez, /readyz and /metrics; 0: any free one."""
+
+    drain_grace_s: float = Field(default=30.0, ge=0)
+    """After SIGTERM running requests may finish for this long."""
+
+
+class TracingSection(Section):
+    """Spans to Jaeger or any OTLP collector."""
+
+    otlp_endpoint: str = ""
+    """host:port of an OTLP gRPC endpoint, e.g. 127.0.0.1:4317. Empty: no spans, no cost."""
+
+    sample_ratio: float = Field(default=1.0, ge=0, le=1)
+    """Share of traces kept that start here; a producer's own decision is followed."""
+
+    service_name: str = "sluice"
+    """service.name of the resource."""
+
+    engine_step_every: int = Field(default=0, ge=0)
+    """One engine step in N becomes a span of its own trace with links to its requests; 0: none."""
+
+    capture_content: bool = False
+    """Put prompt and completion text on spans. Off unless you mean it."""
+
+
+class LoggingSection(Section):
+    """Structured logs on standard error."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """What is logged."""
+
+    format: Literal["auto", "json", "console"] = "auto"
+    """`auto`: console on a terminal, JSON elsewhere."""
+
+    capture_content: bool = False
+    """Let prompt and completion text into log lines. Off unless you mean it."""
+
+
+class AdmissionSection(Section):
+    """Who enters, and when."""
+
+    max_requests: int = Field(default=256, ge=1)
+    """Requests admitted and unfinished over all transports; more are refused with `overloaded` (Kafka waits instead)."""
+
+    max_tokens: int = Field(default=262_144, ge=1)
+    """Their prompt + max_tokens summed; bounds the wait as much as the memory."""
+
+    max_prompt_bytes: int = Field(default=1_000_000, ge=1)
+    """Longest prompt text taken for tokenisation."""
+
+
+class Settings(BaseSettings):
+    """The whole configuration. Build it with `load`."""
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, env_nested_delimiter="__", extra="forbid", frozen=True)
+
+    model: ModelSection = ModelSection()
+    engine: EngineSection = EngineSection()
+    kafka: KafkaSection = KafkaSection()
+    grpc: GrpcSection = GrpcSection()
+    http: HttpSection = HttpSection()
+    admin: AdminSection = AdminSection()
+    tracing: TracingSection = TracingSection()
+    logging: LoggingSection = LoggingSection()
+    admission: AdmissionSection = AdmissionSection()
+
+    def engine_config(self, model_dir: str) -> EngineConfig:
+        """The engine's own settings; `model_dir` as it was resolved. Raises `engine.EngineError` that names the field."""
+        engine = self.engine.model_dump(exclude={"start_timeout_s", "hang_timeout_s", "max_restarts", "restart_window_s"})
+        return EngineConfig(model_dir=model_dir, dtype=self.model.dtype, load_format=self.model.load_format, **engine)
+
+
+def load(file: Path | None = None, overrides: Mapping[str, Any] | None = None) -> Settings:
+    """Reads `file`, then the environment, then `overrides` ({"section": {"field": value}}), each over the one before.
+
+    Raises `SetupError` (exit code 2) that names every key at fault, where it came from and the nearest known key.
+    """
+    if file is not None:
+        _check_file(file)
+    _check_environment()
+
+    class Loaded(Settings):
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,
+            file_secret_settings: PydanticBaseSettingsSource,
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            toml = (TomlConfigSettingsSource(settings_cls, toml_file=file),) if file is not None else ()
+            return (init_settings, env_settings, *toml)
+
+    try:
+        return Loaded(**(overrides or {}))
+    except ValidationError as error:
+        lines = [_explain(item["loc"], item["type"], item["msg"]) for item in error.errors()]
+        raise SetupError("the configuration is not valid:\n" + "\n".join(f"  {line}" for line in lines)) from error
+
+
+def _check_file(file: Path) -> None:
+    try:
+        tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SetupError(f"cannot read {file}: {error.strerror}; name a file with --config") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SetupError(f"{file} is not valid TOML: {error}") from error
+
+
+def _check_environment() -> None:
+    # pydantic-settings reads the variables that it knows and passes over the rest: a misspelt one would be lost in silence.
+    for name in os.environ:
+        if not name.upper().startswith(ENV_PREFIX) or "__" not in name:
+            continue
+        section, _, field_name = name[len(ENV_PREFIX) :].lower().partition("__")
+        known = Settings.model_fields.get(section)
+        if known is None or field_name not in _section_type(section).model_fields:
+            raise SetupError(f"environment variable {name}: {_explain((section, field_name), 'extra_forbidden', '')}")
+
+
+def _section_type(section: str) -> type[Section]:
+    annotation = Settings.model_fields[section].annotation
+    assert isinstance(annotation, type) and issubclass(annotation, Section)
+    return annotation
+
+
+def _explain(location: tuple[int | str, ...], kind: str, message: str) -> str:
+    path = ".".join(str(part) for part in location)
+    if kind != "extra_forbidden":
+        return f"{path}: {message[:1].lower()}{message[1:]}"
+    known = [
+        section if len(location) == 1 else f"{section}.{name}"
+        for section in Settings.model_fields
+        for name in _section_type(section).model_fields
+    ]
+    near = difflib.get_close_matches(path, known, n=1)
+    return f"{path}: unknown key" + (f"; did you mean {near[0]}?" if near else "; `sluice config show` lists every key")

@@ -1,0 +1,179 @@
+"""What a transport hands to `generation.py`, and the events that come back: the border between the transports and the one use case.
+
+Kafka, gRPC and HTTP translate their messages to and from these types (`wire.py`) and know nothing else of each other.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from opentelemetry.context import Context
+
+from engine import FinishReason
+from service.errors import RequestError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingFields:
+    """The caller's sampling fields; None is "absent": generation_config.json decides, then the defaults of `SamplingParams`.
+
+    Ranges are checked when the engine's `SamplingParams` is built; `stop` holds strings and stays in the service.
+    """
+
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool | None = None
+    logprobs: int | None = None
+    n: int | None = None
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptRequest:
+    """What is asked. Exactly one of `text`, `messages` ((role, content) pairs) and `token_ids` is set."""
+
+    text: str | None = None
+    messages: tuple[tuple[str, str], ...] | None = None
+    token_ids: tuple[int, ...] | None = None
+    model: str = ""
+    sampling: SamplingFields = SamplingFields()
+    label: str = ""
+    ttl_ms: int = 0
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """Where a durable prompt record stands."""
+
+    topic: str
+    partition: int
+    offset: int
+
+    @property
+    def request_id(self) -> str:
+        return f"{self.topic}-{self.partition}-{self.offset}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """How it is asked: who, through which transport, by when, and what was said before.
+
+    `parent` is the trace context that the `chat` span hangs on (the transport's own span). `deadline_ns` is CLOCK_MONOTONIC,
+    0 for none. `waits`: wait for room at admission (Kafka, which holds back by itself) instead of being refused with
+    `overloaded`. `said` and `seed` continue an earlier attempt.
+    """
+
+    request_id: str
+    transport: str
+    parent: Context
+    tenant: str = ""
+    deadline_ns: int = 0
+    waits: bool = False
+    source: Source | None = None
+    epoch: int = 0
+    attempt: int = 1
+    said: tuple[tuple[int, ...], ...] = ()
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogprobEntry:
+    """One token with its text; `top` holds (token id, text, logprob), best first."""
+
+    token_id: int
+    token: str
+    logprob: float
+    top: tuple[tuple[int, str, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """Token counts of a whole request; every choice's completion tokens are summed."""
+
+    prompt_tokens: int
+    cached_prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timings:
+    """Milliseconds, from admission on; see house words: TPOT = (last - first) / (n - 1)."""
+
+    queue_ms: float
+    ttft_ms: float
+    tpot_ms: float
+    total_ms: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChoiceResult:
+    """One whole continuation. `text` ends before a stop string; `token_ids` are all that were said."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    logprobs: tuple[LogprobEntry, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Started:
+    """The request was accepted; exactly one terminal event (`Finished` or `Failed`) will follow."""
+
+    request_id: str
+    model: str
+    seed: int
+    prompt_tokens: int
+    trace_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delta:
+    """Tokens of one choice, in order. `seq` numbers the first from 0; `text_offset` counts the choice's characters before `text`.
+
+    Text may lag behind tokens: characters that are not whole, or that may begin a stop string, are held back.
+    """
+
+    choice: int
+    seq: int
+    token_ids: tuple[int, ...]
+    text: str
+    text_offset: int
+    logprobs: tuple[LogprobEntry, ...] | None = None
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    """Every choice has ended. The authoritative whole."""
+
+    choices: tuple[ChoiceResult, ...]
+    usage: Usage
+    timings: Timings
+    seed: int
+    trace_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failed:
+    """The request ended without a whole answer; `choices` holds what was said until then."""
+
+    error: RequestError
+    choices: tuple[ChoiceResult, ...]
+    usage: Usage
+    timings: Timings
+    seed: int
+    trace_id: str
+
+
+Event = Started | Delta | Finished | Failed
