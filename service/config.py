@@ -355,7 +355,8 @@ def _check_environment() -> None:
 
 def _section_type(section: str) -> type[Section]:
     annotation = Settings.model_fields[section].annotation
-    assert isinstance(annotation, type) and issubclass(annotation, Section)
+    assert isinstance(annotation, type)
+    assert issubclass(annotation, Section)
     return annotation
 
 

@@ -1,0 +1,83 @@
+"""The seam between a decoder layer and whatever computes attention over the paged KV cache.
+
+An `AttentionMetadata` describes one step's flat batch and is shared by all layers. Chunks of one token stand first
+(`num_single_token_chunks` of them); only a backend may look at chunk lengths.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor, device, dtype
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KVCacheSpec:
+    """The shape of one layer's cache."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    dtype: dtype
+
+    @property
+    def block_bytes(self) -> int:
+        """One block over all layers, keys and values."""
+        return 2 * self.num_layers * self.block_size * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerCache:
+    """One layer's keys and values: both `[num_blocks, block_size, num_kv_heads, head_dim]` by shape, strides as the backend likes."""
+
+    k: Tensor
+    v: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionMetadata:
+    """One step's chunks, in plan order.
+
+    query_start_loc: [num_seqs + 1] int32; seq_lens: [num_seqs] int32, context with the chunk; block_tables:
+    [num_seqs, max_blocks] int32, padded with 0; slot_mapping: [num_tokens] int64, block_id * block_size + offset,
+    -1 = do not write. The `max_*` are host ints, so that no backend has to wait for the device.
+    `plan` is whatever the backend's `prepare` made of it, once a step.
+    """
+
+    query_start_loc: Tensor
+    seq_lens: Tensor
+    block_tables: Tensor
+    slot_mapping: Tensor
+    num_single_token_chunks: int
+    max_query_len: int
+    max_seq_len: int
+    plan: Any = None
+
+
+class AttentionBackend(Protocol):
+    """RoPE, KV write and paged attention of one layer, for a flat batch."""
+
+    name: str
+
+    def allocate(self, spec: KVCacheSpec, num_blocks: int, on: device) -> tuple[LayerCache, ...]:
+        """One cache a layer, zeroed."""
+        ...
+
+    def prepare(self, metadata: AttentionMetadata) -> AttentionMetadata:
+        """Adds the backend's own per-step work list (`plan`), before the first layer."""
+        ...
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos_sin: Tensor,
+        positions: Tensor,
+        cache: LayerCache,
+        metadata: AttentionMetadata,
+        scale: float,
+        sliding_window: int,
+    ) -> Tensor:
+        """q: [T, Hq, D], k and v: [T, Hkv, D], not yet rotated; returns [T, Hq, D]. Formula: kernels/reference.py."""
+        ...
