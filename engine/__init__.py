@@ -20,6 +20,7 @@ from engine.request import Request, SamplingParams
 
 if TYPE_CHECKING:
     from engine.engine import Engine
+    from engine.loading.gguf import import_gguf
 
 __all__ = [
     "CheckpointError",
@@ -36,6 +37,7 @@ __all__ = [
     "StepStats",
     "TokenLogprobs",
     "TokenOutput",
+    "import_gguf",
 ]
 
 
@@ -44,4 +46,8 @@ def __getattr__(name: str) -> Any:
         from engine.engine import Engine
 
         return Engine
+    if name == "import_gguf":
+        from engine.loading.gguf import import_gguf
+
+        return import_gguf
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

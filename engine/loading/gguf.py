@@ -1,0 +1,132 @@
+"""Turns a Llama-family GGUF file into a Hugging Face directory, once, through transformers' own GGUF support.
+
+The directory appears complete or not at all. Knows the file format only as far as it has to in order to refuse what transformers
+would crash on or read wrongly.
+"""
+
+import os
+import shutil
+import struct
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from engine.errors import CheckpointError
+
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+"""What the engine can run afterwards: names of `general.architecture`."""
+
+_MAX_SHARD_SIZE = "4GB"
+
+
+def import_gguf(gguf_file: str | Path, out_dir: str | Path, progress: Callable[[float, str], None] | None = None) -> Path:
+    """Writes bfloat16 safetensors, config, generation config and tokenizer with chat template into `out_dir`; returns it.
+
+    `out_dir` must not exist or be empty. `progress` gets (share done in [0, 1], what is being done). Takes about the memory of the
+    model in bfloat16 twice. Raises `CheckpointError` that names the file and the reason, and then leaves nothing behind.
+    """
+    source, target = Path(gguf_file), Path(out_dir)
+    tell = progress or (lambda share, what: None)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise CheckpointError(str(target), "exists already; name a directory that does not exist yet")
+    tell(0.0, "checking the file")
+    _check_magic(source)
+    _check_contents(source)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise CheckpointError(str(target), f"cannot be written: {error.strerror}") from error
+    try:
+        _convert(source, partial, tell)
+        partial.chmod(0o755)
+        os.replace(partial, target)
+    except OSError as error:
+        raise CheckpointError(str(target), f"cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    tell(1.0, "done")
+    return target
+
+
+def _check_magic(source: Path) -> None:
+    try:
+        with source.open("rb") as file:
+            head = file.read(24)
+    except OSError as error:
+        raise CheckpointError(str(source), f"cannot be read: {error.strerror}") from error
+    if head[:4] != b"GGUF":
+        raise CheckpointError(str(source), "is no GGUF file (it does not begin with the letters GGUF)")
+    if len(head) < 24:
+        raise CheckpointError(str(source), f"is truncated: {len(head)} bytes do not hold a GGUF header")
+    version, num_tensors, num_fields = struct.unpack("<IQQ", head[4:])
+    if version not in (2, 3):
+        raise CheckpointError(str(source), f"has GGUF version {version}; versions 2 and 3, little endian, are supported")
+    # A name, a type and an offset take at least 24 bytes a tensor; a key, a type and a value at least 13 a field.
+    if 24 * num_tensors + 13 * num_fields > source.stat().st_size:
+        raise CheckpointError(str(source), f"claims {num_tensors} tensors and {num_fields} fields, more than it can hold")
+
+
+def _check_contents(source: Path) -> None:
+    """Refuses what transformers would not read, or would read wrongly."""
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(source)
+        architecture = _field(reader, "general.architecture")
+        experts = _field(reader, f"{architecture}.expert_count")
+    except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:
+        raise CheckpointError(str(source), f"is truncated or damaged ({type(error).__name__} while reading it)") from error
+    if architecture not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise CheckpointError(str(source), f"has architecture {architecture!r}; supported are {known}")
+    if experts:
+        raise CheckpointError(str(source), "is a mixture of experts, which is not supported")
+    names = {tensor.name for tensor in reader.tensors}
+    if "rope_freqs.weight" in names or _field(reader, f"{architecture}.rope.scaling.type") not in (None, "none"):
+        raise CheckpointError(
+            str(source),
+            "scales its rotary frequencies, which transformers does not read from GGUF; use the safetensors release",
+        )
+    if not {"token_embd.weight", "output_norm.weight"} <= names:
+        raise CheckpointError(str(source), "holds no language model (token_embd.weight or output_norm.weight is missing)")
+    if _field(reader, "tokenizer.ggml.model") is None:
+        raise CheckpointError(str(source), "holds no tokenizer (tokenizer.ggml.model is missing)")
+
+
+def _field(reader: Any, name: str) -> Any:
+    field = reader.fields.get(name)
+    return None if field is None else field.contents()
+
+
+def _convert(source: Path, out_dir: Path, tell: Callable[[float, str], None]) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
+    try:
+        tell(0.1, "reading the tokenizer")
+        tokenizer = AutoTokenizer.from_pretrained(**where, local_files_only=True)
+        tell(0.4, "reading and dequantising the weights")
+        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.bfloat16, local_files_only=True)
+    except (ValueError, IndexError, KeyError, TypeError, NotImplementedError, RuntimeError) as error:
+        raise CheckpointError(str(source), f"transformers cannot read it: {error}") from error
+    tell(0.8, "writing the directory")
+    config = model.config
+    # The object that came from a quantised file refuses to be saved: its weights go into a plain one of the same shape.
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.architectures = [type(model).__name__]
+    with torch.device("meta"):
+        plain = type(model)(config).to(torch.bfloat16)
+    plain.load_state_dict(model.state_dict(), assign=True)
+    plain.tie_weights()
+    plain.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    plain.save_pretrained(out_dir, max_shard_size=_MAX_SHARD_SIZE)
+    tokenizer.model_max_length = config.max_position_embeddings
+    tokenizer.save_pretrained(out_dir, save_jinja_files=False)
