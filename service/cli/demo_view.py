@@ -1,0 +1,128 @@
+"""What `sluice demo` shows: the streams side by side while they run, then a table of what each one took."""
+
+from dataclasses import dataclass
+
+from rich.columns import Columns
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+PANEL_LINES = 7
+MAX_COLUMNS = 4
+
+
+@dataclass(slots=True)
+class StreamView:
+    """One prompt of the demo as its chunks arrive."""
+
+    title: str
+    request_id: str = ""
+    text: str = ""
+    num_tokens: int = 0
+    done: bool = False
+
+    def panel(self, width: int) -> Panel:
+        state = "[green]done[/]" if self.done else f"{self.num_tokens} tokens" if self.num_tokens else "[dim]waiting[/]"
+        return Panel(
+            _tail(self.text, width - 4, PANEL_LINES),
+            title=f"[bold]{self.title}[/]",
+            subtitle=state,
+            width=width,
+            height=PANEL_LINES + 2,
+            border_style="green" if self.done else "cyan" if self.num_tokens else "dim",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One finished request in the table; read from its result record."""
+
+    title: str
+    request_id: str
+    prompt_tokens: int
+    cached_tokens: int
+    tokens: int
+    queue_ms: float
+    ttft_ms: float
+    tokens_per_s: float
+    finish_reason: str
+
+
+class DemoView:
+    """Draws live on a terminal; elsewhere prints one line a finished stream."""
+
+    def __init__(self, console: Console, streams: list[StreamView]) -> None:
+        self._console = console
+        self._streams = streams
+        self._live = Live(console=console, refresh_per_second=12, transient=False, get_renderable=self._render)
+
+    def __enter__(self) -> "DemoView":
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._console.is_terminal:
+            self._live.stop()
+
+    def chunk(self, stream: StreamView, text: str, num_tokens: int) -> None:
+        stream.text += text
+        stream.num_tokens += num_tokens
+
+    def finish(self, stream: StreamView) -> None:
+        stream.done = True
+        if not self._console.is_terminal:
+            self._console.print(f"  {stream.title}: {stream.num_tokens} tokens")
+
+    def _render(self) -> RenderableType:
+        columns = min(MAX_COLUMNS, max(1, self._console.width // 38), len(self._streams))
+        width = self._console.width // columns - 1
+        done = sum(stream.done for stream in self._streams)
+        tokens = sum(stream.num_tokens for stream in self._streams)
+        bar = Columns(
+            [
+                ProgressBar(total=len(self._streams), completed=done, width=40),
+                Text(f"{done} of {len(self._streams)} answers · {tokens} tokens"),
+            ]
+        )
+        return Group(Columns([stream.panel(width) for stream in self._streams], width=width, padding=(0, 0)), bar)
+
+
+def results_table(rows: list[Row]) -> Table:
+    """Request, tokens, prompt tokens from cache, queue, TTFT, tokens/s."""
+    table = Table(box=None, header_style="bold", padding=(0, 1))
+    for heading in ("request", "id"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("prompt", "from cache", "tokens", "queue ms", "TTFT ms", "tokens/s"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("end", no_wrap=True)
+    for row in rows:
+        share = f"{row.cached_tokens / row.prompt_tokens:.0%}" if row.prompt_tokens else "–"
+        table.add_row(
+            row.title,
+            f"[dim]{row.request_id}[/]",
+            str(row.prompt_tokens),
+            f"{row.cached_tokens} ({share})",
+            str(row.tokens),
+            f"{row.queue_ms:.0f}",
+            f"{row.ttft_ms:.0f}",
+            f"{row.tokens_per_s:.1f}",
+            row.finish_reason,
+        )
+    return table
+
+
+def _tail(text: str, width: int, lines: int) -> Text:
+    """The last lines of `text` as they wrap in `width` columns."""
+    wrapped: list[str] = []
+    for line in text.split("\n"):
+        while len(line) > width:
+            cut = line.rfind(" ", 1, width + 1)
+            cut = cut if cut > 0 else width
+            wrapped.append(line[:cut])
+            line = line[cut:].lstrip(" ")
+        wrapped.append(line)
+    return Text("\n".join(wrapped[-lines:]))
