@@ -1,0 +1,252 @@
+"""Metrics: one registry held by one object; what is counted is said in verbs, grouped by who reports it.
+
+Guarantees: nothing is global (two `Metrics` never share a number), label values come from closed sets (codes, transports, the
+served model, owned partitions), so that a caller cannot grow the registry. Histograms of finished requests carry their trace id
+as an exemplar, which shows in the OpenMetrics exposition. One observation a request or step, never one a token.
+"""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.exposition import choose_encoder
+
+from engine import StepStats
+from service.contract import Timings, Usage
+from service.errors import Code
+from service.telemetry import names
+
+_REQUEST_S = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92)
+_FIRST_TOKEN_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
+_OUTPUT_TOKEN_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
+_STEP_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
+_LAG_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+
+
+class RequestMetrics:
+    """Requests of every transport: reported by admission and `generation.py`."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        by = (names.LOG_MODEL, names.LOG_TRANSPORT)
+        self._total = Counter(
+            names.METRIC_REQUESTS, "Accepted requests that ended, by code", (*by, names.LOG_CODE), registry=registry
+        )
+        self._duration = Histogram(
+            names.METRIC_REQUEST_DURATION, "Admission to the last token, seconds", by, buckets=_REQUEST_S, registry=registry
+        )
+        self._first = Histogram(
+            names.METRIC_TIME_TO_FIRST_TOKEN,
+            "Admission to the first token, seconds",
+            by,
+            buckets=_FIRST_TOKEN_S,
+            registry=registry,
+        )
+        self._per_token = Histogram(
+            names.METRIC_TIME_PER_OUTPUT_TOKEN,
+            "(Last - first token) / (tokens - 1), seconds",
+            by,
+            buckets=_OUTPUT_TOKEN_S,
+            registry=registry,
+        )
+        self._refusals = Counter(
+            names.METRIC_REFUSALS,
+            "Requests refused before acceptance",
+            (names.LOG_TRANSPORT, names.LOG_CODE),
+            registry=registry,
+        )
+        self._misses = Counter(names.METRIC_DEADLINE_MISSES, "Deadlines that passed, by stage", ("stage",), registry=registry)
+        self._prompt = Counter(names.METRIC_PROMPT_TOKENS, "Prompt tokens of ended requests", by, registry=registry)
+        self._cached = Counter(
+            names.METRIC_CACHED_PROMPT_TOKENS, "Of them, tokens from the prefix cache", by, registry=registry
+        )
+        self._said = Counter(names.METRIC_COMPLETION_TOKENS, "Tokens said", by, registry=registry)
+        self._queue = Gauge(names.METRIC_QUEUE_DEPTH, "Requests that wait for admission", registry=registry)
+        self._requests = Gauge(names.METRIC_ADMITTED_REQUESTS, "Requests admitted and unfinished", registry=registry)
+        self._tokens = Gauge(names.METRIC_ADMITTED_TOKENS, "Their prompt + max_tokens", registry=registry)
+
+    def finished(
+        self, *, model: str, transport: str, usage: Usage, timings: Timings, code: Code | None = None, trace_id: str = ""
+    ) -> None:
+        """An accepted request has ended; `code` None is success. Durations of failed ones are not mixed into the histograms."""
+        by = (model, transport)
+        self._total.labels(*by, code or "ok").inc()
+        self._prompt.labels(*by).inc(usage.prompt_tokens)
+        self._cached.labels(*by).inc(usage.cached_prompt_tokens)
+        self._said.labels(*by).inc(usage.completion_tokens)
+        if code == "deadline_exceeded":
+            self.deadline_missed("running")
+        if code is not None:
+            return
+        exemplar = {names.LOG_TRACE_ID: trace_id} if trace_id else None
+        self._duration.labels(*by).observe(timings.total_ms / 1e3, exemplar)
+        self._first.labels(*by).observe(timings.ttft_ms / 1e3, exemplar)
+        if usage.completion_tokens > 1:
+            self._per_token.labels(*by).observe(timings.tpot_ms / 1e3, exemplar)
+
+    def refused(self, *, transport: str, code: Code) -> None:
+        """A request was refused before acceptance."""
+        self._refusals.labels(transport, code).inc()
+        if code == "deadline_exceeded":
+            self.deadline_missed("admission")
+
+    def deadline_missed(self, stage: str) -> None:
+        """A deadline passed in a stage: admission, running or another fixed word."""
+        self._misses.labels(stage).inc()
+
+    def admission(self, *, waiting: int, requests: int, tokens: int) -> None:
+        """The state of admission after a change."""
+        self._queue.set(waiting)
+        self._requests.set(requests)
+        self._tokens.set(tokens)
+
+
+class EngineMetrics:
+    """The engine child: reported by whoever reads its steps and supervises it."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._running = Gauge(names.METRIC_RUNNING_SEQUENCES, "Sequences that run", registry=registry)
+        self._waiting = Gauge(names.METRIC_WAITING_SEQUENCES, "Sequences that wait inside the engine", registry=registry)
+        self._blocks = Gauge(names.METRIC_KV_BLOCKS, "KV blocks: free, evictable, used", ("state",), registry=registry)
+        self._wasted = Gauge(names.METRIC_KV_WASTED_SLOTS, "Slots of used blocks without a computed token", registry=registry)
+        self._queried = Counter(names.METRIC_PREFIX_QUERY_TOKENS, "Tokens looked up in the prefix cache", registry=registry)
+        self._hits = Counter(names.METRIC_PREFIX_HIT_TOKENS, "Tokens found there", registry=registry)
+        self._preemptions = Counter(names.METRIC_PREEMPTIONS, "Sequences that gave up their blocks", registry=registry)
+        self._step = Histogram(names.METRIC_STEP_DURATION, "One step, seconds", buckets=_STEP_S, registry=registry)
+        self._tokens = Counter(names.METRIC_STEP_TOKENS, "Tokens computed, by kind of chunk", ("kind",), registry=registry)
+        self._deaths = Counter(names.METRIC_ENGINE_DEATHS, "Engine children that died or hung", registry=registry)
+        self._restarts = Counter(names.METRIC_ENGINE_RESTARTS, "Engine children started after a death", registry=registry)
+
+    def step(self, stats: StepStats) -> None:
+        """One step's numbers. Its counts are of this step alone, not sums."""
+        self._running.set(stats.num_running)
+        self._waiting.set(stats.num_waiting)
+        self._blocks.labels("free").set(stats.num_free_blocks)
+        self._blocks.labels("evictable").set(stats.num_evictable_blocks)
+        self._blocks.labels("used").set(stats.num_used_blocks)
+        self._wasted.set(stats.num_wasted_slots)
+        self._queried.inc(stats.num_prefix_query_tokens)
+        self._hits.inc(stats.num_prefix_hit_tokens)
+        self._preemptions.inc(stats.num_preemptions)
+        self._tokens.labels("prefill").inc(stats.num_prefill_tokens)
+        self._tokens.labels("decode").inc(stats.num_decode_tokens)
+        self._step.observe((stats.ended_ns - stats.started_ns) / 1e9)
+
+    def died(self) -> None:
+        """The child ended, hung or spoke garbage."""
+        self._deaths.inc()
+        self._running.set(0)
+        self._waiting.set(0)
+
+    def restarted(self) -> None:
+        """A new child is ready after a death."""
+        self._restarts.inc()
+
+
+class KafkaMetrics:
+    """The Kafka transport. A partition's series end with `forget`, once it is owned no longer."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        by = ("topic", "partition")
+        self._lag = Gauge(names.METRIC_KAFKA_LAG, "Records behind the end of the partition", by, registry=registry)
+        self._window = Gauge(names.METRIC_KAFKA_WINDOW, "Offsets taken and not yet committed", by, registry=registry)
+        self._intake = Gauge(names.METRIC_KAFKA_INTAKE_TOKENS, "Estimated tokens taken and unfinished", registry=registry)
+        self._paused = Gauge(names.METRIC_KAFKA_PAUSED, "Partitions held back", registry=registry)
+        self._connected = Gauge(names.METRIC_KAFKA_CONNECTED, "1 while the broker answers", registry=registry)
+        self._records = Counter(names.METRIC_KAFKA_RECORDS, "Prompt records taken", ("topic",), registry=registry)
+        self._commits = Counter(names.METRIC_KAFKA_COMMITS, "Offset commits", ("outcome",), registry=registry)
+        self._dead = Counter(names.METRIC_KAFKA_DEAD_LETTERS, "Dead letters, by code", (names.LOG_CODE,), registry=registry)
+        self._again = Counter(
+            names.METRIC_KAFKA_REDELIVERIES, "Records seen again, by what was done", ("outcome",), registry=registry
+        )
+        self._rebalances = Counter(names.METRIC_KAFKA_REBALANCES, "Assignments received", registry=registry)
+
+    def lag(self, topic: str, partition: int, records: int) -> None:
+        """Records between the position and the end of an owned partition."""
+        self._lag.labels(topic, partition).set(records)
+
+    def window(self, topic: str, partition: int, offsets: int) -> None:
+        """Offsets of an owned partition that are taken and not committed."""
+        self._window.labels(topic, partition).set(offsets)
+
+    def forget(self, topic: str, partition: int) -> None:
+        """The partition is owned no longer; unknown ones are ignored."""
+        for gauge in (self._lag, self._window):
+            gauge.remove_by_labels({"topic": topic, "partition": str(partition)})
+
+    def intake(self, *, tokens: int, paused_partitions: int) -> None:
+        """The state of the intake after a change."""
+        self._intake.set(tokens)
+        self._paused.set(paused_partitions)
+
+    def connected(self, value: bool) -> None:
+        """Whether the broker answers."""
+        self._connected.set(value)
+
+    def records(self, topic: str, count: int = 1) -> None:
+        """Prompt records taken."""
+        self._records.labels(topic).inc(count)
+
+    def committed(self, *, ok: bool) -> None:
+        """One commit, or one that failed and is tried again."""
+        self._commits.labels("ok" if ok else "failed").inc()
+
+    def dead_letter(self, code: Code) -> None:
+        """A dead letter was written."""
+        self._dead.labels(code).inc()
+
+    def redelivered(self, *, skipped: bool) -> None:
+        """A record came again: skipped since its done-bit is set, or taken again."""
+        self._again.labels("skipped" if skipped else "repeated").inc()
+
+    def rebalanced(self) -> None:
+        """The group gave a new assignment."""
+        self._rebalances.inc()
+
+
+class StreamMetrics:
+    """gRPC streams."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._open = Gauge(names.METRIC_STREAMS, "Open token streams", registry=registry)
+        self._messages = Counter(names.METRIC_STREAM_MESSAGES, "Messages written to streams", registry=registry)
+        self._merges = Counter(names.METRIC_STREAM_MERGES, "Deltas merged into an unsent one", registry=registry)
+        self._slow = Counter(names.METRIC_SLOW_READERS, "Streams ended since their reader took nothing", registry=registry)
+
+    def opened(self) -> None:
+        """A stream began."""
+        self._open.inc()
+
+    def closed(self, *, messages: int, merges: int) -> None:
+        """A stream ended, however it did."""
+        self._open.dec()
+        self._messages.inc(messages)
+        self._merges.inc(merges)
+
+    def slow_reader(self) -> None:
+        """A stream was ended since its reader took nothing."""
+        self._slow.inc()
+
+
+class Metrics:
+    """Every number of one Sluice process, in `registry`."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = RequestMetrics(self.registry)
+        self.engine = EngineMetrics(self.registry)
+        self.kafka = KafkaMetrics(self.registry)
+        self.streams = StreamMetrics(self.registry)
+        self._loop_lag = Histogram(
+            names.METRIC_LOOP_LAG, "How late the event loop ran a timer, seconds", buckets=_LAG_S, registry=self.registry
+        )
+        self._ready = Gauge(names.METRIC_READY, "1 while requests are taken", registry=self.registry)
+
+    def loop_lag(self, seconds: float) -> None:
+        """How late the event loop ran a timer."""
+        self._loop_lag.observe(seconds)
+
+    def ready(self, value: bool) -> None:
+        """Whether requests are taken."""
+        self._ready.set(value)
+
+    def render(self, accept: str = "") -> tuple[bytes, str]:
+        """The exposition and its content type, in the format that an Accept header asks for (exemplars: OpenMetrics only)."""
+        encode, content_type = choose_encoder(accept)
+        return encode(self.registry), content_type
