@@ -1,0 +1,204 @@
+"""Who enters, when, and by whose turn: the intake's bounds.
+
+With `engine_process.py` this is the asyncio scheduler of the pipeline: this decides who enters and when, that drives the engine.
+Bounds: requests and tokens (prompt + n x max_tokens) admitted and unfinished. A direct call that does not fit is refused at once with
+`overloaded` and the time after which room is likely; a caller that waits stands in line, first come first served for each tenant
+and tenants in turn. Those who wait may fill `WAITING_SHARE` of the bounds, so that a backlog on a topic leaves room for direct calls.
+Guarantee: what a ticket holds is given back exactly once. Knows no text and no engine.
+"""
+
+import asyncio
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from service.config import AdmissionSection
+from service.errors import Code, RequestError
+
+WAITING_SHARE = 0.875
+MIN_RETRY_S = 0.1
+MAX_RETRY_S = 60.0
+MAX_WAITING = 8192
+_RATE_HALF_LIFE_S = 10.0
+_NS = 1e9
+
+
+class Ticket:
+    """Room that one request holds. `release` is idempotent."""
+
+    __slots__ = ("_admission", "_held", "tokens")
+
+    def __init__(self, admission: "Admission", tokens: int) -> None:
+        self._admission = admission
+        self._held = True
+        self.tokens = tokens
+
+    def release(self) -> None:
+        if self._held:
+            self._held = False
+            self._admission._give_back(self.tokens)
+
+
+@dataclass(slots=True, eq=False)
+class _Waiter:
+    request_id: str
+    tenant: str
+    tokens: int
+    turn: asyncio.Future[Ticket] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+
+class Admission:
+    """One intake. `concurrency`: requests that the engine runs at once; those beyond it wait inside the engine.
+
+    `clock` counts monotonic nanoseconds, as deadlines do.
+    """
+
+    def __init__(
+        self, section: AdmissionSection, *, concurrency: int = 64, clock: Callable[[], int] = time.monotonic_ns
+    ) -> None:
+        self._max_requests = section.max_requests
+        self._max_tokens = section.max_tokens
+        self._concurrency = concurrency
+        self._clock = clock
+        self._tenants: OrderedDict[str, deque[_Waiter]] = OrderedDict()
+        self._draining = False
+        self._freed = 0.0
+        self._busy_s = 0.0
+        self._counted_until_ns = clock()
+        self.num_requests = 0
+        self.num_tokens = 0
+        self.num_waiting = 0
+
+    @property
+    def draining(self) -> bool:
+        return self._draining
+
+    async def enter(self, request_id: str, tenant: str, tokens: int, *, deadline_ns: int = 0, waits: bool = False) -> Ticket:
+        """A ticket for `tokens`; release it when the request has ended.
+
+        Raises `RequestError`: `draining`; `too_many_tokens` for what could never fit; `deadline_exceeded` when the estimated
+        wait, or the wait itself, passes the deadline; `overloaded` when there is no room and the caller does not wait, or too
+        many wait already; `cancelled` by `cancel`.
+        """
+        if self._draining:
+            raise RequestError("draining", "this replica is stopping")
+        share = WAITING_SHARE if waits else 1.0
+        if tokens > self._max_tokens * share:
+            limit = int(self._max_tokens * share)
+            raise RequestError("too_many_tokens", f"prompt + n x max_tokens is {tokens}; admission.max_tokens allows {limit}")
+        wait_s = self.estimated_wait_s(tokens)
+        if deadline_ns and wait_s > (deadline_ns - self._clock()) / _NS:
+            raise RequestError("deadline_exceeded", f"the estimated wait of {wait_s:.1f} s passes the deadline")
+        if self._fits(tokens, share) and not (waits and self.num_waiting):
+            return self._admit(tokens)
+        retry_after_s = min(max(wait_s, MIN_RETRY_S), MAX_RETRY_S)
+        if not waits:
+            raise RequestError("overloaded", "the intake is full", retry_after_s=retry_after_s)
+        if self.num_waiting >= MAX_WAITING:
+            raise RequestError("overloaded", "too many prompts wait already", retry_after_s=retry_after_s)
+        return await self._wait(_Waiter(request_id, tenant, tokens), deadline_ns)
+
+    def cancel(self, request_id: str, code: Code = "cancelled") -> bool:
+        """Ends a wait; False when that request does not wait here."""
+        for line in self._tenants.values():
+            for waiter in line:
+                if waiter.request_id == request_id and not waiter.turn.done():
+                    waiter.turn.set_exception(RequestError(code, "ended while it waited to enter"))
+                    return True
+        return False
+
+    def drain(self) -> None:
+        """From now on nobody enters; those who wait are told `draining`. Idempotent."""
+        self._draining = True
+        for line in self._tenants.values():
+            for waiter in line:
+                if not waiter.turn.done():
+                    waiter.turn.set_exception(RequestError("draining", "this replica is stopping"))
+
+    def estimated_wait_s(self, tokens: int) -> float:
+        """Seconds until a request of `tokens` would start, from the measured rate at which room is given back; 0 without a measure.
+
+        Counts what must be given back before it fits, or what waits ahead of it inside the engine, whichever is longer.
+        """
+        self._count_busy_time()
+        if self._busy_s <= 0 or self._freed <= 0:
+            return 0.0
+        queued = sum(waiter.tokens for line in self._tenants.values() for waiter in line)
+        to_fit = max(0.0, self.num_tokens + queued + tokens - self._max_tokens)
+        mean_tokens = self.num_tokens / self.num_requests if self.num_requests else 0.0
+        if self.num_requests >= self._max_requests:
+            to_fit = max(to_fit, mean_tokens * (self.num_requests + self.num_waiting + 1 - self._max_requests))
+        in_engine = mean_tokens * max(0, self.num_requests + 1 - self._concurrency)
+        return max(to_fit, in_engine) * self._busy_s / self._freed
+
+    async def _wait(self, waiter: _Waiter, deadline_ns: int) -> Ticket:
+        self._tenants.setdefault(waiter.tenant, deque()).append(waiter)
+        self.num_waiting += 1
+        timeout_s = (deadline_ns - self._clock()) / _NS if deadline_ns else None
+        try:
+            done, _ = await asyncio.wait({waiter.turn}, timeout=timeout_s)
+            if not done:
+                raise RequestError("deadline_exceeded", "the deadline passed while it waited to enter")
+            return waiter.turn.result()
+        except BaseException:
+            # A turn that came in the same moment as the end of the wait must not be lost.
+            if waiter.turn.done() and not waiter.turn.cancelled() and waiter.turn.exception() is None:
+                waiter.turn.result().release()
+            raise
+        finally:
+            self._leave_line(waiter)
+
+    def _leave_line(self, waiter: _Waiter) -> None:
+        line = self._tenants.get(waiter.tenant)
+        if line is not None and waiter in line:
+            line.remove(waiter)
+            self.num_waiting -= 1
+            if not line:
+                del self._tenants[waiter.tenant]
+            # It may have stood before others that fit.
+            self._admit_waiting()
+
+    def _fits(self, tokens: int, share: float) -> bool:
+        return (
+            self.num_requests < max(1, int(self._max_requests * share)) and self.num_tokens + tokens <= self._max_tokens * share
+        )
+
+    def _admit(self, tokens: int) -> Ticket:
+        self._count_busy_time()
+        self.num_requests += 1
+        self.num_tokens += tokens
+        return Ticket(self, tokens)
+
+    def _give_back(self, tokens: int) -> None:
+        self._count_busy_time()
+        self._freed += tokens
+        self.num_requests -= 1
+        self.num_tokens -= tokens
+        self._admit_waiting()
+
+    def _admit_waiting(self) -> None:
+        while self._tenants and not self._draining:
+            tenant, line = next(iter(self._tenants.items()))
+            waiter = line[0]
+            if not waiter.turn.done():
+                # No one overtakes the head of the line: else a large prompt would wait for ever behind small ones.
+                if not self._fits(waiter.tokens, WAITING_SHARE):
+                    return
+                waiter.turn.set_result(self._admit(waiter.tokens))
+            line.popleft()
+            self.num_waiting -= 1
+            if line:
+                self._tenants.move_to_end(tenant)
+            else:
+                del self._tenants[tenant]
+
+    def _count_busy_time(self) -> None:
+        """Ages the measure; idle time does not count, for it says nothing of how fast room comes back."""
+        now = self._clock()
+        elapsed_s = (now - self._counted_until_ns) / _NS
+        self._counted_until_ns = now
+        if self.num_requests and elapsed_s > 0:
+            keep = 0.5 ** (elapsed_s / _RATE_HALF_LIFE_S)
+            self._freed *= keep
+            self._busy_s = self._busy_s * keep + elapsed_s
