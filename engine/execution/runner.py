@@ -1,0 +1,167 @@
+"""Runs a plan: makes the flat batch, calls the model, samples. Owner of slots' tokens, block tables and sampling state.
+
+`execute` = `launch` then `collect`; launch never waits for the device, collect is where the host does. Between the two a later
+step may be decided (overlap), and a captured graph may stand in for the model call. A plan that ran out of memory may be
+retracted: later plans then send its sequences anew. Knows nothing of requests, queues or block ownership.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from engine.attention.base import AttentionBackend, AttentionMetadata, LayerCache
+from engine.errors import OutOfMemoryError
+from engine.execution.forward_batch import ForwardBatch
+from engine.execution.sampler import PendingSample, Sampler
+from engine.execution.slot_table import SlotTable
+from engine.scheduling.step import Chunk, ChunkResult, StepPlan, StepResult
+
+_NOTHING = ChunkResult()
+
+
+class Model(Protocol):
+    """What the runner asks of a model."""
+
+    def forward(self, input_ids: Tensor, positions: Tensor, batch: ForwardBatch) -> Tensor:
+        """[T] int64 ids and positions to [T, H] hidden states."""
+        ...
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """[N, H] to [N, vocab] float32."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launched:
+    """A step on its way: which chunks sample, their slots, and what will be drawn. None: no chunk samples."""
+
+    chunks: tuple[Chunk, ...]
+    pending: PendingSample | None
+
+
+@contextmanager
+def _memory_errors() -> Iterator[None]:
+    """Gives the device's and the host allocator's lack of memory the engine's own type."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise OutOfMemoryError("the device had no memory for a step") from error
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):
+            raise
+        raise OutOfMemoryError("the host had no memory for a step") from error
+
+
+class Runner:
+    """Fixed request slots over one model, one attention backend and its caches."""
+
+    def __init__(
+        self,
+        *,
+        model: Model,
+        backend: AttentionBackend,
+        caches: tuple[LayerCache, ...],
+        device: torch.device,
+        num_slots: int,
+        max_model_len: int,
+        block_size: int,
+        vocab_size: int,
+    ) -> None:
+        self._model = model
+        self._backend = backend
+        self._caches = caches
+        self._device = device
+        self._block_size = block_size
+        self._slots = SlotTable(num_slots=num_slots, max_tokens=max_model_len, block_size=block_size)
+        self._sampler = Sampler(num_slots=num_slots, vocab_size=vocab_size, device=device)
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Runs the plan to its end. Raises `OutOfMemoryError`: the step said nothing, and its sequences must be sent anew."""
+        return self.collect(self.launch(plan))
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> Launched:
+        """Starts the plan on the device. Raises `OutOfMemoryError`."""
+        chunks = plan.chunks
+        with _memory_errors():
+            for start in plan.starts:
+                self._slots.start(start)
+                self._sampler.start(start)
+            for chunk in chunks:
+                if chunk.new_block_ids:
+                    self._slots.grow(chunk)
+            if not chunks:
+                return Launched(chunks=chunks, pending=None)
+            sampling = np.array([chunk.samples for chunk in chunks], np.bool_)
+            input_ids, positions, batch = self._batch(chunks, sampling)
+            hidden = self._model.forward(input_ids, positions, batch)
+            if not sampling.any():
+                return Launched(chunks=chunks, pending=None)
+            logits = self._model.compute_logits(hidden[batch.logits_indices])
+            slots = np.array([chunk.slot for chunk in chunks if chunk.samples], np.int64)
+            said = self._slots.known[slots] - self._slots.num_prompt[slots]
+            return Launched(chunks=chunks, pending=self._sampler.launch(logits, slots, said))
+
+    @torch.inference_mode()
+    def collect(self, launched: Launched) -> StepResult:
+        """Waits for the step; remembers its tokens. Raises `OutOfMemoryError`."""
+        if launched.pending is None:
+            return StepResult(chunks=(_NOTHING,) * len(launched.chunks))
+        with _memory_errors():
+            drawn = iter(self._sampler.collect(launched.pending))
+        results = []
+        for chunk in launched.chunks:
+            result = next(drawn) if chunk.samples else _NOTHING
+            if result.token_ids:
+                self._slots.append(chunk.slot, result.token_ids)
+            results.append(result)
+        return StepResult(chunks=tuple(results))
+
+    def release_memory(self) -> None:
+        """Gives cached, unused device memory back; after an `OutOfMemoryError`."""
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _batch(self, chunks: Sequence[Chunk], sampling: NDArray[np.bool_]) -> tuple[Tensor, Tensor, ForwardBatch]:
+        """The flat batch of the chunks, in their order."""
+        table = self._slots
+        slots = np.array([chunk.slot for chunk in chunks], np.int64)
+        starts = np.array([chunk.start for chunk in chunks], np.int64)
+        lengths = np.array([chunk.num_tokens for chunk in chunks], np.int64)
+        seq_lens = starts + lengths
+        query_start_loc = np.zeros(len(chunks) + 1, np.int64)
+        np.cumsum(lengths, out=query_start_loc[1:])
+        total = int(query_start_loc[-1])
+        row = np.repeat(slots, lengths)
+        positions = np.arange(total) + np.repeat(starts - query_start_loc[:-1], lengths)
+        slot_mapping = (
+            table.blocks[row, positions // self._block_size].astype(np.int64) * self._block_size + positions % self._block_size
+        )
+        longest = int(seq_lens.max())
+        width = -(-longest // self._block_size)
+        singles = int((lengths != 1).argmax()) if (lengths != 1).any() else len(chunks)
+        metadata = AttentionMetadata(
+            query_start_loc=self._to_device(query_start_loc.astype(np.int32)),
+            seq_lens=self._to_device(seq_lens.astype(np.int32)),
+            block_tables=self._to_device(table.blocks[slots, :width]),
+            slot_mapping=self._to_device(slot_mapping),
+            num_single_token_chunks=singles,
+            max_query_len=int(lengths.max()),
+            max_seq_len=longest,
+        )
+        batch = ForwardBatch(
+            attention=self._backend.prepare(metadata),
+            backend=self._backend,
+            caches=self._caches,
+            logits_indices=self._to_device(query_start_loc[1:][sampling] - 1),
+        )
+        return self._to_device(table.tokens[row, positions]), self._to_device(positions), batch
+
+    def _to_device(self, array: NDArray[np.generic]) -> Tensor:
+        return torch.from_numpy(array).to(self._device, non_blocking=True)

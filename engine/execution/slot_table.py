@@ -1,0 +1,44 @@
+"""What the runner remembers of each request slot: its tokens and its block table, in host arrays that steps index in bulk.
+
+Invariant: `tokens[slot, :known[slot]]` are the slot's known tokens; `blocks[slot, :num_blocks[slot]]` its blocks in order.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.scheduling.step import Chunk, SequenceStart
+
+Ints = NDArray[np.int64]
+
+
+class SlotTable:
+    """`num_slots` slots of at most `max_tokens` tokens, and the blocks of `block_size` that hold them."""
+
+    def __init__(self, *, num_slots: int, max_tokens: int, block_size: int) -> None:
+        self.tokens = np.zeros((num_slots, max_tokens + 1), np.int64)
+        self.blocks = np.zeros((num_slots, -(-max_tokens // block_size) + 1), np.int32)
+        self.known = np.zeros(num_slots, np.int64)
+        self.num_blocks = np.zeros(num_slots, np.int64)
+        self.num_prompt = np.zeros(num_slots, np.int64)
+
+    def start(self, start: SequenceStart) -> None:
+        """Replaces what the slot held."""
+        count = len(start.token_ids)
+        self.tokens[start.slot, :count] = start.token_ids
+        self.known[start.slot] = count
+        self.num_prompt[start.slot] = start.num_prompt_tokens
+        self.num_blocks[start.slot] = 0
+
+    def grow(self, chunk: Chunk) -> None:
+        """Appends a chunk's new blocks to its slot's table."""
+        have = int(self.num_blocks[chunk.slot])
+        end = have + len(chunk.new_block_ids)
+        self.blocks[chunk.slot, have:end] = chunk.new_block_ids
+        self.num_blocks[chunk.slot] = end
+
+    def append(self, slot: int, token_ids: tuple[int, ...]) -> None:
+        """Appends tokens that the step gave; those beyond the table's end belong to sequences that end with this step."""
+        known = int(self.known[slot])
+        fitting = token_ids[: self.tokens.shape[1] - known]
+        self.tokens[slot, known : known + len(fitting)] = fitting
+        self.known[slot] = known + len(fitting)

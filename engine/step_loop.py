@@ -1,0 +1,135 @@
+"""One step after another: schedule, execute, update, and what happens when the device has no memory for a step.
+
+Guarantees (reliability rule 5): a step without memory is decided and run once more with the prefix cache dropped and half the token
+budget; if that does not help, the largest request of the step ends with `out_of_memory`, and so on until a step fits or
+nothing is left. Others go on with the same tokens. Torch-free; knows no model and no vocabulary.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+from engine.errors import OutOfMemoryError
+from engine.output import StepOutput, StepStats
+from engine.request import Request
+from engine.scheduling.scheduler import Scheduler
+from engine.scheduling.step import StepPlan, StepResult
+
+CALM_STEPS = 256
+"""Steps without lack of memory after which a shrunk token budget doubles again."""
+
+
+class Executor(Protocol):
+    """What runs a plan; the `Runner` in production."""
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Raises `OutOfMemoryError`; the plan may then be retracted."""
+        ...
+
+    def release_memory(self) -> None:
+        """Gives back what only caches."""
+        ...
+
+
+class StepLoop:
+    """Owner of the scheduler and of the step's stamps. `clock` gives CLOCK_MONOTONIC nanoseconds."""
+
+    def __init__(self, scheduler: Scheduler, executor: Executor, clock: Callable[[], int]) -> None:
+        self._scheduler = scheduler
+        self._executor = executor
+        self._clock = clock
+        self._full_budget = scheduler.token_budget
+        self._calm = 0
+        self._step = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` would compute or hand over something."""
+        return self._scheduler.has_work
+
+    def add(self, request: Request) -> None:
+        """Raises the scheduler's typed refusals."""
+        self._scheduler.add(request, self._clock())
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request at the next boundary; unknown ids are ignored."""
+        self._scheduler.abort(request_id)
+
+    def step(self) -> StepOutput:
+        """One step, possibly of no chunks: the outputs and the numbers. Raises what the executor raises but lack of memory."""
+        started = self._clock()
+        plan = self._scheduler.schedule(started)
+        scheduled = self._clock()
+        plan, result = self._execute(plan)
+        executed = self._clock()
+        outputs = self._scheduler.update(plan, result, executed)
+        self._step += 1
+        num_single = sum(1 for chunk in plan.chunks if chunk.num_tokens == 1)
+        stats = self._stats(
+            started=started,
+            schedule_ns=scheduled - started,
+            execute_ns=executed - scheduled,
+            num_prefill=plan.num_tokens - num_single,
+            num_decode=num_single,
+        )
+        return StepOutput(outputs=outputs, stats=stats)
+
+    def stats(self) -> StepStats:
+        """The present state as a step of no tokens."""
+        return self._stats(started=self._clock(), schedule_ns=0, execute_ns=0, num_prefill=0, num_decode=0)
+
+    def _execute(self, plan: StepPlan) -> tuple[StepPlan, StepResult]:
+        """Runs the plan, or what is left of it once memory suffices."""
+        tries = 0
+        while plan.chunks:
+            try:
+                result = self._executor.execute(plan)
+            except OutOfMemoryError as error:
+                self._make_room(plan, error, shrink=tries == 0)
+                plan = self._scheduler.schedule(self._clock())
+                tries += 1
+                continue
+            if tries == 0:
+                self._grow_back()
+            return plan, result
+        return plan, StepResult(chunks=())
+
+    def _make_room(self, plan: StepPlan, error: OutOfMemoryError, *, shrink: bool) -> None:
+        """First by dropping what only speeds up, then by failing the largest request of the plan."""
+        scheduler = self._scheduler
+        largest = scheduler.largest_request(plan)
+        scheduler.retract(plan)
+        self._executor.release_memory()
+        self._calm = 0
+        if shrink:
+            scheduler.reset_prefix_cache()
+            scheduler.set_token_budget(scheduler.token_budget // 2)
+        elif largest is not None:
+            scheduler.fail(largest, error.code, error.message)
+
+    def _grow_back(self) -> None:
+        if self._scheduler.token_budget < self._full_budget:
+            self._calm += 1
+            if self._calm >= CALM_STEPS:
+                self._calm = 0
+                self._scheduler.set_token_budget(self._scheduler.token_budget * 2)
+
+    def _stats(self, *, started: int, schedule_ns: int, execute_ns: int, num_prefill: int, num_decode: int) -> StepStats:
+        now = self._scheduler.stats()
+        return StepStats(
+            step=self._step,
+            started_ns=started,
+            ended_ns=self._clock(),
+            num_prefill_tokens=num_prefill,
+            num_decode_tokens=num_decode,
+            num_running=now.num_running,
+            num_waiting=now.num_waiting,
+            num_free_blocks=now.num_free_blocks,
+            num_evictable_blocks=now.num_evictable_blocks,
+            num_used_blocks=now.num_used_blocks,
+            num_wasted_slots=now.num_wasted_slots,
+            num_preemptions=now.num_preemptions,
+            num_prefix_query_tokens=now.num_prefix_query_tokens,
+            num_prefix_hit_tokens=now.num_prefix_hit_tokens,
+            schedule_ns=schedule_ns,
+            execute_ns=execute_ns,
+        )
