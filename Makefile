@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV := $(BIN)/uv
 
-.PHONY: help setup setup-dev lock proto lint test clean
+.PHONY: help setup setup-dev servers demo serve test test-fast lint lock proto bench kernels gpu-check clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -27,6 +27,35 @@ $(VENV)/.dev: deploy/dev.lock $(VENV)/.runtime
 	@echo "Installing what the tests use …"
 	@$(UV) pip install --quiet --python $(BIN)/python --require-hashes -r deploy/dev.lock
 	@touch $@
+
+demo: setup  ## a broker, the service, real prompts and their tokens, in two minutes
+	@$(BIN)/sluice demo
+
+serve: setup  ## a broker and the service until Ctrl-C; prints what to try
+	@$(BIN)/sluice serve --embedded
+
+servers: setup-dev  ## fetch and build what the tests run against (model, Kafka, Jaeger), once
+	@$(BIN)/python -m tests.servers.prepare
+
+test: servers  ## every test
+	@$(BIN)/python -m pytest
+
+lint: setup-dev  ## style, types, import contracts, generated code
+	@$(BIN)/ruff format --check --quiet . || { echo "ruff format . would change files" >&2; exit 1; }
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/mypy --no-error-summary
+	@$(BIN)/lint-imports --no-cache > $(VENV)/lint-imports.log || { cat $(VENV)/lint-imports.log; exit 1; }
+	@$(BIN)/python -m tests.proto_drift
+	@echo "lint: clean"
+
+bench: setup-dev  ## the benchmarks, as JSON on standard output
+	@$(BIN)/python -m tests.bench
+
+kernels: setup-dev  ## compile every Triton kernel for sm_80, sm_90 and sm_100; registers, spills, shared memory
+	@$(BIN)/python -m tests.bench.compile_report
+
+gpu-check:  ## on a GPU machine: correctness and figures of every kernel
+	@python3 -m tests.bench.gpu_check
 
 setup: $(VENV)/.runtime  ## the virtual environment, runtime only
 setup-dev: $(VENV)/.dev  ## the virtual environment with test tools

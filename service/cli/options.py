@@ -11,11 +11,19 @@ from service.errors import SetupError
 
 ConfigFile = Annotated[
     Path | None,
-    typer.Option("--config", "-c", envvar="SLUICE_CONFIG", help="A TOML file; deploy/sluice.toml lists every setting.", show_default=False),
+    typer.Option(
+        "--config",
+        "-c",
+        envvar="SLUICE_CONFIG",
+        help="A TOML file; deploy/sluice.toml lists every setting.",
+        show_default=False,
+    ),
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", "-s", metavar="SECTION.FIELD=VALUE", help="Override one setting; may be repeated.", show_default=False),
+    typer.Option(
+        "--set", "-s", metavar="SECTION.FIELD=VALUE", help="Override one setting; may be repeated.", show_default=False
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output on standard output.")]
 

@@ -1,0 +1,192 @@
+"""`sluice doctor`: what this machine and configuration can serve, and what stands in the way."""
+
+import json
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import typer
+from confluent_kafka import KafkaException
+from confluent_kafka.admin import AdminClient
+from rich.markup import escape
+from rich.table import Table
+
+from service.cli import output
+from service.cli.demo_model import NAME as DEMO_MODEL
+from service.cli.options import ConfigFile, Json, Overrides, settings_from
+from service.config import Settings, cache_dir
+from service.errors import SetupError
+from service.tokenization import Tokenization
+
+State = Literal["ok", "note", "fail"]
+BROKER_TIMEOUT_S = 5.0
+RELEASED_S = 1_793_000_000  # autumn 2026: no clock that is right shows less
+MARKS = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "fail": "[red]fail[/]"}
+
+# Asked of a child, so that this process stays small and a broken torch is one line and not a traceback.
+_COMPUTE = """
+import json, torch
+name = torch.cuda.get_device_name(0) if torch.cuda.is_available() else ""
+print(json.dumps({"torch": torch.__version__, "gpu": name, "threads": torch.get_num_threads(),
+                  "cpu": torch.backends.cpu.get_cpu_capability()}))
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One finding. `exit_code` counts when `state` is fail."""
+
+    name: str
+    state: State
+    detail: str
+    exit_code: int = 2
+
+
+def doctor(config: ConfigFile = None, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Check the machine, the model directory, the broker, the ports and the trace collector."""
+    settings = settings_from(config, overrides)
+    checks = [check(settings) for check in _CHECKS]
+    if as_json:
+        output.print_json({"checks": [asdict(check) for check in checks]})
+    else:
+        table = Table(box=None, show_header=False, padding=(0, 1))
+        table.add_column(no_wrap=True)
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
+        for check in checks:
+            table.add_row(MARKS[check.state], check.name, escape(check.detail))
+        output.out.print(table)
+    failed = [check.exit_code for check in checks if check.state == "fail"]
+    if failed:
+        raise typer.Exit(max(failed))
+
+
+def _software(settings: Settings) -> Check:
+    names = ("torch", "triton", "transformers", "aiokafka", "grpcio")
+    versions = ", ".join(f"{name} {version(name)}" for name in names)
+    return Check("software", "ok", f"sluice {version('sluice')}, Python {platform.python_version()}, {versions}")
+
+
+def _machine(settings: Settings) -> Check:
+    cores = len(os.sched_getaffinity(0))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    disk = shutil.disk_usage(_existing(cache_dir())).free / 2**30
+    state: State = "note" if memory < 4 or disk < 2 else "ok"
+    return Check(
+        "machine", state, f"{cores} cores this process may use, {memory:.1f} GiB memory, {disk:.0f} GiB free for {cache_dir()}"
+    )
+
+
+def _compute(settings: Settings) -> Check:
+    done = subprocess.run([sys.executable, "-c", _COMPUTE], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines()
+        return Check("compute", "fail", f"torch does not start: {lines[-1] if lines else done.returncode}", 3)
+    found = json.loads(done.stdout)
+    if found["gpu"]:
+        return Check("compute", "ok", f"{found['gpu']}: Triton kernels")
+    return Check("compute", "note", f"no GPU: plain torch on the CPU ({found['cpu']}, {found['threads']} threads)")
+
+
+def _model(settings: Settings) -> Check:
+    if not settings.model.path:
+        directory = cache_dir() / "models" / DEMO_MODEL
+        if not directory.is_dir():
+            return Check(
+                "model", "note", f"model.path is not set and {DEMO_MODEL} is not there yet: the first run fetches it (93 MB)"
+            )
+    else:
+        directory = Path(settings.model.path).expanduser()
+    if not (directory / "config.json").is_file():
+        return Check(
+            "model", "fail", f"{directory} holds no config.json; name a Hugging Face directory, or `sluice model import` one"
+        )
+    if not any(directory.glob("*.safetensors")) and settings.model.load_format != "dummy":
+        return Check("model", "fail", f"{directory} holds no *.safetensors")
+    try:
+        Tokenization(directory)
+    except SetupError as error:
+        return Check("model", "fail", str(error))
+    size = sum(file.stat().st_size for file in directory.glob("*.safetensors")) / 2**20
+    return Check("model", "ok", f"{directory.name}: {size:,.0f} MiB of weights, tokenizer reads")
+
+
+def _kafka(settings: Settings) -> Check:
+    kafka = settings.kafka
+    if not kafka.enabled:
+        return Check("kafka", "note", "kafka.enabled is false: gRPC alone")
+    if kafka.embedded:
+        return Check("kafka", "note", "embedded broker: in memory, at least once, not durable; for a first try")
+    admin = AdminClient(
+        {"bootstrap.servers": kafka.bootstrap_servers, "log_level": 0, "socket.timeout.ms": int(BROKER_TIMEOUT_S * 1000)}
+    )
+    try:
+        cluster = admin.list_topics(timeout=BROKER_TIMEOUT_S)
+    except KafkaException:
+        return Check(
+            "kafka",
+            "fail",
+            f"no broker answers at {kafka.bootstrap_servers}; set kafka.bootstrap_servers, or `make serve` brings one",
+            3,
+        )
+    ours = [name for name in cluster.topics if name.startswith(kafka.topic_prefix)]
+    missing = "" if kafka.topic_prefix + "prompts" in ours else "; no prompts topic yet: `sluice topics create`"
+    return Check(
+        "kafka",
+        "note" if missing else "ok",
+        f"{len(cluster.brokers)} broker(s) at {kafka.bootstrap_servers}, {len(ours)} topics of ours{missing}",
+    )
+
+
+def _clock(settings: Settings) -> Check:
+    # Deadlines travel as wall-clock times: a clock that is far off would expire prompts that are fresh.
+    now = time.time()
+    if now < RELEASED_S:
+        return Check("clock", "fail", "the wall clock stands before this version was made; deadlines would be wrong")
+    return Check("clock", "ok", time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(now)))
+
+
+def _ports(settings: Settings) -> Check:
+    wanted = {"grpc": (settings.grpc.host, settings.grpc.port), "admin": (settings.admin.host, settings.admin.port)}
+    used = [f"{name}.port {port}" for name, (host, port) in wanted.items() if port and not _free(host, port)]
+    if used:
+        return Check("ports", "note", f"in use: {', '.join(used)} (is Sluice running already?)")
+    return Check("ports", "ok", ", ".join(f"{name} {host}:{port}" for name, (host, port) in wanted.items()) + " are free")
+
+
+def _tracing(settings: Settings) -> Check:
+    endpoint = settings.tracing.otlp_endpoint
+    if not endpoint:
+        return Check("tracing", "note", "tracing.otlp_endpoint is empty: no spans")
+    host, _, port = endpoint.removeprefix("http://").removeprefix("https://").rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=3).close()
+    except (OSError, ValueError) as error:
+        return Check("tracing", "fail", f"nothing listens at tracing.otlp_endpoint {endpoint} ({error})", 3)
+    return Check("tracing", "ok", f"a collector listens at {endpoint}")
+
+
+def _free(host: str, port: int) -> bool:
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError:
+        return False
+    return True
+
+
+def _existing(path: Path) -> Path:
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+_CHECKS: tuple[Callable[[Settings], Check], ...] = (_software, _machine, _compute, _model, _kafka, _ports, _tracing, _clock)

@@ -1,0 +1,52 @@
+"""The prompt of a command line: its options, and the `PromptRequest` that they make. Shared by generate, stream and publish."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from service import wire_limits
+from service.contract import PromptRequest, SamplingFields
+from service.errors import SetupError
+
+Text = Annotated[str, typer.Argument(metavar="TEXT", help="The prompt; - reads standard input.")]
+Raw = Annotated[bool, typer.Option("--raw", help="Take the text as it is, without the model's chat template.")]
+System = Annotated[str, typer.Option("--system", help="A system message before the text.", show_default=False)]
+MaxTokens = Annotated[int | None, typer.Option("--max-tokens", min=1, help="Most tokens to say.", show_default=False)]
+Temperature = Annotated[float, typer.Option("--temperature", min=0.0, max=2.0, help="0 is greedy.")]
+TopP = Annotated[float | None, typer.Option("--top-p", help="Nucleus sampling.", show_default=False)]
+Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Same seed, same draws.", show_default=False)]
+Stop = Annotated[list[str] | None, typer.Option("--stop", help="End before this string; may be repeated.", show_default=False)]
+Label = Annotated[str, typer.Option("--label", help="Your own id; it comes back unchanged.", show_default=False)]
+
+
+def prompt_request(
+    text: str,
+    *,
+    raw: bool = False,
+    system: str = "",
+    max_tokens: int | None = None,
+    temperature: float = 0.0,
+    top_p: float | None = None,
+    seed: int | None = None,
+    stop: list[str] | None = None,
+    label: str = "",
+    model: str = "",
+) -> PromptRequest:
+    """A checked prompt. Raises `RequestError` that names the field, `SetupError` for options that exclude each other."""
+    if text == "-":
+        text = sys.stdin.read()
+    if raw and system:
+        raise SetupError("--system needs the chat template: leave --raw away")
+    messages = None if raw else ((("system", system),) if system else ()) + (("user", text),)
+    return wire_limits.check(
+        PromptRequest(
+            text=text if raw else None,
+            messages=messages,
+            model=model,
+            label=label,
+            sampling=SamplingFields(
+                max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=tuple(stop or ())
+            ),
+        )
+    )

@@ -1,0 +1,89 @@
+"""`sluice topics create|check`: the topics on a cluster, and whether they fit together."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Annotated
+
+import typer
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.errors import KafkaError
+from rich.markup import escape
+
+from service.cli import output
+from service.cli.kafka import Brokers, connected
+from service.cli.options import ConfigFile, Json, Overrides, settings_from
+from service.config import Settings
+from service.errors import SetupError
+from service.kafka import topics
+from service.kafka.topics import Topics
+
+app = typer.Typer(no_args_is_help=True, help="Create or check the topics.")
+
+
+@app.command()
+def create(
+    partitions: Annotated[
+        int | None, typer.Option("--partitions", min=1, help="The most replicas that can share the work.", show_default=False)
+    ] = None,
+    replication_factor: Annotated[
+        int | None, typer.Option("--replication-factor", help="-1: the broker's default.", show_default=False)
+    ] = None,
+    brokers: Brokers = None,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Create the topics that are missing; those that exist stay as they are."""
+    flags = {"bootstrap_servers": brokers, "partitions": partitions, "replication_factor": replication_factor}
+    settings = settings_from(config, overrides, {"kafka": flags})
+    created = asyncio.run(_create(settings))
+    if as_json:
+        output.print_json({"created": list(created)})
+    elif created:
+        output.out.print(f"created {', '.join(created)} with {settings.kafka.partitions} partitions")
+    else:
+        output.out.print("every topic exists already")
+
+
+@app.command()
+def check(brokers: Brokers = None, config: ConfigFile = None, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Compare the cluster's topics with what Sluice needs; exit 1 when something would lose or misplace records."""
+    settings = settings_from(config, overrides, {"kafka": {"bootstrap_servers": brokers}})
+    report = asyncio.run(_check(settings))
+    if as_json:
+        findings = [{"level": f.level, "topic": f.topic, "message": f.message} for f in report.findings]
+        output.print_json({"ok": report.ok, "partitions": dict(report.partitions), "findings": findings})
+    else:
+        for name, count in sorted(report.partitions.items()):
+            output.out.print(f"[dim]{escape(name)}: {count} partitions[/]")
+        for finding in report.findings:
+            colour = "red" if finding.level == "error" else "yellow"
+            output.out.print(f"[{colour}]{finding.level}[/] {escape(finding.topic)} {escape(finding.message)}")
+        if report.ok:
+            output.out.print("[green]the topics fit[/]")
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+async def _create(settings: Settings) -> tuple[str, ...]:
+    kafka = settings.kafka
+    async with _admin(settings) as admin:
+        return await topics.create(
+            admin, Topics(kafka.topic_prefix), partitions=kafka.partitions, replication_factor=kafka.replication_factor
+        )
+
+
+async def _check(settings: Settings) -> topics.TopicReport:
+    async with _admin(settings) as admin:
+        return await topics.check(admin, Topics(settings.kafka.topic_prefix))
+
+
+@asynccontextmanager
+async def _admin(settings: Settings) -> AsyncIterator[AIOKafkaAdminClient]:
+    admin = AIOKafkaAdminClient(bootstrap_servers=settings.kafka.bootstrap_servers)
+    async with connected(admin, admin.close, settings):
+        try:
+            yield admin
+        except KafkaError as error:
+            raise SetupError(f"the broker refused: {error}", exit_code=1) from error

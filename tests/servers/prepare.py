@@ -1,0 +1,62 @@
+"""Fetches and builds what the tests run against, once: the real model, Apache Kafka, Jaeger. `make test` calls it.
+
+As root on Debian it installs what Debian has (Java, Maven). Otherwise each missing tool is named in one line and the exit code
+is 3: nothing is skipped in silence.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+from service.cli.demo_model import ensure_demo_model
+from service.errors import SetupError
+from tests.servers import jaeger, kafka
+
+DEBIAN = {"java": "default-jre-headless", "mvn": "maven"}
+
+
+def main() -> int:
+    if not kafka.external():
+        _install([tool for tool in DEBIAN if shutil.which(tool) is None])
+    # The model waits on the network and the Jaeger build on the processor: side by side.
+    with ThreadPoolExecutor() as pool:
+        jobs = [pool.submit(_told, "the model", ensure_demo_model)]
+        if not kafka.external():
+            jobs.append(pool.submit(_told, f"Apache Kafka {kafka.VERSION}", kafka.libraries))
+        if not os.environ.get(jaeger.ENVIRONMENT):
+            jobs.append(pool.submit(_told, f"Jaeger {jaeger.VERSION}", jaeger.binary))
+        failed = [
+            error for job in jobs if isinstance(error := job.exception(), SetupError | kafka.ServerError | jaeger.ServerError)
+        ]
+    for error in failed:
+        print(f"error: {error}", file=sys.stderr)
+    if failed:
+        return 3
+    for job in jobs:
+        job.result()
+    return 0
+
+
+def _told(what: str, prepare: object) -> None:
+    start = time.monotonic()
+    assert callable(prepare)
+    prepare()
+    if (took := time.monotonic() - start) > 1:
+        print(f"{what} is ready ({took:.0f} s)", flush=True)
+
+
+def _install(missing: list[str]) -> None:
+    if not missing or os.geteuid() != 0 or shutil.which("apt-get") is None:
+        return
+    packages = [DEBIAN[tool] for tool in missing]
+    print(f"installing {', '.join(packages)} with apt-get …", flush=True)
+    environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+    for command in (["apt-get", "update", "-qq"], ["apt-get", "install", "-y", "-qq", "--no-install-recommends", *packages]):
+        subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
