@@ -102,16 +102,20 @@ def _field(reader: Any, name: str) -> Any:
 
 def _convert(source: Path, out_dir: Path, tell: Callable[[float, str], None]) -> None:
     import torch
+    import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
+    # Newer releases would keep the blocks packed where they have a kernel for them; older ones always unpack and have no such class.
+    packed = getattr(transformers, "GgufConfig", None)
+    unpack = {} if packed is None else {"quantization_config": packed(dequantize=True)}
     try:
         tell(0.1, "reading the tokenizer")
         tokenizer = AutoTokenizer.from_pretrained(**where, local_files_only=True)
         tell(0.4, "reading and dequantising the weights")
-        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.bfloat16, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.bfloat16, local_files_only=True, **unpack)
     except (ValueError, IndexError, KeyError, TypeError, NotImplementedError, RuntimeError) as error:
         raise CheckpointError(str(source), f"transformers cannot read it: {error}") from error
     tell(0.8, "writing the directory")
@@ -121,7 +125,7 @@ def _convert(source: Path, out_dir: Path, tell: Callable[[float, str], None]) ->
         del config.quantization_config
     config.architectures = [type(model).__name__]
     with torch.device("meta"):
-        plain = type(model)(config).to(torch.bfloat16)
+        plain = type(model)(config)
     plain.load_state_dict(model.state_dict(), assign=True)
     plain.tie_weights()
     plain.generation_config = GenerationConfig(

@@ -1,0 +1,56 @@
+"""The attention of a decoder layer: splits the fused projection, norms the heads where a model does, and asks the backend."""
+
+from torch import Tensor
+from torch.nn import Module
+
+from engine.attention.base import AttentionBackend, AttentionMetadata, LayerCache
+from engine.quantization.base import Norm
+from kernels.ops import Operators
+
+
+class Attention(Module):
+    """RoPE, KV write and paged attention of one layer.
+
+    cos_sin: [max_positions, D] float32, shared by the layers. `sliding_window` in tokens, 0 = none. `q_norm` and `k_norm`
+    are over the head size (Qwen3).
+    """
+
+    def __init__(
+        self,
+        ops: Operators,
+        *,
+        num_q_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        cos_sin: Tensor,
+        sliding_window: int = 0,
+        q_norm: Norm | None = None,
+        k_norm: Norm | None = None,
+    ) -> None:
+        super().__init__()
+        self._ops = ops
+        self._num_q_heads, self._num_kv_heads, self._head_dim = num_q_heads, num_kv_heads, head_dim
+        self._sizes = [num_q_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim]
+        self._cos_sin = cos_sin
+        self._scale = head_dim**-0.5
+        self._sliding_window = sliding_window
+        self.q_norm, self.k_norm = q_norm, k_norm
+
+    def forward(
+        self, qkv: Tensor, positions: Tensor, backend: AttentionBackend, cache: LayerCache, metadata: AttentionMetadata
+    ) -> Tensor:
+        """qkv: [T, (Hq + 2 Hkv) * D]; positions: [T] int64; out: [T, Hq * D]."""
+        q, k, v = qkv.split(self._sizes, dim=-1)
+        q = self._heads(q, self._num_q_heads, self.q_norm)
+        k = self._heads(k, self._num_kv_heads, self.k_norm)
+        v = self._heads(v, self._num_kv_heads, None)
+        out = backend.forward(q, k, v, self._cos_sin, positions, cache, metadata, self._scale, self._sliding_window)
+        return out.view(out.shape[0], -1)
+
+    def _heads(self, x: Tensor, num_heads: int, norm: Norm | None) -> Tensor:
+        heads = x.unflatten(-1, (num_heads, self._head_dim))
+        if norm is None:
+            return heads
+        # Each head is a row of its own to the operator.
+        rows = heads.reshape(-1, self._head_dim)
+        return self._ops.rms_norm(rows, norm.weight, norm.eps).view(heads.shape)

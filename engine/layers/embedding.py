@@ -1,0 +1,49 @@
+"""Token ids to hidden states, and hidden states to logits."""
+
+from torch import Tensor, device, dtype, empty
+from torch.nn import Module, functional
+
+from engine.layers.linear import Linear
+from engine.quantization.base import Norm, QuantMethod
+
+
+class Embedding(Module):
+    """One row a token id. `weight`: [V, H]."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, *, dtype: dtype, on: device) -> None:
+        super().__init__()
+        self.weight = empty(vocab_size, hidden_size, dtype=dtype, device=on)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """input_ids: [T] int64; out: [T, H]."""
+        return functional.embedding(input_ids, self.weight)
+
+    def targets(self, name: str) -> dict[str, Tensor]:
+        return {f"{name}.weight": self.weight}
+
+
+class Head(Module):
+    """The final norm and the projection to the vocabulary, for the rows whose logits are wanted.
+
+    With `tied_to` it multiplies by the embedding's rows and has no weights of its own in a checkpoint; those are always plain.
+    """
+
+    def __init__(self, method: QuantMethod, embedding: Embedding, norm: Norm, *, tied: bool) -> None:
+        super().__init__()
+        vocab_size, hidden_size = embedding.weight.shape
+        self._tied = tied
+        parts = {"lm_head": vocab_size}
+        weight = embedding.weight
+        shared = weight if tied else None
+        self.linear = Linear(method, hidden_size, parts, dtype=weight.dtype, on=weight.device, norm=norm, shared=shared)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden: [N, H], before the final norm; out: [N, V] float32."""
+        out: Tensor = self.linear(hidden)
+        return out.float()
+
+    def targets(self) -> dict[str, Tensor]:
+        """Empty when tied."""
+        if self._tied:
+            return {}
+        return self.linear.targets("")

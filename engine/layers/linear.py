@@ -1,0 +1,55 @@
+"""A linear layer made of one or more parts that a checkpoint keeps apart (q, k and v; gate and up), multiplied as one."""
+
+from torch import Tensor, device, dtype, empty
+from torch.nn import Module
+
+from engine.quantization.base import Fusion, Norm, QuantMethod
+
+
+class Linear(Module):
+    """epilogue(norm(x) W^T + bias) + residual, computed by its `QuantMethod`.
+
+    `parts`: output sizes by the name in the checkpoint, in the order in which they stand in the fused output. `shared`: a plain
+    weight [out, in] that another layer owns, multiplied by instead of one of its own.
+    """
+
+    def __init__(
+        self,
+        method: QuantMethod,
+        in_features: int,
+        parts: dict[str, int],
+        *,
+        dtype: dtype,
+        on: device,
+        bias: bool = False,
+        norm: Norm | None = None,
+        silu_mul: bool = False,
+        shared: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self._method = method
+        self._parts = parts
+        out_features = sum(parts.values())
+        self.weights = {"weight": shared} if shared is not None else method.create(in_features, out_features, dtype, on)
+        self.fusion = Fusion(norm=norm, bias=empty(out_features, dtype=dtype, device=on) if bias else None, silu_mul=silu_mul)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x: [T, in]; out and residual: [T, out], or [T, out / 2] after SiLU·mul."""
+        return self._method.apply(x, self.weights, self.fusion, residual)
+
+    def targets(self, prefix: str) -> dict[str, Tensor]:
+        """Where each of the checkpoint's tensors goes: contiguous views by full name. An empty prefix adds no dot."""
+        stem = f"{prefix}." if prefix else ""
+        found: dict[str, Tensor] = {}
+        start = 0
+        for name, size in self._parts.items():
+            views = dict(self._method.targets(self.weights, start, size))
+            if self.fusion.bias is not None:
+                views["bias"] = self.fusion.bias[start : start + size]
+            found |= {f"{stem}{name}.{suffix}": view for suffix, view in views.items()}
+            start += size
+        return found
+
+    def finish(self) -> None:
+        """Puts the loaded weights into the layout of the product; call it once, after loading."""
+        self.weights = self._method.finish(self.weights)

@@ -1,0 +1,85 @@
+"""From an `EngineConfig` to a model on its device: reads, checks, then allocates, then fills."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from engine.config import EngineConfig
+from engine.errors import CheckpointError
+from engine.loading import checkpoint, dummy
+from engine.loading.config_file import read_eos_token_ids, read_model_config
+from engine.models.config import ModelConfig, ModelSpec
+from engine.models.registry import Model, build
+from kernels import ops
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel:
+    """A model that is ready to run, and its facts."""
+
+    model: Model
+    spec: ModelSpec
+
+
+def load_model(config: EngineConfig, device: torch.device, progress: Callable[[float, str], None] | None = None) -> LoadedModel:
+    """The model of `config.model_dir` on `device`, in `config.dtype`.
+
+    `progress` gets (share done in [0, 1], what is being done). Raises `CheckpointError` that names file, tensor and reason,
+    before weights are allocated unless a file changes while it is read.
+    """
+    tell = progress or (lambda share, what: None)
+    model_dir = Path(config.model_dir)
+    if not model_dir.is_dir():
+        raise CheckpointError(str(model_dir), "is no directory; name one with config.json, tokenizer.json and *.safetensors")
+    tell(0.0, "reading config.json")
+    shape = read_model_config(model_dir)
+    eos_token_ids = read_eos_token_ids(model_dir, shape.vocab_size)
+    operators = ops.for_device(device.type)
+    if config.load_format == "dummy":
+        dtype = _dtype(config, shape, torch.bfloat16, device)
+        model = build(shape, operators, dtype=dtype, on=device)
+        dummy.fill(model.targets(), tell)
+    else:
+        stored = checkpoint.stored_tensors(model_dir)
+        embedding = stored.get("model.embed_tokens.weight")
+        dtype = _dtype(config, shape, embedding.dtype if embedding else torch.float32, device)
+        # Tensors without memory: every name and shape is compared before any is allocated.
+        planned = build(replace(shape, max_position=1), operators, dtype=dtype, on=torch.device("meta"))
+        checkpoint.check(stored, planned.targets(), model_dir, tied=shape.tied)
+        model = build(shape, operators, dtype=dtype, on=device)
+        checkpoint.load(stored, model.targets(), tell)
+    spec = _spec(shape, model, eos_token_ids, dtype)
+    model.finish()
+    tell(1.0, "loaded")
+    return LoadedModel(model=model, spec=spec)
+
+
+def _dtype(config: EngineConfig, shape: ModelConfig, stored: torch.dtype, device: torch.device) -> torch.dtype:
+    if config.dtype != "auto":
+        return _DTYPES[config.dtype]
+    own = shape.dtype or (stored if stored in _DTYPES.values() else torch.float32)
+    # CPUs compute float16 slowly or in float32 anyway, and float32 holds all of its range.
+    return torch.float32 if own == torch.float16 and device.type == "cpu" else own
+
+
+def _spec(shape: ModelConfig, model: Model, eos_token_ids: tuple[int, ...], dtype: torch.dtype) -> ModelSpec:
+    targets = model.targets().values()
+    return ModelSpec(
+        architecture=shape.architecture,
+        num_layers=shape.num_layers,
+        num_q_heads=shape.num_q_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        hidden_size=shape.hidden_size,
+        vocab_size=shape.vocab_size,
+        max_position=shape.max_position,
+        eos_token_ids=eos_token_ids,
+        dtype=dtype,
+        sliding_window=max(shape.sliding_windows) if all(shape.sliding_windows) else 0,
+        num_parameters=sum(target.numel() for target in targets),
+        weight_bytes=sum(target.numel() * target.element_size() for target in targets),
+    )

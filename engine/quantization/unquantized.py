@@ -1,0 +1,37 @@
+"""Plain weights `[out, in]` in the model's dtype; torch's own product, the operators of `kernels` around it."""
+
+import torch
+from torch import Tensor, device, dtype
+from torch.nn import functional
+
+from engine.quantization.base import Fusion
+from kernels.ops import Operators
+
+
+class Unquantized:
+    """Composes norm, product and epilogue. A residual rides in the product where nothing stands between, and is rounded once."""
+
+    name = "unquantized"
+
+    def __init__(self, ops: Operators) -> None:
+        self._ops = ops
+
+    def create(self, in_features: int, out_features: int, dtype: dtype, on: device) -> dict[str, Tensor]:
+        return {"weight": torch.empty(out_features, in_features, dtype=dtype, device=on)}
+
+    def targets(self, weights: dict[str, Tensor], start: int, size: int) -> dict[str, Tensor]:
+        return {"weight": weights["weight"][start : start + size]}
+
+    def finish(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        return weights
+
+    def apply(self, x: Tensor, weights: dict[str, Tensor], fusion: Fusion, residual: Tensor | None) -> Tensor:
+        weight = weights["weight"]
+        if fusion.norm is not None:
+            x = self._ops.rms_norm(x, fusion.norm.weight, fusion.norm.eps)
+        if residual is not None and fusion.bias is None and not fusion.silu_mul:
+            return torch.addmm(residual, x, weight.t())
+        out = functional.linear(x, weight, fusion.bias)
+        if fusion.silu_mul:
+            out = self._ops.silu_mul(out)
+        return out if residual is None else out + residual
