@@ -1,11 +1,12 @@
 """Drives a scheduler with the toy model and checks every invariant after every operation. Test code only: reads internals."""
 
 from dataclasses import dataclass, field
+from hashlib import sha256
 
 from engine.errors import EngineFullError
 from engine.output import TokenOutput
 from engine.request import Request, SamplingParams
-from engine.scheduling.prefix_cache import extend_hashes, root_hash
+from engine.scheduling.prefix_cache import extend_hashes
 from engine.scheduling.scheduler import Scheduler, SchedulerConfig
 from engine.scheduling.sequence import Sequence
 from engine.scheduling.step import StepPlan, StepResult
@@ -189,7 +190,8 @@ class Harness:
         assert sequence.num_computed_tokens + sequence.num_scheduled_tokens <= len(sequence.block_ids) * block_size
         assert len(set(sequence.block_ids)) == len(sequence.block_ids)
         chain: list[bytes] = []
-        extend_hashes(chain, root_hash(sequence.request.cache_salt), sequence.token_ids, block_size)
+        root = sha256(b"sluice/prefix-cache/v1\0" + sequence.request.cache_salt.encode()).digest()
+        extend_hashes(chain, root, sequence.token_ids, block_size)
         for i, block in enumerate(sequence.block_ids):
             name = self.pool.hash_of(block)
             if name is not None:
@@ -218,6 +220,8 @@ def request(
     if isinstance(prompt, int):
         base = sum(request_id.encode())
         prompt = tuple((base * 7 + 3 * i) % 31 for i in range(prompt))
-    outer = {name: fields.pop(name) for name in ("output_token_ids", "ended_choices", "cache_salt", "priority") if name in fields}
+    outer = {
+        name: fields.pop(name) for name in ("output_token_ids", "ended_choices", "cache_salt", "priority") if name in fields
+    }
     sampling = SamplingParams(max_tokens=max_tokens, **{"seed": 1, "ignore_eos": True, **fields})  # type: ignore[arg-type]
     return Request(request_id=request_id, prompt_token_ids=prompt, sampling=sampling, **outer)  # type: ignore[arg-type]

@@ -99,7 +99,8 @@ def run(data: bytes) -> Harness:
             harness.scheduler.set_token_budget(program.below(80))
         elif kind == 8:
             plan = harness.schedule()
-            harness.model.run(plan, [0])
+            if program.below(2):
+                harness.model.run(plan, [0])
             harness.operations += 1
             harness.scheduler.retract(plan)
             harness.check()

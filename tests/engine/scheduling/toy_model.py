@@ -91,7 +91,9 @@ class ToyModel:
         number = self._cells[self._cell(slot, chunk.start - 1)] if chunk.start else 0
         for position in range(chunk.start, end):
             block = slot.table[position // self._block_size]
-            assert self._pool.ref_count(block) == 1, f"block {block} is written while {self._pool.ref_count(block)} tables hold it"
+            assert self._pool.ref_count(block) == 1, (
+                f"block {block} is written while {self._pool.ref_count(block)} tables hold it"
+            )
             assert self._pool.hash_of(block) is None, f"block {block} is written after it was published"
             number = fold(number, slot.token_ids[position])
             self._cells[self._cell(slot, position)] = number
