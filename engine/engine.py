@@ -1,0 +1,155 @@
+"""Tokens in, tokens out: one model, one scheduler, one runner, stepped by whoever owns the thread.
+
+`step` = schedule, launch, collect, update (`step_loop`, `execution/runner`). Synchronous: no I/O, no threads of its own, no
+waiting for a reader (I10). What a caller asks wrongly raises a typed error from `add`; what goes wrong in a step ends the
+requests that it concerns and no other. Any other exception from `step` means that the engine cannot go on. Composition only: what
+is built of what stands here, and nothing else.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from engine.attention.base import KVCacheSpec
+from engine.attention.registry import make_backend
+from engine.config import EngineConfig
+from engine.errors import ConfigError
+from engine.execution.kv_cache import KVCache, pool_size
+from engine.execution.runner import Runner
+from engine.execution.threads import set_compute_threads
+from engine.limits import check_vocabulary
+from engine.loading import load_model
+from engine.output import EngineFacts, StepOutput, StepStats
+from engine.request import Request
+from engine.scheduling.config import SchedulerConfig
+from engine.scheduling.scheduler import Scheduler
+from engine.step_loop import StepLoop
+
+Progress = Callable[[float, str], None]
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto`: the first GPU, else the CPU. Raises `ConfigError` for a device that is not there."""
+    has_gpu = torch.cuda.is_available()
+    if name == "auto":
+        return torch.device("cuda:0" if has_gpu else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"engine.device {name!r} is no device: use auto, cpu or cuda:N", field="engine.device") from error
+    if device.type == "cpu":
+        return device
+    if device.type != "cuda" or not has_gpu or (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"engine.device {name!r} is not available here: use auto or cpu", field="engine.device")
+    return device
+
+
+class Engine:
+    """A loaded model that continues requests. Owner of the KV tensors, the scheduler and the runner."""
+
+    def __init__(
+        self, config: EngineConfig, progress: Progress | None = None, *, clock: Callable[[], int] = time.monotonic_ns
+    ) -> None:
+        """Loads the model and takes the pool's memory. `progress`: (share in [0, 1], what is done), may be None.
+
+        Raises `ConfigError` naming the setting, `CheckpointError` naming the file.
+        """
+        began_ns = clock()
+        device = resolve_device(config.device)
+        backend = make_backend(config.attention_backend, device)
+        threads = set_compute_threads(config.num_threads)
+        loaded = load_model(config, device, progress)
+        spec = loaded.spec
+        kv_spec = KVCacheSpec(
+            num_layers=spec.num_layers,
+            num_kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            block_size=config.block_size,
+            dtype=spec.dtype,
+        )
+        pool = pool_size(config, kv_spec, spec.max_position, device)
+        cache = KVCache(backend, kv_spec, pool.num_blocks, device)
+        runner = Runner(
+            model=loaded.model,
+            backend=backend,
+            caches=cache.layers,
+            device=device,
+            num_slots=config.max_num_seqs,
+            max_model_len=pool.max_model_len,
+            block_size=config.block_size,
+            vocab_size=spec.vocab_size,
+        )
+        scheduler = Scheduler(
+            SchedulerConfig(
+                num_blocks=pool.num_blocks,
+                block_size=config.block_size,
+                max_num_seqs=config.max_num_seqs,
+                max_num_waiting=config.max_num_waiting,
+                max_num_batched_tokens=config.max_num_batched_tokens,
+                max_model_len=pool.max_model_len,
+                max_prefill_chunk=config.max_prefill_chunk,
+                enable_prefix_cache=config.enable_prefix_cache,
+                policy=config.policy,
+                watermark=config.watermark,
+                eos_token_ids=spec.eos_token_ids,
+            )
+        )
+        self._loop = StepLoop(scheduler, runner, clock)
+        self._facts = EngineFacts(
+            model=Path(config.model_dir).name,
+            architecture=spec.architecture,
+            dtype=str(spec.dtype).removeprefix("torch."),
+            device=str(device),
+            attention_backend=backend.name,
+            max_model_len=pool.max_model_len,
+            vocab_size=spec.vocab_size,
+            num_blocks=pool.num_blocks,
+            block_size=config.block_size,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            eos_token_ids=spec.eos_token_ids,
+            num_parameters=spec.num_parameters,
+            weight_bytes=spec.weight_bytes,
+            kv_cache_bytes=cache.num_bytes,
+            load_s=(clock() - began_ns) / 1e9,
+            num_threads=threads,
+            pid=os.getpid(),
+        )
+
+    @property
+    def facts(self) -> EngineFacts:
+        """What this engine is."""
+        return self._facts
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` would compute or hand over something."""
+        return self._loop.has_work
+
+    def add(self, request: Request) -> None:
+        """Accepts a request; it will end in one finish reason a choice.
+
+        Raises, and then keeps nothing: `InvalidFieldError` (token id outside the vocabulary, id already running),
+        `PromptTooLongError`, `TooManyTokensError` (can never fit), `EngineFullError`.
+        """
+        check_vocabulary(request, self._facts.vocab_size)
+        self._loop.add(request)
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request at the next step boundary with "cancelled"; unknown ids are ignored."""
+        self._loop.abort(request_id)
+
+    def step(self) -> StepOutput:
+        """Computes one step and says what it gave. Without work: nothing, and no time spent."""
+        return self._loop.step()
+
+    def stats(self) -> StepStats:
+        """The present state as a step of no tokens."""
+        return self._loop.stats()
+
+    def close(self) -> None:
+        """Drops model, pool and everything under way; the engine is not usable afterwards. Idempotent."""
+        self.__dict__.pop("_loop", None)
