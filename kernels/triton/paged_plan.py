@@ -43,7 +43,14 @@ class PagedPlan:
     """
 
     def __init__(
-        self, *, seq_lens: Tensor, query_start_loc: Tensor, block_tables: Tensor, num_decodes: int, num_tokens: int, max_seq_len: int
+        self,
+        *,
+        seq_lens: Tensor,
+        query_start_loc: Tensor,
+        block_tables: Tensor,
+        num_decodes: int,
+        num_tokens: int,
+        max_seq_len: int,
     ) -> None:
         self.seq_lens = seq_lens
         self.query_start_loc = query_start_loc

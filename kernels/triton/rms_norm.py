@@ -51,7 +51,9 @@ def rms_norm_kernel(
 def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     num_rows, width = x.shape
     if width > tuning.MAX_NORM_WIDTH:
-        raise ValueError(f"a row of {width} elements is above {tuning.MAX_NORM_WIDTH}, the most that rms_norm keeps in registers")
+        raise ValueError(
+            f"a row of {width} elements is above {tuning.MAX_NORM_WIDTH}, the most that rms_norm keeps in registers"
+        )
     if x.stride(-1) != 1 or (residual is not None and residual.stride(-1) != 1):
         raise ValueError("rms_norm wants rows whose elements are contiguous")
     out = torch.empty((num_rows, width), dtype=x.dtype, device=x.device)
@@ -74,6 +76,7 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> t
             ROWS=rows,
             WIDTH=padded,
             num_warps=warps,
+            **tuning.COMPILER_OPTIONS,
         )
     return out, total
 
@@ -81,7 +84,7 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> t
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight. x: [T, H], rows may be strided; weight: [H]; out: [T, H], contiguous, in x's dtype.
 
-    Raises ValueError for H above 65,536 or elements of a row that are not contiguous.
+    Raises ValueError for H above 32,768 or elements of a row that are not contiguous.
     """
     return _launch(x, None, weight, eps)[0]
 

@@ -128,5 +128,6 @@ def rotary_kv_write(
         HALF_PAD=triton.next_power_of_2(half),
         HEADS=heads,
         num_warps=tuning.ROTARY_WARPS,
+        **tuning.COMPILER_OPTIONS,
     )
     return out

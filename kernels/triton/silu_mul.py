@@ -33,6 +33,12 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     if num_rows and width:
         grid = (num_rows, triton.cdiv(width, tuning.SILU_MUL_BLOCK))
         silu_mul_kernel[grid](
-            out, gate_up, width, gate_up.stride(0), BLOCK=tuning.SILU_MUL_BLOCK, num_warps=tuning.SILU_MUL_WARPS
+            out,
+            gate_up,
+            width,
+            gate_up.stride(0),
+            BLOCK=tuning.SILU_MUL_BLOCK,
+            num_warps=tuning.SILU_MUL_WARPS,
+            **tuning.COMPILER_OPTIONS,
         )
     return out
