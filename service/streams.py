@@ -41,7 +41,7 @@ class Inbox:
 
 
 class Streams:
-    """The open requests of one engine. `on_step` sees every step first (metrics); it must not block."""
+    """The open requests of one engine. `on_step` sees every step of the engine first (metrics); it must not block."""
 
     def __init__(self, on_step: Callable[[StepOutput], None] | None = None) -> None:
         self._inboxes: dict[str, Inbox] = {}
@@ -68,7 +68,8 @@ class Streams:
         """Dispatches until the engine's outputs end; then whoever is still open is told that it failed."""
         try:
             async for step in outputs:
-                if self._on_step is not None:
+                # Ends that the supervisor gives stand for no step.
+                if self._on_step is not None and step.stats.step:
                     self._on_step(step)
                 for output in step.outputs:
                     inbox = self._inboxes.get(output.request_id)
