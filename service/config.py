@@ -211,6 +211,9 @@ class GrpcSection(Section):
     keepalive_s: float = Field(default=30.0, gt=0)
     """HTTP/2 ping interval that finds dead peers."""
 
+    trusted_tenant_metadata: bool = False
+    """Believe the sluice-tenant metadata: only behind something that sets it from an identity."""
+
 
 class HttpSection(Section):
     """The OpenAI-compatible server (not built yet: reserved so that files stay valid)."""

@@ -6,7 +6,9 @@ Guarantees: a line inside a trace carries its trace id; fields that may hold pro
 
 import logging
 import sys
+import traceback
 from collections.abc import Mapping, MutableMapping
+from pathlib import Path
 from typing import Any, TextIO
 
 import structlog
@@ -64,6 +66,12 @@ def configure(section: LoggingSection, stream: TextIO | None = None) -> None:
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=False,
     )
+
+
+def fault(error: BaseException) -> dict[str, Any]:
+    """Fields that say where an unexpected error came from: its type and stack, never its message, which may quote a prompt."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return {"error": type(error).__name__, "stack": [f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in frames[-12:]]}
 
 
 def _keep(logger: object, method: str, event: EventDict) -> EventDict:

@@ -1,0 +1,123 @@
+"""What one stream has yet to send: bounded, since deltas that wait are merged and reading stops at the bound.
+
+Guarantees: per choice, tokens and text leave in order, once each; `Started` leaves first, the terminal event last. While a
+message waits, at most one delta a choice is kept, so that its overhead does not grow with the wait; above `max_bytes` `full` turns
+true, and the one who fills it waits for `room` (the generation goes on: its own buffer is bounded by max_tokens). One filler,
+one taker, one event loop. Knows no gRPC.
+"""
+
+import asyncio
+
+from service.contract import Delta, Event, LogprobEntry, Started
+
+_TOKEN_BYTES = 4
+_ENTRY_BYTES = 48
+
+
+class Outbox:
+    """Pending events of one stream; see the module."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._bytes = 0
+        self._started: Started | None = None
+        self._deltas: dict[int, Delta] = {}
+        self._end: Event | None = None
+        self._opened: set[int] = set()
+        self._error: BaseException | None = None
+        self._filled = asyncio.Event()
+        self._urgent = asyncio.Event()
+        self._room = asyncio.Event()
+        self._room.set()
+        self.num_merges = 0
+        self.said: list[int] = []
+        """Tokens said so far, one count a choice, sent or not."""
+
+    @property
+    def num_bytes(self) -> int:
+        """About what the pending events take in memory and on the wire."""
+        return self._bytes
+
+    def put(self, event: Event) -> None:
+        """Adds an event of the generation."""
+        if isinstance(event, Started):
+            self._started = event
+            self._urgent.set()
+        elif isinstance(event, Delta):
+            self._put_delta(event)
+        else:
+            self._end = event
+            self._urgent.set()
+        self._filled.set()
+
+    def _put_delta(self, delta: Delta) -> None:
+        self.said.extend([0] * (delta.choice + 1 - len(self.said)))
+        self.said[delta.choice] = delta.seq + len(delta.token_ids)
+        waiting = self._deltas.get(delta.choice)
+        if waiting is not None:
+            self.num_merges += 1
+        self._deltas[delta.choice] = delta if waiting is None else _merged(waiting, delta)
+        self._bytes += _size(delta)
+        if self._bytes >= self._max_bytes:
+            self._room.clear()
+        # A choice's first token goes out at once: it is what the reader waits for.
+        if delta.choice not in self._opened or self._bytes >= self._max_bytes:
+            self._urgent.set()
+
+    def close(self, error: BaseException) -> None:
+        """No more will come, for this reason: the taker sends what waits, then finds the reason in `error`. The first one counts."""
+        if self._error is None:
+            self._error = error
+        self._filled.set()
+        self._urgent.set()
+
+    @property
+    def error(self) -> BaseException | None:
+        """Why no more will come; None while more may."""
+        return self._error
+
+    async def room(self) -> None:
+        """Returns once less than `max_bytes` wait."""
+        await self._room.wait()
+
+    async def wait(self) -> None:
+        """Returns once something waits, or no more will come."""
+        await self._filled.wait()
+
+    async def wait_urgent(self) -> None:
+        """Returns once something waits that should not be held back for company."""
+        await self._urgent.wait()
+
+    def take(self) -> list[Event]:
+        """All that waits, in the order to send it."""
+        events: list[Event] = [] if self._started is None else [self._started]
+        events.extend(self._deltas.values())
+        self._opened.update(self._deltas)
+        if self._end is not None:
+            events.append(self._end)
+        self._started, self._end, self._bytes = None, None, 0
+        self._deltas = {}
+        self._filled.clear()
+        self._urgent.clear()
+        self._room.set()
+        return events
+
+
+def _merged(first: Delta, second: Delta) -> Delta:
+    logprobs: tuple[LogprobEntry, ...] | None = None
+    if first.logprobs is not None or second.logprobs is not None:
+        logprobs = (first.logprobs or ()) + (second.logprobs or ())
+    return Delta(
+        choice=first.choice,
+        seq=first.seq,
+        token_ids=first.token_ids + second.token_ids,
+        text=first.text + second.text,
+        text_offset=first.text_offset,
+        logprobs=logprobs,
+        finish_reason=second.finish_reason or first.finish_reason,
+    )
+
+
+def _size(delta: Delta) -> int:
+    entries = sum(1 + len(entry.top) for entry in delta.logprobs or ())
+    return len(delta.token_ids) * _TOKEN_BYTES + len(delta.text.encode("utf-8", "replace")) + entries * _ENTRY_BYTES
