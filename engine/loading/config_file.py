@@ -18,6 +18,8 @@ from engine.quantization.registry import METHODS
 
 _MAX_FILE_BYTES = 16 << 20
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# What transformers takes for an absent num_key_value_heads; elsewhere it is num_attention_heads.
+_KEY_HEADS = {"MistralForCausalLM": 8, "Qwen2ForCausalLM": 32, "Qwen3ForCausalLM": 32}
 _MAX_SIZES = {
     "vocab_size": 1 << 24,
     "hidden_size": 1 << 17,
@@ -37,7 +39,7 @@ def read_model_config(model_dir: Path) -> ModelConfig:
     architecture = fields.architecture()
     num_heads = fields.size("num_attention_heads")
     hidden_size = fields.size("hidden_size")
-    num_kv_heads = fields.size("num_key_value_heads", default=8 if architecture == "MistralForCausalLM" else num_heads)
+    num_kv_heads = fields.size("num_key_value_heads", default=_KEY_HEADS.get(architecture, num_heads))
     if num_heads % num_kv_heads:
         raise fields.error(f"num_attention_heads ({num_heads}) must be a multiple of num_key_value_heads ({num_kv_heads})")
     if fields.values.get("head_dim") is None and hidden_size % num_heads and architecture != "Qwen3ForCausalLM":

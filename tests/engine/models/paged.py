@@ -1,0 +1,61 @@
+"""Runs one model over paged caches for the tests: several sequences side by side, in any chunks, without scheduler or runner."""
+
+from pathlib import Path
+
+import torch
+
+from engine.attention.base import AttentionMetadata, KVCacheSpec
+from engine.attention.registry import make_backend
+from engine.config import EngineConfig
+from engine.execution.forward_batch import ForwardBatch
+from engine.loading import LoadedModel, load_model
+
+CPU = torch.device("cpu")
+BLOCK = 4
+
+
+def load(model_dir: Path, **settings: str) -> LoadedModel:
+    return load_model(EngineConfig(model_dir=str(model_dir), **settings), CPU)
+
+
+class Sequences:
+    """`count` sequences, each with its own blocks of one pool; sequence i owns blocks i, count + i, 2 * count + i, …"""
+
+    def __init__(self, loaded: LoadedModel, count: int, max_len: int) -> None:
+        self.model, spec = loaded.model, loaded.spec
+        self.backend = make_backend("auto", CPU)
+        self.num_blocks = -(-max_len // BLOCK)
+        cache = KVCacheSpec(
+            num_layers=spec.num_layers, num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim, block_size=BLOCK, dtype=spec.dtype
+        )
+        self.caches = self.backend.allocate(cache, self.num_blocks * count, CPU)
+        self.tables = torch.arange(self.num_blocks * count, dtype=torch.int32).view(self.num_blocks, count).t().contiguous()
+        self.computed = [0] * count
+
+    def step(self, chunks: dict[int, list[int]]) -> torch.Tensor:
+        """Computes each sequence's next tokens, chunks of one token first; logits of every token, [num_tokens, V], in that order."""
+        order = sorted(chunks, key=lambda i: len(chunks[i]) > 1)
+        starts, positions, slots = [0], [], []
+        for i in order:
+            places = torch.arange(self.computed[i], self.computed[i] + len(chunks[i]))
+            positions.append(places)
+            slots.append(self.tables[i].long()[places // BLOCK] * BLOCK + places % BLOCK)
+            starts.append(starts[-1] + len(chunks[i]))
+            self.computed[i] += len(chunks[i])
+        metadata = AttentionMetadata(
+            query_start_loc=torch.tensor(starts, dtype=torch.int32),
+            seq_lens=torch.tensor([self.computed[i] for i in order], dtype=torch.int32),
+            block_tables=self.tables[order],
+            slot_mapping=torch.cat(slots),
+            num_single_token_chunks=sum(len(chunks[i]) == 1 for i in order),
+            max_query_len=max(len(chunk) for chunk in chunks.values()),
+            max_seq_len=max(self.computed[i] for i in order),
+        )
+        rows = torch.arange(starts[-1])
+        batch = ForwardBatch(
+            attention=self.backend.prepare(metadata), backend=self.backend, caches=self.caches, logits_indices=rows
+        )
+        with torch.inference_mode():
+            ids = torch.tensor([token for i in order for token in chunks[i]])
+            hidden = self.model.forward(ids, torch.cat(positions), batch)
+            return self.model.compute_logits(hidden[batch.logits_indices])
