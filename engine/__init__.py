@@ -9,6 +9,8 @@ from engine.config import EngineConfig
 from engine.errors import CheckpointError, EngineError, InvalidFieldError
 from engine.output import (
     EngineFacts,
+    EngineFailure,
+    EngineProgress,
     FinishReason,
     SequenceFacts,
     StepOutput,
@@ -28,6 +30,8 @@ __all__ = [
     "EngineConfig",
     "EngineError",
     "EngineFacts",
+    "EngineFailure",
+    "EngineProgress",
     "FinishReason",
     "InvalidFieldError",
     "Request",
