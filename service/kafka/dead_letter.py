@@ -58,7 +58,7 @@ def dead_letter(
         letter = OutRecord(topic=topic, key=key, value=wire.to_bytes(message), headers=headers)
         if letter.num_bytes <= max_bytes:
             return letter
-        message.ClearField(too_much)  # type: ignore[arg-type]
+        message.ClearField(too_much)
         if too_much == "original_key":
             key = None
     return OutRecord(topic=topic, key=key, value=wire.to_bytes(message), headers=headers)

@@ -1,0 +1,216 @@
+"""Tokens to the chunk topic as they are made: a `Started` record opens an attempt, then chunks in order.
+
+Guarantees: one request's records are in order on the partition of its prompt, keyed by its id; the first tokens go at once, then
+whatever gathered for `interval_s` or `max_tokens` tokens; `finish` returns once all of them are acknowledged. Memory is bounded
+by a request's own tokens: while the broker does not take records, deltas merge.
+A chunk that can never be written is logged and left out: the result is authoritative.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+
+import structlog
+from aiokafka.errors import KafkaError
+
+from schemas.v1 import events_pb2
+from service import wire
+from service.contract import Delta, Source, Started
+from service.errors import RequestError
+from service.kafka.output import Output
+from service.kafka.records import HEADER_CONTENT_TYPE, HEADER_TYPE, OutRecord
+
+_log = structlog.get_logger(__name__)
+
+_RETRY_S = 0.5
+
+
+class ChunkWriter:
+    """The pump that writes the chunks of every running request. `run` is its task."""
+
+    def __init__(self, output: Output, *, topic: str, interval_s: float, max_tokens: int, wall_ns: Callable[[], int]) -> None:
+        self._output = output
+        self._topic = topic
+        self._interval_s = interval_s
+        self._max_tokens = max_tokens
+        self._wall_ns = wall_ns
+        self._urgent: dict[ChunkStream, None] = {}
+        self._waiting: dict[ChunkStream, None] = {}
+        self._due_s = 0.0
+        self._wake = asyncio.Event()
+
+    def open(self, source: Source, *, media_type: str, epoch: int, attempt: int, traceparent: str = "") -> "ChunkStream":
+        """The chunks of one attempt at one request."""
+        return ChunkStream(self, source, media_type=media_type, epoch=epoch, attempt=attempt, traceparent=traceparent)
+
+    async def run(self) -> None:
+        """Writes until cancelled."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            if not self._urgent and (remaining_s := self._due_s - loop.time()) > 0:
+                # Only patient streams: they gather until the oldest is due, unless an urgent one comes.
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._wake.wait(), remaining_s)
+                self._wake.clear()
+            streams, self._urgent = self._urgent, {}
+            if self._waiting and loop.time() >= self._due_s:
+                streams, self._waiting = {**streams, **self._waiting}, {}
+            for stream in streams:
+                self._waiting.pop(stream, None)
+                await stream.write()
+            if self._waiting or self._urgent:
+                self._wake.set()
+
+    def ready(self, stream: "ChunkStream", *, urgent: bool) -> None:
+        """`stream` has something to write."""
+        if urgent:
+            self._urgent[stream] = None
+            self._wake.set()
+        elif stream not in self._waiting:
+            if not self._waiting:
+                self._due_s = asyncio.get_running_loop().time() + self._interval_s
+                self._wake.set()
+            self._waiting[stream] = None
+
+    async def send(
+        self, kind: bytes, source: Source, media_type: str, message: events_pb2.Started | events_pb2.Chunk
+    ) -> Awaitable[None]:
+        """Hands one record over."""
+        return await self._output.send(
+            OutRecord(
+                topic=self._topic,
+                key=source.request_id.encode(),
+                partition=source.partition,
+                value=wire.to_bytes(message, media_type),
+                headers=((HEADER_TYPE, kind), (HEADER_CONTENT_TYPE, media_type.encode())),
+            )
+        )
+
+    @property
+    def max_tokens(self) -> int:
+        return self._max_tokens
+
+    def now_ns(self) -> int:
+        """Wall clock."""
+        return self._wall_ns()
+
+
+class ChunkStream:
+    """One attempt's chunks. `started` first, then `delta`s, then `finish` or `drop`."""
+
+    def __init__(
+        self, writer: ChunkWriter, source: Source, *, media_type: str, epoch: int, attempt: int, traceparent: str
+    ) -> None:
+        self._writer = writer
+        self._source = source
+        self._media_type = media_type
+        self._epoch, self._attempt = epoch, attempt
+        self._traceparent = traceparent
+        self._opening: events_pb2.Started | None = None
+        self._pending: dict[int, Delta] = {}
+        self._gathered = 0
+        self._any_written = False
+        self._acknowledgements: set[asyncio.Task[None]] = set()
+        self._empty = asyncio.Event()
+        self._empty.set()
+        self._dropped = False
+        self.num_written = 0
+
+    def started(self, event: Started) -> None:
+        """Opens the attempt."""
+        self._opening = events_pb2.Started(
+            request_id=self._source.request_id,
+            epoch=self._epoch,
+            attempt=self._attempt,
+            resume_from=[0],
+            seed=event.seed,
+            traceparent=self._traceparent,
+            time=wire.timestamp(self._writer.now_ns()),
+        )
+        self._announce(urgent=False)
+
+    def delta(self, event: Delta) -> None:
+        """Adds tokens; never waits."""
+        held = self._pending.get(event.choice)
+        self._pending[event.choice] = event if held is None else _merged(held, event)
+        self._gathered += len(event.token_ids)
+        self._announce(urgent=not self._any_written or self._gathered >= self._writer.max_tokens)
+
+    async def finish(self) -> None:
+        """Returns once everything said is acknowledged (or found to be unwritable)."""
+        if not self._empty.is_set():
+            self._writer.ready(self, urgent=True)
+        await self._empty.wait()
+        while self._acknowledgements:
+            await asyncio.wait(self._acknowledgements)
+
+    def drop(self) -> None:
+        """Writes nothing more: the request is not this owner's any longer."""
+        self._dropped = True
+        self._opening, self._pending, self._gathered = None, {}, 0
+        self._empty.set()
+
+    async def write(self) -> None:
+        """For the writer: hands over what is pending, in order."""
+        if self._opening is not None:
+            opening, self._opening = self._opening, None
+            await self._send(b"started", opening)
+        pending, self._pending, self._gathered = self._pending, {}, 0
+        for delta in pending.values():
+            self._any_written = True
+            chunk = wire.chunk_to_proto(
+                delta,
+                request_id=self._source.request_id,
+                epoch=self._epoch,
+                attempt=self._attempt,
+                time_ns=self._writer.now_ns(),
+            )
+            await self._send(b"chunk", chunk)
+        if not self._pending:
+            self._empty.set()
+
+    async def _send(self, kind: bytes, message: events_pb2.Started | events_pb2.Chunk) -> None:
+        while not self._dropped:
+            try:
+                acknowledged = await self._writer.send(kind, self._source, self._media_type, message)
+            except RequestError as error:
+                _log.warning("a chunk is left out", request_id=self._source.request_id, code=error.code)
+                return
+            except (KafkaError, OSError) as error:
+                # The client has waited already; in order means that nothing may overtake this record.
+                _log.debug("a chunk waits for the broker", error=type(error).__name__)
+                await asyncio.sleep(_RETRY_S)
+                continue
+            self.num_written += 1
+            task = asyncio.ensure_future(self._settle(acknowledged))
+            self._acknowledgements.add(task)
+            task.add_done_callback(self._acknowledgements.discard)
+            return
+
+    async def _settle(self, acknowledged: Awaitable[None]) -> None:
+        try:
+            await acknowledged
+        except (RequestError, KafkaError) as error:
+            _log.warning("a chunk was refused", request_id=self._source.request_id, error=type(error).__name__)
+
+    def _announce(self, *, urgent: bool) -> None:
+        if self._dropped:
+            return
+        self._empty.clear()
+        self._writer.ready(self, urgent=urgent)
+
+
+def _merged(first: Delta, second: Delta) -> Delta:
+    logprobs = (
+        None if first.logprobs is None and second.logprobs is None else (*(first.logprobs or ()), *(second.logprobs or ()))
+    )
+    return replace(
+        first,
+        token_ids=first.token_ids + second.token_ids,
+        text=first.text + second.text,
+        logprobs=logprobs,
+        finish_reason=second.finish_reason,
+    )

@@ -1,0 +1,272 @@
+"""The one consumer of this process: takes prompt records partition by partition, in weighted turns, within the intake's budget.
+
+Guarantees: no record is taken from a partition before its committed progress was read and this owner's epoch was committed; a
+record that is done is skipped; a partition whose window is full, or whose class is over budget, is paused while the others go on,
+and polling never stops, so that the group keeps this member. Both rebalance callbacks return at once (a second at most).
+The broker may be away at start or later: `run` begins anew with back-off, and running generations go on meanwhile.
+"""
+
+import asyncio
+import functools
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+
+import structlog
+from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener
+from aiokafka import TopicPartition as ClientPartition
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.errors import IllegalStateError, KafkaConnectionError, KafkaError
+
+from service.config import KafkaSection
+from service.errors import SetupError
+from service.kafka.assignment import Assignment
+from service.kafka.budget import IntakeBudget, estimate
+from service.kafka.committer import Committer
+from service.kafka.handler import PromptHandler
+from service.kafka.ownership import OwnedPartition, Partitions
+from service.kafka.records import InRecord, TopicPartition
+from service.kafka.topics import WEIGHTS, Topics
+from service.telemetry.metrics import KafkaMetrics
+
+_log = structlog.get_logger(__name__)
+
+_IDLE_POLL_MS = 50
+_WATCH_S = 2.0
+_BACKOFF_MIN_S, _BACKOFF_MAX_S = 0.5, 10.0
+_REVOKE_COMMIT_S = 1.0
+_STOP_S = 5.0
+# `getmany` without partitions means all of them: polling this one keeps the membership alive and takes nothing.
+_NOWHERE = ClientPartition("", -1)
+
+
+class PromptConsumer(ConsumerRebalanceListener):
+    """Takes records and hands them to the handler; `run` is its task."""
+
+    def __init__(
+        self,
+        *,
+        section: KafkaSection,
+        topics: Topics,
+        partitions: Partitions,
+        budget: IntakeBudget,
+        metrics: KafkaMetrics,
+        make_consumer: Callable[[], AIOKafkaConsumer],
+        make_admin: Callable[[], AIOKafkaAdminClient],
+        prepare: Callable[[AIOKafkaAdminClient], Awaitable[Sequence[str]]],
+        engine_alive: Callable[[], bool],
+        on_state: Callable[[bool, str], None],
+    ) -> None:
+        """`prepare` looks at the topics and gives those to read; `on_state` hears whether the broker is served, and why not."""
+        self._section, self._topics = section, topics
+        self._partitions, self._budget, self._metrics = partitions, budget, metrics
+        self._make_consumer, self._make_admin, self._prepare = make_consumer, make_admin, prepare
+        self._engine_alive, self._on_state = engine_alive, on_state
+        self._committer: Committer | None = None
+        self._handler: PromptHandler | None = None
+        self._consumer: AIOKafkaConsumer | None = None
+        self._admin: AIOKafkaAdminClient | None = None
+        self._opening: asyncio.Task[None] | None = None
+        self._paused: set[TopicPartition] = set()
+        self._polling = True
+        self._joined = False
+
+    def attach(self, committer: Committer, handler: PromptHandler) -> None:
+        """The two that need this consumer's `commit` to be made themselves."""
+        self._committer, self._handler = committer, handler
+
+    @property
+    def paused(self) -> frozenset[TopicPartition]:
+        """Open partitions that are held back now."""
+        return frozenset(self._paused)
+
+    async def run(self) -> None:
+        """Serves until cancelled; never ends by itself."""
+        backoff_s = _BACKOFF_MIN_S
+        while True:
+            self._joined = False
+            try:
+                await self._session()
+            except (KafkaError, IllegalStateError, SetupError, OSError, TimeoutError) as error:
+                reason = str(error) if isinstance(error, SetupError) else f"{type(error).__name__}: {error}"
+                _log.warning("the broker is not served", reason=reason)
+                self._report(False, reason)
+            finally:
+                await self._end_session()
+            backoff_s = _BACKOFF_MIN_S if self._joined else min(backoff_s * 2, _BACKOFF_MAX_S)
+            await asyncio.sleep(backoff_s)
+
+    def stop_polling(self) -> None:
+        """Takes no further record; membership and commits go on until `run` is cancelled."""
+        self._polling = False
+
+    async def commit(self, points: Mapping[TopicPartition, tuple[int, str]]) -> None:
+        """`Offsets` for the committer."""
+        if self._consumer is None:
+            raise KafkaConnectionError("there is no connection to the group now")
+        await self._consumer.commit({ClientPartition(*partition): point for partition, point in points.items()})
+
+    async def on_partitions_revoked(self, revoked: "set[ClientPartition]") -> None:
+        """Tentative: what runs goes on; what is done is committed while this member still may."""
+        self._cancel_opening()
+        if revoked and self._committer is not None:
+            try:
+                await asyncio.wait_for(self._committer.commit(_REVOKE_COMMIT_S), _REVOKE_COMMIT_S)
+            except TimeoutError:
+                _log.info("the commit before a rebalance took too long")
+        self._partitions.revoke_all()
+        self._paused.clear()
+
+    async def on_partitions_assigned(self, assigned: "set[ClientPartition]") -> None:
+        """Lost partitions end; assigned ones stay closed until a task has read their progress."""
+        consumer, admin = self._consumer, self._admin
+        if consumer is None or admin is None or self._committer is None:
+            return
+        self._metrics.rebalanced()
+        wanted = {TopicPartition(*partition) for partition in assigned}
+        for owned in self._partitions:
+            if owned.partition not in wanted:
+                self._partitions.lose(owned.partition)
+                self._metrics.forget(*owned.partition)
+        if assigned:
+            consumer.pause(*assigned)
+        assignment = Assignment(
+            consumer=consumer, admin=admin, partitions=self._partitions, committer=self._committer,
+            group_id=self._section.group_id, window=self._section.window_offsets,
+        )  # fmt: skip
+        self._cancel_opening()
+        self._opening = asyncio.create_task(assignment.open(sorted(wanted)), name="open partitions")
+        self._joined = True
+        self._report(True, "")
+
+    def _cancel_opening(self) -> None:
+        if self._opening is not None:
+            self._opening.cancel()
+            self._opening = None
+
+    async def _session(self) -> None:
+        """One connection's life. Raises what ended it."""
+        self._admin = admin = self._make_admin()
+        await admin.start()
+        names = await self._prepare(admin)
+        self._consumer = consumer = self._make_consumer()
+        consumer.subscribe(topics=list(names), listener=self)
+        await consumer.start()
+        tasks = {asyncio.create_task(self._poll(consumer)), asyncio.create_task(self._watch(consumer))}
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _end_session(self) -> None:
+        """Leaves the group. Partitions stay tentative: the next session's assignment says whose they are."""
+        self._cancel_opening()
+        self._partitions.revoke_all()
+        self._paused.clear()
+        consumer, self._consumer = self._consumer, None
+        admin, self._admin = self._admin, None
+        for client, stop in ((consumer, "stop"), (admin, "close")):
+            if client is None:
+                continue
+            try:
+                await asyncio.wait_for(getattr(client, stop)(), _STOP_S)
+            except (KafkaError, OSError, TimeoutError) as error:
+                _log.info("a Kafka client did not stop in order", error=type(error).__name__)
+
+    async def _watch(self, consumer: AIOKafkaConsumer) -> None:
+        """Asks the broker for the ends of our partitions every now and then: lag for the metrics, and a sign of life."""
+        while True:
+            partitions = [owned for owned in self._partitions if owned.state == "open"]
+            try:
+                if partitions:
+                    asked = [ClientPartition(*owned.partition) for owned in partitions]
+                    ends = await asyncio.wait_for(consumer.end_offsets(asked), _WATCH_S)
+                    for owned in partitions:
+                        lag = max(ends[ClientPartition(*owned.partition)] - owned.tracker.low, 0)
+                        self._metrics.lag(*owned.partition, lag)
+                    self._report(True, "")
+            except (KafkaError, TimeoutError) as error:
+                self._report(False, f"the broker does not answer ({type(error).__name__})")
+            await asyncio.sleep(_WATCH_S)
+
+    async def _poll(self, consumer: AIOKafkaConsumer) -> None:
+        while True:
+            readable = self._readable(consumer)
+            taken = 0
+            for partition in readable:
+                taken += await self._turn(consumer, partition, timeout_ms=0)
+            if not taken:
+                # Nothing was there: wait on all that may be read at once, or (nothing may be) just be seen polling.
+                await self._turn(consumer, *dict.fromkeys(readable), timeout_ms=_IDLE_POLL_MS)
+            await asyncio.sleep(0)
+
+    async def _turn(self, consumer: AIOKafkaConsumer, *partitions: TopicPartition, timeout_ms: int) -> int:
+        asked = [ClientPartition(*partition) for partition in partitions] or [_NOWHERE]
+        found = await consumer.getmany(*asked, timeout_ms=timeout_ms, max_records=self._section.max_poll_records)
+        return sum(self._take(consumer, TopicPartition(*partition), records) for partition, records in found.items())
+
+    def _readable(self, consumer: AIOKafkaConsumer) -> list[TopicPartition]:
+        """The open partitions that may be read now, in the order of their turns; pauses and resumes by the way."""
+        readable = []
+        classes = self._topics.classes
+        for owned in self._partitions:
+            if owned.state != "open":
+                continue
+            if self._may_read(owned):
+                readable.append(owned.partition)
+                if owned.partition in self._paused:
+                    self._paused.discard(owned.partition)
+                    consumer.resume(ClientPartition(*owned.partition))
+            elif owned.partition not in self._paused:
+                self._paused.add(owned.partition)
+                consumer.pause(ClientPartition(*owned.partition))
+            self._metrics.window(*owned.partition, owned.tracker.used)
+        self._metrics.intake(tokens=self._budget.used, paused_partitions=len(self._paused))
+        weight = {partition: WEIGHTS[classes[partition.topic]] for partition in readable}
+        lightest = min(weight.values(), default=1)
+        rounds = max(weight.values(), default=0) // lightest
+        return [partition for turn in range(rounds) for partition in readable if weight[partition] > turn * lightest]
+
+    def _may_read(self, owned: OwnedPartition) -> bool:
+        if not self._polling or not self._engine_alive() or not self._budget.open(self._topics.classes[owned.partition.topic]):
+            return False
+        if owned.partition in self._paused:
+            return owned.tracker.used <= owned.tracker.window // 2
+        return not owned.tracker.full
+
+    def _take(self, consumer: AIOKafkaConsumer, partition: TopicPartition, records: Sequence[InRecord]) -> int:
+        """Hands records to the handler until one may not be taken now; that one and the rest are fetched again later."""
+        owned = self._partitions.get(partition)
+        for index, record in enumerate(records):
+            if owned is None or owned.state != "open":
+                # A rebalance began while the records came; whoever opens the partition starts from its progress.
+                return index
+            if not self._may_take(owned, record):
+                consumer.seek(ClientPartition(*partition), record.offset)
+                return index
+            if owned.tracker.take(record.offset):
+                self._run(owned, record)
+            else:
+                self._metrics.redelivered(skipped=True)
+        self._metrics.records(partition.topic, len(records))
+        return len(records)
+
+    def _may_take(self, owned: OwnedPartition, record: InRecord) -> bool:
+        in_budget = self._polling and self._budget.open(self._topics.classes[owned.partition.topic])
+        return in_budget and owned.tracker.fits(record.offset)
+
+    def _run(self, owned: OwnedPartition, record: InRecord) -> None:
+        assert self._handler is not None
+        cost = estimate(record.value, sum(len(value or b"") for _, value in record.headers))
+        again = record.offset < owned.redelivered_below
+        if again:
+            self._metrics.redelivered(skipped=False)
+        self._budget.hold(cost)
+        release = functools.partial(self._budget.release, cost)
+        owned.run(record.offset, self._handler.handle(record, owned, attempt=2 if again else 1, release=release))
+
+    def _report(self, served: bool, reason: str) -> None:
+        self._metrics.connected(served)
+        self._on_state(served, reason)

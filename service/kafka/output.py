@@ -1,0 +1,104 @@
+"""The one producer of this process: idempotent, every record acknowledged by all in-sync replicas.
+
+Guarantees: records of one partition arrive in the order of `send` calls that followed one another; a transport error is retried
+by the client for ever without duplicates, so an unanswered future means "not yet". After an error that is final for a batch the
+client's sequence numbers no longer fit the broker's: the producer is replaced before the next record.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol
+
+import structlog
+from aiokafka import AIOKafkaProducer
+from aiokafka.errors import KafkaError, MessageSizeTooLargeError
+
+from service.errors import RequestError
+from service.kafka.records import OutRecord
+
+_log = structlog.get_logger(__name__)
+
+REQUEST_OVERHEAD_BYTES = 65_536
+"""Room above the largest record for its key, headers and framing."""
+
+
+class Output(Protocol):
+    """Where records go."""
+
+    async def send(self, record: OutRecord) -> Awaitable[None]:
+        """Hands a record over in order; the answer resolves once it is durable.
+
+        Raises `RequestError` (`result_too_large`) for a record that can never be written, `KafkaError` for what may pass; so does
+        the answer.
+        """
+        ...
+
+
+class ProducerOutput:
+    """`Output` on aiokafka; `make` gives a fresh, not yet started producer."""
+
+    def __init__(self, make: Callable[[], AIOKafkaProducer]) -> None:
+        self._make = make
+        self._producer: AIOKafkaProducer | None = None
+        self._broken = False
+        self._lock = asyncio.Lock()
+
+    async def send(self, record: OutRecord) -> Awaitable[None]:
+        producer = await self._current()
+        try:
+            future = await producer.send(
+                record.topic, record.value, key=record.key, partition=record.partition, headers=list(record.headers)
+            )
+        except MessageSizeTooLargeError as error:
+            raise _too_large(record) from error
+        return self._acknowledged(record, producer, future)
+
+    async def close(self, timeout_s: float = 5.0) -> None:
+        """Sends what is left for at most `timeout_s`; what is not acknowledged by then is given up. Idempotent."""
+        producer, self._producer = self._producer, None
+        if producer is not None:
+            await _stop(producer, timeout_s)
+
+    async def _current(self) -> AIOKafkaProducer:
+        if self._producer is not None and not self._broken:
+            return self._producer
+        async with self._lock:
+            if self._broken and self._producer is not None:
+                old, self._producer = self._producer, None
+                await _stop(old, 1.0)
+            if self._producer is None:
+                producer = self._make()
+                try:
+                    await producer.start()
+                except BaseException:
+                    await _stop(producer, 1.0)
+                    raise
+                self._producer, self._broken = producer, False
+            return self._producer
+
+    async def _acknowledged(self, record: OutRecord, producer: AIOKafkaProducer, future: "asyncio.Future[Any]") -> None:
+        try:
+            # Whoever waits may be cancelled; the record is on its way all the same.
+            await asyncio.shield(future)
+        except MessageSizeTooLargeError as error:
+            self._fail(producer)
+            raise _too_large(record) from error
+        except KafkaError:
+            self._fail(producer)
+            raise
+
+    def _fail(self, producer: AIOKafkaProducer) -> None:
+        if producer is self._producer and not self._broken:
+            self._broken = True
+            _log.warning("the producer is replaced after a batch was refused")
+
+
+def _too_large(record: OutRecord) -> RequestError:
+    return RequestError("result_too_large", f"a record of {record.num_bytes} bytes is larger than {record.topic} takes")
+
+
+async def _stop(producer: AIOKafkaProducer, timeout_s: float) -> None:
+    try:
+        await asyncio.wait_for(producer.stop(), timeout_s)
+    except (KafkaError, TimeoutError) as error:
+        _log.warning("the producer did not stop in order", error=type(error).__name__)

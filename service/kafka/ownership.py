@@ -1,0 +1,115 @@
+"""The partitions that this replica works on, and what a rebalance does to them.
+
+A partition is `opening` (assigned; its progress is being read), `open` (records are taken, results written), `tentative` (revoked
+for now: running generations go on, nothing is written) or `lost` (another replica's: what ran is cancelled and not written).
+aiokafka revokes everything at every rebalance, so most tentative partitions open again a moment later.
+Owner of the trackers and of the tasks that run a partition's records.
+"""
+
+import asyncio
+from collections.abc import Coroutine, Iterator
+from typing import Any, Literal
+
+from service.kafka.records import TopicPartition
+from service.kafka.tracker import PartitionTracker
+
+State = Literal["opening", "open", "tentative", "lost"]
+
+
+class OwnedPartition:
+    """One partition, from the moment that its progress was read until it is lost."""
+
+    def __init__(self, partition: TopicPartition, tracker: PartitionTracker, *, redelivered_below: int = 0) -> None:
+        """`redelivered_below`: offsets below it were taken by an earlier owner already."""
+        self.partition = partition
+        self.tracker = tracker
+        self.redelivered_below = redelivered_below
+        self.state: State = "opening"
+        self._settled = asyncio.Event()
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+
+    @property
+    def epoch(self) -> int:
+        return self.tracker.epoch
+
+    @property
+    def num_running(self) -> int:
+        """Records whose task has not ended."""
+        return len(self._tasks)
+
+    def open(self) -> None:
+        """It is this replica's."""
+        self.state = "open"
+        self._settled.set()
+
+    def revoke(self) -> None:
+        """Its owner is being decided anew."""
+        if self.state != "lost":
+            self.state = "tentative"
+            self._settled.clear()
+
+    def lose(self) -> None:
+        """It is another's: everything running here is cancelled."""
+        self.state = "lost"
+        self._settled.set()
+        for task in self._tasks.values():
+            task.cancel()
+
+    async def may_write(self) -> bool:
+        """Waits until the owner is known; whether it is this replica."""
+        while self.state in ("opening", "tentative"):
+            await self._settled.wait()
+        return self.state == "open"
+
+    def run(self, offset: int, work: Coroutine[Any, Any, None]) -> None:
+        """Runs a taken record's work as a task of this partition."""
+        task = asyncio.create_task(work, name=f"{self.partition.topic}-{self.partition.partition}-{offset}")
+        self._tasks[offset] = task
+
+        def ended(done: asyncio.Task[None]) -> None:
+            self._tasks.pop(offset, None)
+            if not done.cancelled() and (error := done.exception()) is not None:
+                done.get_loop().call_exception_handler({"message": "a record's task failed", "exception": error, "task": done})
+
+        task.add_done_callback(ended)
+
+    def tasks(self) -> tuple["asyncio.Task[None]", ...]:
+        """The running tasks."""
+        return tuple(self._tasks.values())
+
+
+class Partitions:
+    """All of them, by topic and partition."""
+
+    def __init__(self) -> None:
+        self._owned: dict[TopicPartition, OwnedPartition] = {}
+
+    def __iter__(self) -> Iterator[OwnedPartition]:
+        return iter(tuple(self._owned.values()))
+
+    def __len__(self) -> int:
+        return len(self._owned)
+
+    def get(self, partition: TopicPartition) -> OwnedPartition | None:
+        return self._owned.get(partition)
+
+    def put(self, owned: OwnedPartition) -> None:
+        """Adds one; one of the same name is lost."""
+        self.lose(owned.partition)
+        self._owned[owned.partition] = owned
+
+    def lose(self, partition: TopicPartition) -> OwnedPartition | None:
+        """Drops one; what runs there is cancelled."""
+        owned = self._owned.pop(partition, None)
+        if owned is not None:
+            owned.lose()
+        return owned
+
+    def revoke_all(self) -> None:
+        """A rebalance has begun."""
+        for owned in self._owned.values():
+            owned.revoke()
+
+    @property
+    def num_running(self) -> int:
+        return sum(owned.num_running for owned in self._owned.values())
