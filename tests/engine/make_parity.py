@@ -2,8 +2,8 @@
 
     .venv/bin/python -m tests.engine.make_parity [MODEL_DIR]
 
-One prompt at a time, no batch, no padding, eager attention of transformers' Llama. The prompts themselves are made here, so the
-file can be made anew with another model. Takes a few minutes on 2 cores.
+Prompts of similar length share a batch, padded on the left. They are made here, so the file can be made anew with another
+model. Takes a few minutes on 2 cores.
 """
 
 import json
@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 DATA = Path(__file__).parent / "data" / "parity.json"
 NUM_TOKENS = 64
+BATCH = 8
 
 _SHORT = (
     "What is the capital of France?",
@@ -82,7 +83,13 @@ def prompts() -> list[tuple[str, list[dict[str, str]] | str]]:
         {"role": "user", "content": "Which is the longest one?"},
         {"role": "assistant", "content": "The Danyang–Kunshan Grand Bridge."},
     ]
-    questions = ("What is my name?", "How long is it?", "And the second longest?", "Say goodbye in French.", "Why do I like them?")
+    questions = (
+        "What is my name?",
+        "How long is it?",
+        "And the second longest?",
+        "Say goodbye in French.",
+        "Why do I like them?",
+    )
     found += [("multi-turn", [*history, {"role": "user", "content": question}]) for question in questions]
     return found
 
@@ -100,13 +107,26 @@ def main() -> None:
             ids = tokenizer(prompt)["input_ids"]
         else:
             ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
-        tokens = torch.tensor([ids])
-        out = model.generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=NUM_TOKENS)
-        cases.append({"kind": kind, "prompt": ids, "expected": out[0, len(ids) :].tolist()})
-        print(f"{len(cases):2d} {kind:10s} {len(ids):5d} prompt tokens, {len(cases[-1]['expected'])} said", file=sys.stderr)
+        cases.append({"kind": kind, "prompt": ids})
+    by_length = sorted(cases, key=lambda case: len(case["prompt"]))
+    for first in range(0, len(by_length), BATCH):
+        batch = by_length[first : first + BATCH]
+        width = max(len(case["prompt"]) for case in batch)
+        tokens = torch.tensor([[eos] * (width - len(case["prompt"])) + case["prompt"] for case in batch])
+        mask = torch.tensor([[0] * (width - len(case["prompt"])) + [1] * len(case["prompt"]) for case in batch])
+        out = model.generate(tokens, attention_mask=mask, do_sample=False, max_new_tokens=NUM_TOKENS, pad_token_id=eos)
+        for case, said in zip(batch, out[:, width:].tolist(), strict=True):
+            case["expected"] = said[: said.index(eos) + 1] if eos in said else said
+        print(f"{first + len(batch)} of {len(cases)}: up to {width} prompt tokens", file=sys.stderr)
     lines = ",\n".join(json.dumps(case, separators=(",", ":")) for case in cases)
     head = json.dumps(
-        {"model": model_dir.name, "dtype": "float32", "num_tokens": NUM_TOKENS, "eos": eos, "transformers": transformers.__version__}
+        {
+            "model": model_dir.name,
+            "dtype": "float32",
+            "num_tokens": NUM_TOKENS,
+            "eos": eos,
+            "transformers": transformers.__version__,
+        }
     )
     DATA.parent.mkdir(exist_ok=True)
     DATA.write_text(f'{head[:-1]},\n"cases": [\n{lines}\n]}}\n', encoding="utf-8")
