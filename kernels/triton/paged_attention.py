@@ -39,15 +39,15 @@ def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: PagedPlan, scale: 
     group = q.shape[1] // num_kv_heads
     padded = max(16, triton.next_power_of_2(head_dim))
     shapes = tuning.attention(tuning.architecture(q.device), padded, q.element_size())
-    common = dict(
-        NUM_KV_HEADS=num_kv_heads,
-        GROUP=group,
-        D=head_dim,
-        D_PAD=padded,
-        WINDOW=sliding_window,
-        BLOCK_SIZE=block_size,
-        DOT=_DOT[q.dtype],
-    )
+    common = {
+        "NUM_KV_HEADS": num_kv_heads,
+        "GROUP": group,
+        "D": head_dim,
+        "D_PAD": padded,
+        "WINDOW": sliding_window,
+        "BLOCK_SIZE": block_size,
+        "DOT": _DOT[q.dtype],
+    }
     strides = (*q.stride()[:2], *k_cache.stride()[:3], plan.block_tables.stride(0))
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if plan.num_decodes:

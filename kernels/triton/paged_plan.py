@@ -94,6 +94,8 @@ class PagedPlan:
         """
         key = (entries, num_heads, head_dim)
         if key not in self._scratch:
-            on = {"dtype": torch.float32, "device": self.seq_lens.device}
-            self._scratch[key] = (torch.empty(key, **on), torch.empty(key[:2], **on), torch.empty(key[:2], **on))
+            on = self.seq_lens.device
+            outputs = torch.empty(key, dtype=torch.float32, device=on)
+            maxima, sums = (torch.empty(key[:2], dtype=torch.float32, device=on) for _ in range(2))
+            self._scratch[key] = (outputs, maxima, sums)
         return self._scratch[key]

@@ -116,9 +116,8 @@ def compile_case(case: Case, architecture: str) -> Compiled:
 def _attention(architecture: str, element: str, head_dim: int, block_size: int, window: int, group: int) -> Iterator[Case]:
     padded = triton.next_power_of_2(head_dim)
     shapes = tuning.attention(architecture, padded, 4 if element == "fp32" else 2)
-    common = dict(
-        NUM_KV_HEADS=8, GROUP=group, D=head_dim, D_PAD=padded, WINDOW=window, BLOCK_SIZE=block_size, DOT=_DOT[element]
-    )  # fmt: skip
+    common = {"NUM_KV_HEADS": 8, "GROUP": group, "D": head_dim, "D_PAD": padded, "WINDOW": window, "BLOCK_SIZE": block_size}
+    common["DOT"] = _DOT[element]
     label = f"{element} d{head_dim} block {block_size} group {group}" + (f" window {window}" if window else "")
     for kernel, shape, extra in (
         (decode_kernel, shapes.decode, {"SPLIT": tuning.SPLIT_TOKENS}),

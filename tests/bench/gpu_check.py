@@ -1,0 +1,256 @@
+"""On a machine with a GPU: every Triton kernel's correctness, then its figures against the copy and matmul measured there.
+
+`python -m tests.bench.gpu_check [--correctness] [--sweep]`, from the repository root, prints one JSON object; needs torch and
+triton only. Exits 0 when all is right, 1 when a kernel is wrong, 3 where there is no GPU. `--correctness` measures nothing;
+`--sweep` times other tiles for the head size of 128 than the one in kernels/triton/tuning.py. Figures are device time,
+from CUDA graphs, medians; inputs are several times the L2 cache unless said.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.testing import do_bench_cudagraph
+
+from kernels import reference
+from kernels.triton import tuning
+from kernels.triton.paged_attention import attend, paged_attention
+from kernels.triton.paged_plan import PagedPlan
+from kernels.triton.rms_norm import add_rms_norm, rms_norm
+from kernels.triton.rotary_kv_write import rotary_kv_write
+from kernels.triton.silu_mul import silu_mul
+from tests.kernels.paged_case import paged_case
+from tests.kernels.tolerance import LITTLE
+
+Check = dict[str, Any]
+HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
+
+
+def compare(name: str, actual: Tensor, plain: Tensor, exact: Tensor) -> Check:
+    """The house's rule: at most twice plain torch's error against float32, and a little."""
+    size = 1 + exact.abs()
+    error = ((actual.float() - exact).abs() / size).max().item()
+    allowed = 2 * ((plain.float() - exact).abs() / size).max().item() + LITTLE[actual.dtype]
+    # A NaN compares as false, so it fails.
+    return {
+        "check": name,
+        "dtype": str(actual.dtype).removeprefix("torch."),
+        "error": error,
+        "allowed": allowed,
+        "ok": error <= allowed,
+    }
+
+
+def small_checks(dtype: torch.dtype, device: torch.device) -> Iterator[Check]:
+    """Norm, SiLU·mul, rotation and write."""
+    x, residual = (torch.randn(100, 1100).to(device, dtype) for _ in range(2))
+    weight = torch.randn(1100).to(device, dtype)
+    exact = reference.rms_norm(x.float(), weight.float(), 1e-5)
+    yield compare("rms_norm", rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5), exact)
+    normed, total = add_rms_norm(x, residual, weight, 1e-5)
+    plain, plain_total = reference.add_rms_norm(x, residual, weight, 1e-5)
+    yield compare("add_rms_norm", normed, plain, reference.rms_norm(plain_total.float(), weight.float(), 1e-5))
+    yield compare("add_rms_norm, sum", total, plain_total, plain_total.float())
+    yield compare("silu_mul", silu_mul(x), reference.silu_mul(x), reference.silu_mul(x.float()))
+    q, k, v = torch.randn(63, 15, 80).to(device, dtype).split([9, 3, 3], dim=1)
+    angles = torch.arange(300).float()[:, None] * 10000.0 ** (-torch.arange(0, 80, 2).float() / 80)
+    table = torch.cat((angles.cos(), angles.sin()), dim=-1).to(device)
+    positions, slots = torch.randint(0, 300, (63,)).to(device), torch.randperm(96)[:63].to(device)
+    slots[5] = -1
+    found, kept = (torch.zeros(2, 6, 16, 3, 80, dtype=dtype, device=device) for _ in range(2))
+    wide = torch.zeros(2, 6, 16, 3, 80, device=device)
+    actual = rotary_kv_write(q, k, v, table, positions, *found, slots)
+    plain = reference.rotary_kv_write(q, k, v, table, positions, *kept, slots)
+    exact = reference.rotary_kv_write(q.float(), k.float(), v.float(), table, positions, *wide, slots)
+    yield compare("rotary_kv_write, q", actual, plain, exact)
+    yield compare("rotary_kv_write, cache", found, kept, wide)
+
+
+def attention_checks(dtype: torch.dtype, device: torch.device, long: int) -> Iterator[Check]:
+    """Mixed batches over head sizes, block sizes and windows, and independence from batch mates."""
+    chunks = [(1, 1), (63, 1), (long, 1), (100, 37), (long // 2, 100), (130, 2)]
+    for heads, head_dim, block_size, window in (
+        ((9, 3), 64, 16, 0), ((32, 8), 128, 16, 0), ((32, 8), 128, 64, 0), ((32, 8), 128, 16, 300), ((8, 8), 80, 32, 0),
+        ((8, 1), 96, 16, 64), ((16, 2), 256, 16, 0),
+    ):  # fmt: skip
+        case = paged_case(chunks, heads=heads, head_dim=head_dim, block_size=block_size, dtype=dtype)
+        names = ("q", "k_cache", "v_cache", "block_tables", "seq_lens", "query_start_loc")
+        inputs = {name: on_device(getattr(case, name), device) for name in names} | {
+            "scale": case.scale,
+            "sliding_window": window,
+        }
+        actual = paged_attention(**inputs)
+        exact = reference.paged_attention(**inputs | {name: inputs[name].float() for name in names[:3]})
+        yield compare(f"attention d{head_dim} b{block_size} w{window}", actual, reference.paged_attention(**inputs), exact)
+        alone = {name: inputs[name][2:3] for name in ("q", "block_tables", "seq_lens")}
+        one = paged_attention(**inputs | alone | {"query_start_loc": torch.tensor([0, 1], dtype=torch.int32, device=device)})
+        same = torch.equal(one[0], actual[2])
+        name = f"attention d{head_dim} b{block_size} w{window}, alone and in a batch"
+        yield {"check": name, "dtype": str(dtype).removeprefix("torch."), "ok": same}
+
+
+def on_device(x: Tensor, device: torch.device) -> Tensor:
+    """A copy with the same strides: the cache's layout is part of what is checked."""
+    if x.is_contiguous():
+        return x.to(device)
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device).copy_(x)
+
+
+def correctness(device: torch.device, long: int = 3000, dtypes: tuple[torch.dtype, ...] = tuple(LITTLE)) -> list[Check]:
+    """Every check in every type. `long`: the longest context."""
+    torch.manual_seed(0)
+    return [check for dtype in dtypes for check in (*small_checks(dtype, device), *attention_checks(dtype, device, long))]
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    """Device time of a call, median, without the host's part."""
+    return do_bench_cudagraph(call, rep=50, return_mode="median") / 1e3
+
+
+def limits(device: torch.device) -> dict[str, float]:
+    """What this machine gives: a copy of 2 GiB (bytes read and written a second), a bf16 matmul of random numbers."""
+    source = torch.empty(1 << 30, dtype=torch.bfloat16, device=device).normal_()
+    target = torch.empty_like(source)
+    copy = 4 * source.numel() / seconds(lambda: target.copy_(source))
+    a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device=device) for _ in range(2))
+    return {"copy_bytes_per_s": copy, "matmul_flops": 2 * 8192**3 / seconds(lambda: a @ b)}
+
+
+def batch(chunks: list[tuple[int, int]], block_size: int, device: torch.device, shuffled: bool = True) -> dict[str, Any]:
+    """Random inputs of a Llama-3-8B layer: chunks of (context with the chunk, chunk length), decodes first."""
+    needed = [triton.cdiv(length, block_size) for length, _ in chunks]
+    order = torch.randperm(sum(needed), dtype=torch.int32) if shuffled else torch.arange(sum(needed), dtype=torch.int32)
+    tables = torch.zeros((len(chunks), max(needed)), dtype=torch.int32)
+    for i, blocks in enumerate(order.split(needed)):
+        tables[i, : len(blocks)] = blocks
+    storage = torch.randn((sum(needed), KV_HEADS, 2, block_size, HEAD_DIM), dtype=torch.bfloat16, device=device)
+    both = storage.permute(2, 0, 3, 1, 4)
+    num_tokens = sum(n for _, n in chunks)
+    starts = torch.tensor([0, *(n for _, n in chunks)]).cumsum(0).to(torch.int32)
+    plan = PagedPlan(
+        seq_lens=torch.tensor([length for length, _ in chunks], dtype=torch.int32, device=device),
+        query_start_loc=starts.to(device),
+        block_tables=tables.to(device),
+        num_decodes=sum(n == 1 for _, n in chunks),
+        num_tokens=num_tokens,
+        max_seq_len=max(length for length, _ in chunks),
+    )
+    q = torch.randn((num_tokens, HEADS, HEAD_DIM), dtype=torch.bfloat16, device=device)
+    return {"q": q, "k_cache": both[0], "v_cache": both[1], "plan": plan, "scale": HEAD_DIM**-0.5}
+
+
+def time_attention(chunks: list[tuple[int, int]], device: torch.device, block_size: int = 16, shuffled: bool = True) -> float:
+    inputs = batch(chunks, block_size, device, shuffled)
+    return seconds(lambda: attend(**inputs))
+
+
+def decode_bytes(chunks: list[tuple[int, int]]) -> int:
+    """Keys and values read once, queries read and outputs written."""
+    return sum(length for length, _ in chunks) * KV_HEADS * HEAD_DIM * 4 + len(chunks) * HEADS * HEAD_DIM * 4
+
+
+def prefill_flops(chunks: list[tuple[int, int]]) -> int:
+    """Two products of every query with every position that it sees."""
+    seen = sum(n * length - n * (n - 1) // 2 for length, n in chunks)
+    return 4 * HEADS * HEAD_DIM * seen
+
+
+def figures(device: torch.device) -> dict[str, Any]:
+    """engine.md's table, as far as kernels alone decide it. Llama-3-8B's layer, bf16."""
+    limit = limits(device)
+    copy, matmul = limit["copy_bytes_per_s"], limit["matmul_flops"]
+    found: dict[str, Any] = {"limits": limit}
+    for size, context in ((1, 32768), (8, 8192), (16, 2048), (17, 2048), (64, 2048), (64, 8192), (256, 1500), (256, 2048)):
+        for block_size in (16, 64):
+            chunks = [(context, 1)] * size
+            time = time_attention(chunks, device, block_size)
+            name = f"decode batch {size} context {context} block {block_size}"
+            found[name] = {"us": time * 1e6, "of_copy": decode_bytes(chunks) / time / copy}
+    for chunks, name in (
+        ([(8192, 8192)], "8k"),
+        ([(2048, 2048)] * 4, "4 x 2k"),
+        ([(32768, 2048)], "2k after 30k"),
+        ([(512, 512)] * 16, "16 x 512"),
+    ):
+        time = time_attention(chunks, device)
+        found[f"prefill {name}"] = {"us": time * 1e6, "of_matmul": prefill_flops(chunks) / time / matmul}
+    decodes, chunk = [(2048, 1)] * 64, [(2048, 2048)]
+    both, one, other = (time_attention(c, device) for c in (decodes + chunk, decodes, chunk))
+    found["mixed 64 decodes + 2k chunk"] = {"us": both * 1e6, "over_the_sum_of_parts": both / (one + other)}
+    contiguous = time_attention(decodes, device, 2048, shuffled=False)
+    found["paged over contiguous"] = {
+        "block 16": one / contiguous,
+        "block 64": time_attention(decodes, device, 64) / contiguous,
+    }
+    x, residual = (torch.randn(65536, 4096, dtype=torch.bfloat16, device=device) for _ in range(2))
+    weight = torch.randn(4096, dtype=torch.bfloat16, device=device)
+    found["add_rms_norm 65536 x 4096"] = {
+        "of_copy": 8 * x.numel() / seconds(lambda: add_rms_norm(x, residual, weight, 1e-5)) / copy
+    }
+    wide = torch.randn(16384, 28672, dtype=torch.bfloat16, device=device)
+    found["silu_mul 16384 x 14336"] = {"of_copy": 3 * wide.numel() / seconds(lambda: silu_mul(wide)) / copy}
+    return found
+
+
+def sweep(device: torch.device) -> dict[str, Any]:
+    """Microseconds of other tiles, head size 128, in the order tried; a tile that does not fit says so."""
+    table, row = tuning.ATTENTION_16_BIT[tuning.architecture(device)], 256
+    kept, found = table[row], {}
+    decodes, chunk = [(2048, 1)] * 64, [(8192, 8192)]
+    trials = [
+        ("decode", decodes, 16, *rest)
+        for rest in ((32, 4, 5), (64, 4, 3), (64, 4, 5), (64, 8, 5), (64, 4, 7), (128, 8, 3), (128, 4, 3))
+    ]
+    trials += [
+        ("prefill", chunk, m, *rest)
+        for m in (64, 128)
+        for rest in ((64, 4, 3), (64, 8, 3), (128, 8, 3), (128, 4, 3), (64, 8, 5))
+    ]
+    for kind, chunks, block_m, tile, warps, stages in trials:
+        shape = tuning.Tile(block_m=block_m, tile=tile, num_warps=warps, num_stages=stages)
+        table[row] = tuning.AttentionTuning(
+            decode=shape if kind == "decode" else kept.decode, prefill=shape if kind == "prefill" else kept.prefill
+        )
+        name = f"{kind} block_m {block_m} tile {tile} warps {warps} stages {stages}"
+        try:
+            found[name] = time_attention(chunks, device, 16) * 1e6
+        except triton.runtime.errors.OutOfResources as error:
+            found[name] = str(error)
+        finally:
+            table[row] = kept
+    return found
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="gpu_check", description="Correctness and figures of the Triton kernels on a GPU.")
+    parser.add_argument("--correctness", action="store_true", help="measure nothing")
+    parser.add_argument("--sweep", action="store_true", help="time other tiles, too")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("gpu_check: no GPU here that torch can use; nothing was checked", file=sys.stderr)
+        return 3
+    device = torch.device("cuda", 0)
+    checks = correctness(device)
+    wrong = [check for check in checks if not check["ok"]]
+    report: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(device),
+        "tuning": tuning.architecture(device),
+        "versions": {"torch": torch.__version__, "triton": triton.__version__, "python": sys.version.split()[0]},
+        "correct": not wrong,
+        "checks": checks,
+    }
+    if not options.correctness and not wrong:
+        report["figures"] = figures(device)
+    if options.sweep and not wrong:
+        report["sweep"] = sweep(device)
+    print(json.dumps(report, indent=1))
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
