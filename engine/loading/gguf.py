@@ -115,9 +115,16 @@ def _convert(source: Path, out_dir: Path, tell: Callable[[float, str], None]) ->
         tell(0.1, "reading the tokenizer")
         tokenizer = AutoTokenizer.from_pretrained(**where, local_files_only=True)
         tell(0.4, "reading and dequantising the weights")
-        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.bfloat16, local_files_only=True, **unpack)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            **where, dtype=torch.bfloat16, local_files_only=True, output_loading_info=True, **unpack
+        )
     except (ValueError, IndexError, KeyError, TypeError, NotImplementedError, RuntimeError) as error:
         raise CheckpointError(str(source), f"transformers cannot read it: {error}") from error
+    # transformers fills what it did not find with random numbers and goes on.
+    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        if report.get(kind):
+            tensor = str(sorted(report[kind], key=str)[0])
+            raise CheckpointError(str(source), f"does not fit its own architecture ({kind.replace('_', ' ')})", tensor=tensor)
     tell(0.8, "writing the directory")
     config = model.config
     # The object that came from a quantised file refuses to be saved: its weights go into a plain one of the same shape.

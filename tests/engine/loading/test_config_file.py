@@ -12,7 +12,15 @@ from engine.loading.config_file import read_eos_token_ids, read_model_config
 from tests.engine.models.families import FAMILIES, SMALL
 
 BASE = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **SMALL}
-LEAST = ("architectures", "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+LEAST = (
+    "architectures",
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
 
 
 def write(directory: Path, values: object, name: str = "config.json") -> Path:
@@ -95,7 +103,9 @@ def test_a_missing_config_says_what_a_directory_holds(tmp_path):
         read_model_config(tmp_path)
 
 
-@pytest.mark.parametrize(("generation", "expected"), [({"eos_token_id": 5}, (5,)), ({"eos_token_id": [5, 7, 5]}, (5, 7)), ({}, (2,))])
+@pytest.mark.parametrize(
+    ("generation", "expected"), [({"eos_token_id": 5}, (5,)), ({"eos_token_id": [5, 7, 5]}, (5, 7)), ({}, (2,))]
+)
 def test_the_end_of_a_text_is_the_generation_configs_first(tmp_path, generation, expected):
     write(tmp_path, BASE)
     write(tmp_path, generation, "generation_config.json")

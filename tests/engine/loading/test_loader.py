@@ -103,7 +103,10 @@ def test_a_spare_head_of_a_tied_model_is_passed_over(tmp_path):
 DOWN = "model.layers.1.mlp.down_proj.weight"
 DAMAGE = {
     "missing": (lambda tensors: tensors.pop(DOWN), "is in no \\*.safetensors file"),
-    "shape": (lambda tensors: tensors.update({DOWN: torch.zeros(24, 41)}), r"has shape \[24, 41\], config.json calls for \[24, 40\]"),
+    "shape": (
+        lambda tensors: tensors.update({DOWN: torch.zeros(24, 41)}),
+        r"has shape \[24, 41\], config.json calls for \[24, 40\]",
+    ),
     "dtype": (lambda tensors: tensors.update({DOWN: torch.zeros(24, 40, dtype=torch.int8)}), "no plain float"),
 }
 

@@ -26,7 +26,11 @@ class Sequences:
         self.backend = make_backend("auto", CPU)
         self.num_blocks = -(-max_len // BLOCK)
         cache = KVCacheSpec(
-            num_layers=spec.num_layers, num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim, block_size=BLOCK, dtype=spec.dtype
+            num_layers=spec.num_layers,
+            num_kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            block_size=BLOCK,
+            dtype=spec.dtype,
         )
         self.caches = self.backend.allocate(cache, self.num_blocks * count, CPU)
         self.tables = torch.arange(self.num_blocks * count, dtype=torch.int32).view(self.num_blocks, count).t().contiguous()
