@@ -54,7 +54,7 @@ class Generations(Protocol):
 
     async def start(self, prompt: PromptRequest, call: Call) -> EventStream: ...
 
-    async def cancel(self, request_id: str) -> bool: ...
+    def cancel(self, request_id: str) -> bool: ...
 
 
 class Inference:
@@ -267,7 +267,7 @@ class Inference:
         if not request.request_id:
             raise RequestError("invalid_field", "must name the request", field="request_id")
         span.set_attribute(names.REQUEST_ID, request.request_id[: calls.MAX_HEADER_BYTES])
-        return inference_pb2.CancelResponse(was_running=await self._generations.cancel(request.request_id))
+        return inference_pb2.CancelResponse(was_running=self._generations.cancel(request.request_id))
 
     async def _list_models(self, raw: bytes, context: Context, span: Span) -> Message:
         calls.parse(inference_pb2.ModelsRequest, raw)

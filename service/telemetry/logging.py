@@ -71,7 +71,7 @@ def configure(section: LoggingSection, stream: TextIO | None = None) -> None:
 def fault(error: BaseException) -> dict[str, Any]:
     """Fields that say where an unexpected error came from: its type and stack, never its message, which may quote a prompt."""
     frames = traceback.extract_tb(error.__traceback__)
-    return {"error": type(error).__name__, "stack": [f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in frames[-12:]]}
+    return {"error": type(error).__name__, "where": [f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in frames[-12:]]}
 
 
 def _keep(logger: object, method: str, event: EventDict) -> EventDict:
