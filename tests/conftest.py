@@ -1,0 +1,20 @@
+"""Fixtures that rooms share: real servers, started once a session."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.servers import kafka
+
+
+@pytest.fixture(scope="session")
+def kafka_server() -> Iterator[str]:
+    """host:port of a real Apache Kafka broker. Fails, and never skips, when there can be none."""
+    if address := kafka.external():
+        yield address
+        return
+    try:
+        with kafka.running() as server:
+            yield server.bootstrap
+    except kafka.ServerError as error:
+        pytest.fail(str(error), pytrace=False)
