@@ -1,6 +1,7 @@
 """Options that several commands share, and how they become `Settings`."""
 
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,7 +29,9 @@ Overrides = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output on standard output.")]
 
 
-def settings_from(config: Path | None, overrides: list[str] | None, flags: dict[str, dict[str, Any]] | None = None) -> Settings:
+def settings_from(
+    config: Path | None, overrides: list[str] | None, flags: Mapping[str, Mapping[str, Any]] | None = None
+) -> Settings:
     """File, then environment, then `--set`, then a command's own flags. Raises `SetupError`."""
     merged: dict[str, dict[str, Any]] = {}
     for item in overrides or []:

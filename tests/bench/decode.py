@@ -37,7 +37,7 @@ class Ours:
         self._engine = Engine(
             EngineConfig(model_dir=model_dir, dtype=dtype, enable_prefix_cache=False, max_num_batched_tokens=2048)  # type: ignore[arg-type]
         )
-        self.num_threads = self._engine.facts().num_threads
+        self.num_threads = self._engine.facts.num_threads
         self._runs = 0
 
     def run(self, prompts: list[list[int]], new_tokens: int) -> None:
@@ -96,7 +96,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             "tokens_per_s": {name: report.spread(values) for name, values in rates.items()},
             "ratio": report.spread(ratios),
         }
-    return report.emit("decode", vars(arguments) | {"model": "SmolLM2-135M-Instruct" if not arguments.model else "given"}, results | {"probe": report.probe()})
+    return report.emit(
+        "decode",
+        vars(arguments) | {"model": "SmolLM2-135M-Instruct" if not arguments.model else "given"},
+        results | {"probe": report.probe()},
+    )
 
 
 if __name__ == "__main__":

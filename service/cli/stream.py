@@ -1,0 +1,94 @@
+"""`sluice stream`: one prompt to a running replica over gRPC; its tokens as they come."""
+
+import asyncio
+from typing import Annotated
+
+import typer
+
+from service.cli import output, prompts
+from service.cli.options import ConfigFile, Json, Overrides, settings_from
+from service.contract import Delta, Finished, PromptRequest, Started
+from service.errors import SetupError
+from service.rpc.client import SluiceClient
+from service.rpc.client_errors import SluiceError
+
+
+def stream(
+    text: prompts.Text,
+    target: Annotated[
+        str, typer.Option("--target", "-t", help="host:port of a replica; default: grpc.host:grpc.port.", show_default=False)
+    ] = "",
+    raw: prompts.Raw = False,
+    system: prompts.System = "",
+    max_tokens: prompts.MaxTokens = None,
+    temperature: prompts.Temperature = 0.0,
+    top_p: prompts.TopP = None,
+    seed: prompts.Seed = None,
+    stop: prompts.Stop = None,
+    label: prompts.Label = "",
+    model: Annotated[
+        str, typer.Option("--model", help="The model's name; empty: the one that is served.", show_default=False)
+    ] = "",
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Stream one answer. When the replica dies or restarts the stream goes on where it stopped."""
+    settings = settings_from(config, overrides)
+    request = prompts.prompt_request(
+        text,
+        raw=raw,
+        system=system,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        stop=stop,
+        label=label,
+        model=model,
+    )
+    address = target or f"{settings.grpc.host}:{settings.grpc.port}"
+    try:
+        asyncio.run(_stream(address, request, as_json))
+    except SluiceError as error:
+        unreachable = error.code == "unavailable"
+        hint = f"; is a replica running at {address}? `make serve` starts one" if unreachable else ""
+        raise SetupError(f"{error}{hint}", exit_code=3 if unreachable else 1) from error
+
+
+async def _stream(address: str, request: PromptRequest, as_json: bool) -> None:
+    async with SluiceClient(address) as client, client.stream(request) as events:
+        async for event in events:
+            if isinstance(event, Started) and as_json:
+                output.print_json({"started": {"request_id": event.request_id, "seed": event.seed, "trace_id": event.trace_id}})
+            elif isinstance(event, Delta):
+                if as_json:
+                    output.print_json({"seq": event.seq, "token_ids": list(event.token_ids), "text": event.text})
+                else:
+                    output.write(event.text)
+            elif isinstance(event, Finished):
+                _end(event, as_json)
+
+
+def _end(event: Finished, as_json: bool) -> None:
+    usage, timings = event.usage, event.timings
+    if as_json:
+        output.print_json(
+            {
+                "finished": {
+                    "finish_reason": event.choices[0].finish_reason,
+                    "prompt_tokens": usage.prompt_tokens,
+                    "completion_tokens": usage.completion_tokens,
+                    "ttft_ms": round(timings.ttft_ms, 2),
+                    "total_ms": round(timings.total_ms, 2),
+                    "trace_id": event.trace_id,
+                }
+            }
+        )
+        return
+    output.write("\n")
+    trace = f", trace {event.trace_id}" if event.trace_id else ""
+    output.err.print(
+        f"[dim]{usage.completion_tokens} tokens, {usage.prompt_tokens} prompt ({usage.cached_prompt_tokens} cached), "
+        f"TTFT {timings.ttft_ms:.0f} ms, {timings.total_ms:.0f} ms{trace}[/]"
+    )
