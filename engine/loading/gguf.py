@@ -115,9 +115,10 @@ def _convert(source: Path, out_dir: Path, tell: Callable[[float, str], None]) ->
         tell(0.1, "reading the tokenizer")
         tokenizer = AutoTokenizer.from_pretrained(**where, local_files_only=True)
         tell(0.4, "reading and dequantising the weights")
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             **where, dtype=torch.bfloat16, local_files_only=True, output_loading_info=True, **unpack
         )
+        model, report = loaded
     except (ValueError, IndexError, KeyError, TypeError, NotImplementedError, RuntimeError) as error:
         raise CheckpointError(str(source), f"transformers cannot read it: {error}") from error
     # transformers fills what it did not find with random numbers and goes on.
