@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 DATA = Path(__file__).parent / "data" / "parity.json"
 NUM_TOKENS = 64
-BATCH = 8
+BATCH = 17
 
 _SHORT = (
     "What is the capital of France?",

@@ -1,0 +1,77 @@
+"""How large the pool becomes."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from engine.attention.base import KVCacheSpec
+from engine.attention.registry import make_backend
+from engine.config import EngineConfig
+from engine.errors import ConfigError
+from engine.execution.kv_cache import KVCache, pool_size
+
+CPU = torch.device("cpu")
+CONFIG = EngineConfig(kind="stand-in", max_num_seqs=4)
+SPEC = KVCacheSpec(num_layers=2, num_kv_heads=3, head_dim=8, block_size=16, dtype=torch.bfloat16)
+BLOCK_BYTES = 2 * 2 * 16 * 3 * 8 * 2
+
+
+def test_a_block_holds_keys_and_values_of_all_layers() -> None:
+    """The unit of every size here."""
+    assert SPEC.block_bytes == BLOCK_BYTES
+
+
+def test_num_blocks_is_taken_as_it_is() -> None:
+    """And the promised context is what they can hold."""
+    size = pool_size(replace(CONFIG, num_blocks=10), SPEC, 2048, CPU)
+    assert (size.num_blocks, size.max_model_len) == (10, 160)
+
+
+def test_bytes_give_whole_blocks() -> None:
+    """Rounded down."""
+    size = pool_size(replace(CONFIG, kv_cache_bytes=50 * BLOCK_BYTES + 1), SPEC, 2048, CPU)
+    assert (size.num_blocks, size.max_model_len) == (50, 800)
+
+
+def test_the_default_pool_is_no_larger_than_all_slots_can_use() -> None:
+    """4 sequences of 2,048 tokens."""
+    size = pool_size(CONFIG, SPEC, 2048, CPU)
+    assert (size.num_blocks, size.max_model_len) == (4 * 128, 2048)
+
+
+def test_the_default_pool_of_a_cpu_takes_a_gibibyte() -> None:
+    """When the slots could use more."""
+    size = pool_size(replace(CONFIG, max_num_seqs=10_000), SPEC, 8192, CPU)
+    assert size.num_blocks == (1 << 30) // BLOCK_BYTES
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"max_model_len": 4096}, "engine.max_model_len"),
+        ({"num_blocks": 1}, "engine.num_blocks"),
+        ({"num_blocks": 63, "max_model_len": 1024}, "engine.num_blocks"),
+        ({"kv_cache_bytes": BLOCK_BYTES}, "engine.kv_cache_bytes"),
+    ],
+)
+def test_a_pool_that_cannot_serve_is_refused_by_name(changes: dict[str, int], field: str) -> None:
+    """`ConfigError` with the setting in `field`."""
+    with pytest.raises(ConfigError) as caught:
+        pool_size(replace(CONFIG, **changes), SPEC, 2048, CPU)  # type: ignore[arg-type]
+    assert caught.value.field == field
+
+
+def test_the_caches_have_the_pinned_shape() -> None:
+    """One a layer: [num_blocks, block_size, num_kv_heads, head_dim], and the bytes that the facts report."""
+    cache = KVCache(make_backend("torch_paged", CPU), SPEC, 5, CPU)
+    assert [tuple(layer.k.shape) for layer in cache.layers] == [(5, 16, 3, 8)] * 2
+    assert [tuple(layer.v.shape) for layer in cache.layers] == [(5, 16, 3, 8)] * 2
+    assert cache.num_bytes == 5 * BLOCK_BYTES
+
+
+def test_a_cache_that_no_memory_can_hold_is_a_configuration_error() -> None:
+    """Names the setting that helps."""
+    with pytest.raises(ConfigError) as caught:
+        KVCache(make_backend("torch_paged", CPU), SPEC, 1 << 50, CPU)
+    assert caught.value.field == "engine.kv_cache_bytes"
