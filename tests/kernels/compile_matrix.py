@@ -24,7 +24,7 @@ from kernels.triton.rms_norm import rms_norm_kernel
 from kernels.triton.rotary_kv_write import rotary_kv_write_kernel
 from kernels.triton.silu_mul import silu_mul_kernel
 
-ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100")
+ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
 DISASSEMBLER = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 _DOT = {"fp32": tl.float32, "fp16": tl.float16, "bf16": tl.bfloat16}

@@ -1,11 +1,14 @@
-"""Every kernel and tuning row compiles for GPUs that need not be here: no spilled register, shared memory within the limit."""
+"""Every kernel and tuning row compiles for GPUs that need not be here: no spilled register, shared memory within the limit.
+
+`make kernels` does the same for the desktop parts (sm_86) and all of gfx942, and prints the figures.
+"""
 
 import pytest
 
 from kernels.triton import tuning
-from tests.kernels.compile_matrix import ARCHITECTURES, Case, cases, compile_case
+from tests.kernels.compile_matrix import Case, cases, compile_case
 
-EACH = [pytest.param(name, case, id=f"{name} {case.name}") for name in ARCHITECTURES for case in cases(name)]
+EACH = [pytest.param(name, case, id=f"{name} {case.name}") for name in ("sm_80", "sm_90", "sm_100") for case in cases(name)]
 
 
 @pytest.mark.parametrize(("architecture", "case"), EACH)
@@ -15,7 +18,7 @@ def test_compiles_without_spills_and_within_shared_memory(architecture: str, cas
     assert found.shared_bytes <= tuning.SHARED_MEMORY_BYTES[architecture]
 
 
-@pytest.mark.parametrize("case", list(cases("gfx942")), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [case for case in cases("gfx942") if "block 64" in case.name], ids=lambda case: case.name)
 def test_compiles_for_rocm(case: Case) -> None:
     assert compile_case(case, "gfx942").shared_bytes <= tuning.SHARED_MEMORY_BYTES["gfx942"]
 
