@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.servers import kafka
+from tests.servers import jaeger, kafka
 
 
 @pytest.fixture(scope="session")
@@ -17,4 +17,14 @@ def kafka_server() -> Iterator[str]:
         with kafka.running() as server:
             yield server.bootstrap
     except kafka.ServerError as error:
+        pytest.fail(str(error), pytrace=False)
+
+
+@pytest.fixture(scope="session")
+def jaeger_server() -> Iterator[jaeger.JaegerServer]:
+    """A real Jaeger. Fails, and never skips, when there can be none."""
+    try:
+        with jaeger.running() as server:
+            yield server
+    except jaeger.ServerError as error:
         pytest.fail(str(error), pytrace=False)

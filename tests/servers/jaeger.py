@@ -49,7 +49,8 @@ package tools
 import _ "{MODULE}/cmd/all-in-one"
 """
 
-Trace = dict[str, Any]
+Span = dict[str, Any]
+"""A span as Jaeger's query API gives it: operationName, references, tags, startTime and duration (microseconds), logs."""
 
 
 class ServerError(RuntimeError):
@@ -63,15 +64,13 @@ class JaegerServer:
     otlp_endpoint: str
     query_url: str
 
-    def fetch_trace(
-        self, trace_id: str, *, until: Callable[[list[Trace]], bool] = bool, timeout_s: float = 20.0
-    ) -> list[dict[str, Any]]:
+    def fetch_trace(self, trace_id: str, *, until: Callable[[list[Span]], bool] = bool, timeout_s: float = 20.0) -> list[Span]:
         """The spans of a trace, as the query API gives them, once `until(spans)` holds (default: any span is there).
 
         `trace_id`: 32 hexadecimal digits. Raises `ServerError` after `timeout_s` with the names of the spans seen so far.
         """
         deadline = time.monotonic() + timeout_s
-        spans: list[dict[str, Any]] = []
+        spans: list[Span] = []
         while True:
             try:
                 data = self.query(f"/api/traces/{trace_id}")
@@ -94,9 +93,14 @@ class JaegerServer:
             return json.load(response)["data"]
 
 
-def fetch_trace(server: JaegerServer, trace_id: str, **options: Any) -> list[dict[str, Any]]:
-    """`server.fetch_trace`, for callers that hold the server as a value."""
-    return server.fetch_trace(trace_id, **options)
+def tags(span: Span) -> dict[str, Any]:
+    """A span's attributes."""
+    return {tag["key"]: tag["value"] for tag in span["tags"]}
+
+
+def parent_of(span: Span) -> str | None:
+    """The span id of the parent, None for a root. Links are FOLLOWS_FROM references and no parents."""
+    return next((ref["spanID"] for ref in span["references"] if ref["refType"] == "CHILD_OF"), None)
 
 
 def binary() -> Path:
@@ -162,7 +166,7 @@ def running() -> Iterator[JaegerServer]:
         yield JaegerServer(otlp, f"http://{query}")
         return
     executable = binary()
-    otlp_port, query_port, *others = _free_ports(8)
+    otlp_port, query_port, *others = _free_ports(7)
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(_command(executable, otlp_port, query_port, others), stdout=log, stderr=subprocess.STDOUT)
         server = JaegerServer(f"127.0.0.1:{otlp_port}", f"http://127.0.0.1:{query_port}")
@@ -183,7 +187,6 @@ def _command(executable: Path, otlp_port: int, query_port: int, others: list[int
         "collector.grpc-server.host-port": f"127.0.0.1:{others[2]}",
         "collector.http-server.host-port": f"127.0.0.1:{others[3]}",
         "admin.http.host-port": f"127.0.0.1:{others[4]}",
-        "http-server.host-port": f"127.0.0.1:{others[5]}",
     }
     return [str(executable), *(f"--{name}={value}" for name, value in flags.items())]
 
@@ -210,14 +213,16 @@ def _wait_ready(process: subprocess.Popen[bytes], server: JaegerServer, log: IO[
         except (URLError, OSError):
             time.sleep(POLL_S)
     log.seek(0)
-    tail = "\n".join(log.read().decode(errors="replace").splitlines()[-15:])
-    raise ServerError(f"Jaeger did not start within {START_TIMEOUT_S} s (exit status {process.poll()}):\n{tail}")
+    tail = "\n".join(log.read().decode(errors="replace").splitlines()[-10:])
+    how = f"did not answer within {START_TIMEOUT_S} s" if process.poll() is None else f"ended with {process.poll()}"
+    raise ServerError(f"Jaeger {how}; its last words:\n{tail}")
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
+    # What it holds is in memory only: there is nothing to wait for.
     process.terminate()
     try:
-        process.wait(timeout=10)
+        process.wait(timeout=1)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
