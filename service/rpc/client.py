@@ -6,6 +6,7 @@ What ends a call is a `SluiceError` with the code that the service gave. Closing
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import random
 import time
@@ -28,6 +29,8 @@ __all__ = ["Backoff", "CallOptions", "SluiceClient", "SluiceError", "TokenStream
 
 Prompt = PromptRequest | str | Sequence[tuple[str, str]]
 StreamItem = Started | Delta | Finished
+
+_SETTLE_S = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,9 +176,18 @@ class TokenStream:
             if item is None:
                 continue
             self._failures = 0
-            self._ended = isinstance(item, Finished)
+            if isinstance(item, Finished):
+                self._ended = True
+                await self._settle()
             return item
         raise StopAsyncIteration
+
+    async def _settle(self) -> None:
+        """Takes the status that follows the result: a call that is left before it counts as cancelled on the service's side."""
+        call, self._call = self._call, None
+        with contextlib.suppress(grpc.aio.AioRpcError, TimeoutError):
+            async with asyncio.timeout(_SETTLE_S):
+                await call.read()
 
     def _open(self) -> Any:
         prompt, said = self._prompt, self._fold.said
