@@ -1,5 +1,6 @@
 """Text to tokens: equal to transformers for ordinary text, and never a control token that a user typed."""
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -57,8 +58,13 @@ async def test_chats_equal_transformers_token_for_token() -> None:
         " return_dict=False)\n"
         "json.dump([[render(c) for c in chats], [t(c[0][1])['input_ids'] for c in chats]], sys.stdout)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(directory)], input=json.dumps(CHATS), capture_output=True, text=True, check=True
+    done = await asyncio.to_thread(
+        subprocess.run,
+        [sys.executable, "-c", script, str(directory)],
+        input=json.dumps(CHATS),
+        capture_output=True,
+        text=True,
+        check=True,
     )
     chats, texts = json.loads(done.stdout)
     tokenization = Tokenization(directory)

@@ -1,0 +1,179 @@
+"""Who enters and when: bounds, refusals, turns, and room that comes back exactly once."""
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+import pytest
+
+from service.admission import Admission, Ticket
+from service.config import AdmissionSection
+from service.errors import RequestError
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_ns = 1_000_000_000
+
+    def __call__(self) -> int:
+        return self.now_ns
+
+    def advance(self, seconds: float) -> None:
+        self.now_ns += int(seconds * 1e9)
+
+
+def admission(clock: Clock | None = None, *, requests: int = 100, tokens: int = 1000, concurrency: int = 64) -> Admission:
+    section = AdmissionSection(max_requests=requests, max_tokens=tokens)
+    return Admission(section, concurrency=concurrency, clock=clock or Clock())
+
+
+async def settle(*coroutines: Coroutine[Any, Any, Ticket]) -> list[asyncio.Task[Ticket]]:
+    """Starts them in order and lets each reach its wait."""
+    tasks = []
+    for coroutine in coroutines:
+        tasks.append(asyncio.create_task(coroutine))
+        await asyncio.wait(tasks[-1:], timeout=0.01)
+    return tasks
+
+
+async def refused(coroutine: Coroutine[Any, Any, Ticket]) -> RequestError:
+    with pytest.raises(RequestError) as raised:
+        await coroutine
+    return raised.value
+
+
+async def test_room_is_given_back_exactly_once() -> None:
+    intake = admission()
+    ticket = await intake.enter("a", "", 600)
+    assert (intake.num_requests, intake.num_tokens) == (1, 600)
+    ticket.release()
+    ticket.release()
+    assert (intake.num_requests, intake.num_tokens) == (0, 0)
+
+
+async def test_a_full_intake_refuses_a_direct_call_with_a_time_to_come_back() -> None:
+    intake = admission()
+    await intake.enter("a", "", 600)
+    error = await refused(intake.enter("b", "", 600))
+    assert error.code == "overloaded"
+    assert error.retry_after_s > 0
+
+
+async def test_the_number_of_requests_is_bounded_too() -> None:
+    intake = admission(requests=1)
+    await intake.enter("a", "", 1)
+    assert (await refused(intake.enter("b", "", 1))).code == "overloaded"
+
+
+async def test_what_can_never_fit_is_refused_and_not_kept_waiting() -> None:
+    assert (await refused(admission().enter("a", "", 1001, waits=True))).code == "too_many_tokens"
+
+
+async def test_the_time_to_come_back_follows_the_measured_rate() -> None:
+    clock = Clock()
+    intake = admission(clock)
+    first, second = await intake.enter("a", "", 500), await intake.enter("b", "", 500)
+    clock.advance(2.0)
+    first.release()
+    await intake.enter("c", "", 500)
+    # 500 tokens came back in 2 s; the next 500 are expected to take as long.
+    error = await refused(intake.enter("d", "", 500))
+    assert error.retry_after_s == pytest.approx(2.0, rel=0.2)
+    second.release()
+
+
+@pytest.mark.parametrize("waits", [False, True])
+async def test_an_estimated_wait_beyond_the_deadline_is_refused_at_once(waits: bool) -> None:
+    clock = Clock()
+    intake = admission(clock)
+    ticket = await intake.enter("a", "", 800)
+    clock.advance(10.0)
+    ticket.release()
+    await intake.enter("b", "", 800)
+    error = await refused(intake.enter("c", "", 800, deadline_ns=clock.now_ns + 1_000_000_000, waits=waits))
+    assert error.code == "deadline_exceeded"
+
+
+async def test_requests_that_wait_inside_the_engine_count_for_the_deadline() -> None:
+    clock = Clock()
+    intake = admission(clock, concurrency=1)
+    ticket = await intake.enter("a", "", 100)
+    clock.advance(5.0)
+    ticket.release()
+    await intake.enter("b", "", 100)
+    error = await refused(intake.enter("c", "", 100, deadline_ns=clock.now_ns + 1_000_000_000))
+    assert error.code == "deadline_exceeded"
+
+
+async def test_those_who_wait_enter_in_order_and_tenants_in_turn() -> None:
+    intake = admission(requests=8)
+    tickets = [await intake.enter(f"t{number}", "", 1) for number in range(8)]
+    names = [("a1", "A"), ("a2", "A"), ("a3", "A"), ("b1", "B")]
+    entered: list[str] = []
+
+    async def wait(name: str, tenant: str) -> Ticket:
+        ticket = await intake.enter(name, tenant, 1, waits=True)
+        entered.append(name)
+        return ticket
+
+    tasks = await settle(*(wait(name, tenant) for name, tenant in names))
+    for ticket in tickets:
+        ticket.release()
+    await asyncio.gather(*tasks)
+    assert entered == ["a1", "b1", "a2", "a3"]
+    assert intake.num_waiting == 0
+
+
+async def test_no_one_overtakes_a_large_prompt_at_the_head_of_the_line() -> None:
+    intake = admission()
+    first = await intake.enter("a", "", 500)
+    large, small = await settle(intake.enter("large", "", 800, waits=True), intake.enter("small", "", 10, waits=True))
+    assert (large.done(), small.done()) == (False, False)
+    first.release()
+    assert [ticket.tokens for ticket in await asyncio.gather(large, small)] == [800, 10]
+
+
+async def test_a_backlog_of_waiting_prompts_leaves_room_for_direct_calls() -> None:
+    intake = admission()
+    await settle(*(intake.enter(f"w{number}", "", 100, waits=True) for number in range(12)))
+    assert intake.num_waiting > 0
+    assert (await intake.enter("direct", "", 100)).tokens == 100
+
+
+async def test_a_cancelled_wait_leaves_the_line() -> None:
+    intake = admission()
+    first = await intake.enter("a", "", 800)
+    (task,) = await settle(intake.enter("b", "", 800, waits=True))
+    assert intake.cancel("b")
+    assert (await refused(task)).code == "cancelled"  # type: ignore[arg-type]
+    assert not intake.cancel("b")
+    first.release()
+    assert (intake.num_waiting, intake.num_requests) == (0, 0)
+
+
+async def test_a_waiter_that_goes_away_gives_its_turn_to_the_next() -> None:
+    intake = admission()
+    first = await intake.enter("a", "", 800)
+    gone, stays = await settle(intake.enter("b", "", 800, waits=True), intake.enter("c", "", 800, waits=True))
+    # Its turn comes in the same moment as its end: the room must not be lost.
+    first.release()
+    gone.cancel()
+    assert (await stays).tokens == 800
+    assert intake.num_requests == 1
+
+
+async def test_a_deadline_that_passes_in_the_line_ends_the_wait() -> None:
+    clock = Clock()
+    intake = admission(clock)
+    await intake.enter("a", "", 800)
+    error = await refused(intake.enter("b", "", 800, deadline_ns=clock.now_ns + 10_000_000, waits=True))
+    assert (error.code, intake.num_waiting) == ("deadline_exceeded", 0)
+
+
+async def test_draining_refuses_newcomers_and_those_who_wait() -> None:
+    intake = admission()
+    await intake.enter("a", "", 800)
+    (task,) = await settle(intake.enter("b", "", 800, waits=True))
+    intake.drain()
+    assert (await refused(task)).code == "draining"  # type: ignore[arg-type]
+    assert (await refused(intake.enter("c", "", 1))).code == "draining"

@@ -1,0 +1,169 @@
+"""The ledger alone: exactly-once tokens, and whose fault a death is."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine import Request, SamplingParams, TokenOutput
+from engine.errors import FrameError
+from service.engine_ledger import MAX_DEATHS, EngineLedger
+
+
+def request(request_id: str, n: int = 1) -> Request:
+    return Request(request_id=request_id, prompt_token_ids=(1,), sampling=SamplingParams(max_tokens=50, seed=1, n=n))
+
+
+def token(request_id: str, seq: int, *ids: int, choice: int = 0, finish: bool = False) -> TokenOutput:
+    return TokenOutput(request_id=request_id, choice=choice, seq=seq, token_ids=ids, finish_reason="length" if finish else None)
+
+
+def taken(ledger: EngineLedger) -> list[str]:
+    return [item.request_id for item in ledger.take()]
+
+
+def ledger_with(*ids: str) -> EngineLedger:
+    ledger = EngineLedger()
+    for request_id in ids:
+        ledger.add(request(request_id))
+    return ledger
+
+
+def test_requests_enter_in_order_of_arrival_and_once() -> None:
+    ledger = ledger_with("a", "b")
+    assert taken(ledger) == ["a", "b"]
+    assert taken(ledger) == []
+
+
+def test_an_outstanding_id_is_refused() -> None:
+    with pytest.raises(ValueError, match="outstanding"):
+        ledger_with("a", "a")
+
+
+def test_what_was_said_goes_to_the_next_child() -> None:
+    ledger = EngineLedger()
+    ledger.add(request("a", n=2))
+    ledger.take()
+    ledger.accept([token("a", 0, 5, 6), token("a", 0, 7, choice=1, finish=True)])
+    assert ledger.child_died() == ()
+    (again,) = ledger.take()
+    assert (again.output_token_ids, again.ended_choices) == (((5, 6), (7,)), (1,))
+
+
+@pytest.mark.parametrize(
+    ("seq", "ids", "expected"), [(0, (5, 6, 7), (7,)), (1, (6, 7), (7,)), (2, (7,), (7,)), (0, (5, 6), None)]
+)
+def test_tokens_that_were_said_are_not_said_again(seq: int, ids: tuple[int, ...], expected: tuple[int, ...] | None) -> None:
+    ledger = ledger_with("a")
+    ledger.take()
+    ledger.accept([token("a", 0, 5, 6)])
+    accepted = ledger.accept([token("a", seq, *ids)])
+    assert [(output.seq, output.token_ids) for output in accepted] == ([] if expected is None else [(2, expected)])
+
+
+def test_a_skipped_token_is_a_broken_child() -> None:
+    ledger = ledger_with("a")
+    ledger.take()
+    with pytest.raises(FrameError, match="starts at token 3"):
+        ledger.accept([token("a", 3, 5)])
+
+
+def test_suspects_enter_one_at_a_time_until_each_has_moved() -> None:
+    ledger = ledger_with("a", "b")
+    ledger.take()
+    ledger.child_died()
+    ledger.add(request("new"))
+    assert taken(ledger) == ["a"]
+    assert taken(ledger) == []
+    ledger.accept([token("a", 0, 5)])
+    assert taken(ledger) == ["b"]
+    ledger.accept([token("b", 0, 5)])
+    assert taken(ledger) == ["new"]
+
+
+def test_dying_alone_under_suspicion_is_a_crash_loop() -> None:
+    ledger = ledger_with("a", "b")
+    ledger.take()
+    ledger.child_died()
+    ledger.take()
+    assert [(end.request_id, end.error_code) for end in ledger.child_died()] == [("a", "crash_loop")]
+    assert taken(ledger) == ["b"]
+
+
+def test_progress_between_deaths_clears_but_not_for_ever() -> None:
+    ledger = ledger_with("a")
+    for death in range(1, MAX_DEATHS):
+        ledger.take()
+        ledger.accept([token("a", death - 1, 5)])
+        assert ledger.child_died() == ()
+    ledger.take()
+    ledger.accept([token("a", MAX_DEATHS - 1, 5)])
+    assert [end.error_code for end in ledger.child_died()] == ["crash_loop"]
+
+
+def test_a_choice_that_has_not_moved_keeps_its_request_under_suspicion() -> None:
+    ledger = EngineLedger()
+    ledger.add(request("a", n=2))
+    ledger.add(request("b"))
+    ledger.take()
+    ledger.child_died()
+    ledger.take()
+    ledger.accept([token("a", 0, 5)])
+    assert taken(ledger) == []
+    ledger.accept([token("a", 0, 5, choice=1)])
+    assert taken(ledger) == ["b"]
+
+
+def test_an_abort_outside_the_child_ends_here_and_inside_goes_to_it_once() -> None:
+    ledger = ledger_with("a")
+    ledger.take()
+    ledger.add(request("b"))
+    assert ledger.abort("a") == (True, ())
+    assert ledger.abort("a") == (False, ())
+    told, ends = ledger.abort("b")
+    assert (told, [end.finish_reason for end in ends]) == (False, ["cancelled"])
+    assert ledger.abort("unknown") == (False, ())
+
+
+def test_an_aborted_request_does_not_come_back_after_a_death() -> None:
+    ledger = ledger_with("a")
+    ledger.take()
+    ledger.abort("a")
+    assert [end.finish_reason for end in ledger.child_died()] == ["cancelled"]
+    assert len(ledger) == 0
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.data())
+def test_whatever_dies_every_choice_is_said_once_in_order_and_ends_once(data: st.DataObject) -> None:
+    lengths = {f"r{number}": data.draw(st.integers(1, 6)) for number in range(data.draw(st.integers(1, 5)))}
+    ledger, said, ends = ledger_with(*lengths), {key: [] for key in lengths}, {key: 0 for key in lengths}
+    child: dict[str, int] = {}
+
+    def hand_on(outputs: tuple[TokenOutput, ...]) -> None:
+        for output in outputs:
+            assert ends[output.request_id] == 0
+            assert output.seq == len(said[output.request_id])
+            said[output.request_id] += output.token_ids
+            ends[output.request_id] += output.finish_reason is not None
+
+    for _ in range(200):
+        for item in ledger.take():
+            child[item.request_id] = len(item.output_token_ids[0]) if item.output_token_ids else 0
+        if not len(ledger):
+            break
+        if data.draw(st.integers(0, 9)) == 0:
+            hand_on(ledger.child_died())
+            child.clear()
+        elif child:
+            request_id = data.draw(st.sampled_from(sorted(child)))
+            position = child[request_id]
+            last = position + 1 == lengths[request_id]
+            # Sometimes the child repeats what it said: the ledger must not.
+            start = data.draw(st.sampled_from([position, 0]))
+            hand_on(ledger.accept([token(request_id, start, *range(start, position + 1), finish=last)]))
+            child[request_id] += 1
+            if last:
+                del child[request_id]
+    hand_on(ledger.end_all("engine_failed", ""))
+    assert ends == dict.fromkeys(lengths, 1)
+    assert all(tokens == list(range(len(tokens))) for tokens in said.values())
