@@ -6,6 +6,7 @@ Everything is real but the broker, which is librdkafka's in-process one: it spea
 import asyncio
 import signal
 from dataclasses import dataclass, field
+from typing import Any
 
 import uvloop
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
@@ -67,7 +68,7 @@ class _Letter:
 
 def demo(config: ConfigFile = None, overrides: Overrides = None, as_json: Json = False) -> None:
     """A broker, the service and real prompts in one process: tokens live, then a table and a trace. Ends by itself."""
-    flags = {
+    flags: dict[str, dict[str, Any]] = {
         "kafka": {"enabled": True, "embedded": True, "bootstrap_servers": "127.0.0.1:0", "group_id": "sluice-demo"},
         "grpc": {"port": 0},
         "admin": {"port": 0},

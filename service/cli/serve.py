@@ -6,7 +6,7 @@ import os
 import signal
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 import uvloop
@@ -39,7 +39,7 @@ def serve(
     as_json: Json = False,
 ) -> None:
     """Serve until SIGTERM or Ctrl-C, which drain; a second one ends at once."""
-    flags = {"model": {"path": model}, "kafka": {"bootstrap_servers": brokers, "embedded": embedded or None}}
+    flags: dict[str, dict[str, Any]] = {"model": {"path": model}, "kafka": {"bootstrap_servers": brokers, "embedded": embedded or None}}
     settings = settings_from(config, overrides, flags)
     logging.configure(settings.logging)
     model_dir = resolve_model(settings)
