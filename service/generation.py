@@ -57,16 +57,10 @@ class GenerationStream:
 
     def __init__(self, run: GenerationRun) -> None:
         self._run = run
+        self.request_id = run.request.request_id
+        self.seed = run.request.sampling.seed
         self._abandon = weakref.finalize(self, run.signal, "cancelled")
         self._abandon.atexit = False
-
-    @property
-    def request_id(self) -> str:
-        return self._run.request.request_id
-
-    @property
-    def seed(self) -> int:
-        return self._run.request.sampling.seed
 
     def cancel(self, code: Code = "cancelled") -> None:
         """Ends the request at the next step; its terminal event is still to be read. Idempotent; the first code counts."""

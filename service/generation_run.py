@@ -7,7 +7,7 @@ engine told to stop if it still runs, the spans ended and the line logged. All s
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import structlog
@@ -127,6 +127,9 @@ class GenerationRun:
             return
         if output.finish_reason == "error":
             self._error = self._error or _engine_error(output)
+        if output.finish_reason == "cancelled" and self._error is not None:
+            # The engine knows that it was told to stop, not why.
+            output = replace(output, finish_reason=_SIGNAL_REASONS.get(self._error.code, "error"))
         delta = choice.take(output)
         self._measured.take(output, len(delta.token_ids), self._context.clock())
         if delta.finish_reason in ("cancelled", "deadline") and self._error is None:

@@ -136,7 +136,7 @@ def test_an_aborted_request_does_not_come_back_after_a_death() -> None:
 @given(st.data())
 def test_whatever_dies_every_choice_is_said_once_in_order_and_ends_once(data: st.DataObject) -> None:
     lengths = {f"r{number}": data.draw(st.integers(1, 6)) for number in range(data.draw(st.integers(1, 5)))}
-    ledger, said, ends = ledger_with(*lengths), {key: [] for key in lengths}, {key: 0 for key in lengths}
+    ledger, said, ends = ledger_with(*lengths), {key: [] for key in lengths}, dict.fromkeys(lengths, 0)
     child: dict[str, int] = {}
 
     def hand_on(outputs: tuple[TokenOutput, ...]) -> None:
