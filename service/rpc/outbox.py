@@ -1,8 +1,8 @@
 """What one stream has yet to send: bounded, since deltas that wait are merged and reading stops at the bound.
 
 Guarantees: per choice, tokens and text leave in order, once each; `Started` leaves first, the terminal event last. While a
-message waits, at most one delta a choice is kept, so that its overhead does not grow with the wait; above `max_bytes` `full` turns
-true, and the one who fills it waits for `room` (the generation goes on: its own buffer is bounded by max_tokens). One filler,
+message waits, at most one delta a choice is kept, so that its overhead does not grow with the wait; from `max_bytes` on
+the one who fills it waits for `room` (the generation goes on: its own buffer is bounded by max_tokens). One filler,
 one taker, one event loop. Knows no gRPC.
 """
 
@@ -20,6 +20,7 @@ class Outbox:
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._bytes = 0
+        self._sending_bytes = 0
         self._started: Started | None = None
         self._deltas: dict[int, Delta] = {}
         self._end: Event | None = None
@@ -35,8 +36,8 @@ class Outbox:
 
     @property
     def num_bytes(self) -> int:
-        """About what the pending events take in memory and on the wire."""
-        return self._bytes
+        """About what the events that are not sent take, in memory and on the wire."""
+        return self._bytes + self._sending_bytes
 
     def put(self, event: Event) -> None:
         """Adds an event of the generation."""
@@ -58,7 +59,7 @@ class Outbox:
             self.num_merges += 1
         self._deltas[delta.choice] = delta if waiting is None else _merged(waiting, delta)
         self._bytes += _size(delta)
-        if self._bytes >= self._max_bytes:
+        if self.num_bytes >= self._max_bytes:
             self._room.clear()
         # A choice's first token goes out at once: it is what the reader waits for.
         if delta.choice not in self._opened or self._bytes >= self._max_bytes:
@@ -89,18 +90,24 @@ class Outbox:
         await self._urgent.wait()
 
     def take(self) -> list[Event]:
-        """All that waits, in the order to send it."""
+        """All that waits, in the order to send it. It counts against the bound until `sent`."""
         events: list[Event] = [] if self._started is None else [self._started]
         events.extend(self._deltas.values())
         self._opened.update(self._deltas)
         if self._end is not None:
             events.append(self._end)
+        self._sending_bytes += self._bytes
         self._started, self._end, self._bytes = None, None, 0
         self._deltas = {}
         self._filled.clear()
         self._urgent.clear()
-        self._room.set()
         return events
+
+    def sent(self) -> None:
+        """All that was taken has been handed to the transport."""
+        self._sending_bytes = 0
+        if self._bytes < self._max_bytes:
+            self._room.set()
 
 
 def _merged(first: Delta, second: Delta) -> Delta:

@@ -106,6 +106,7 @@ class Pump:
                 self._written += len(event.token_ids)
             elif not isinstance(event, Started):
                 return event
+        self._outbox.sent()
         return None
 
     async def _send_reset(self) -> None:

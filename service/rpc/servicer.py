@@ -42,7 +42,8 @@ class _NotBuilt(Exception):
 class EventStream(Protocol):
     """An accepted request. Closing it before its terminal event aborts the request."""
 
-    request_id: str
+    @property
+    def request_id(self) -> str: ...
 
     def __aiter__(self) -> AsyncIterator[Event]: ...
 

@@ -1,0 +1,96 @@
+"""Whatever attempts repeat, the reader sees each token once; what is missing is never passed over."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from schemas.v1 import inference_pb2
+from service.contract import Delta, Started
+from service.rpc.client_fold import ProtocolError, StreamFold
+
+TOKENS = tuple(range(100, 120))
+WORDS = tuple(f"<{token}>" for token in TOKENS)
+
+
+def started(seed: int = 7, request_id: str = "r") -> inference_pb2.StreamEvent:
+    return inference_pb2.StreamEvent(request_id=request_id, started=inference_pb2.StreamStarted(seed=seed, model="m"))
+
+
+def delta(first: int, last: int, reason: int = 0, choice: int = 0) -> inference_pb2.StreamEvent:
+    body = inference_pb2.Delta(
+        choice=choice,
+        token_ids=TOKENS[first:last],
+        text="".join(WORDS[first:last]),
+        text_offset=len("".join(WORDS[:first])),
+        finish_reason=reason,
+    )
+    return inference_pb2.StreamEvent(seq=first, delta=body)
+
+
+@given(st.lists(st.tuples(st.integers(0, 20), st.integers(1, 8)), max_size=40))
+def test_overlapping_attempts_fold_into_one_sequence(pieces):
+    fold, seen, text = StreamFold(1), [], ""
+    for back, size in pieces:
+        first = max(0, len(seen) - back)
+        event = fold.take(delta(first, min(len(TOKENS), first + size)))
+        if event is not None:
+            assert (event.seq, event.text_offset) == (len(seen), len(text))
+            seen.extend(event.token_ids)
+            text += event.text
+    assert tuple(seen) == TOKENS[: len(seen)] == fold.said[0]
+    assert text == "".join(WORDS[: len(seen)])
+
+
+def test_a_gap_in_tokens_is_an_error():
+    fold = StreamFold(1)
+    fold.take(delta(0, 2))
+    with pytest.raises(ProtocolError):
+        fold.take(delta(3, 4))
+
+
+def test_a_gap_in_text_is_an_error():
+    fold, event = StreamFold(1), delta(0, 1)
+    event.delta.text_offset = 1
+    with pytest.raises(ProtocolError):
+        fold.take(event)
+
+
+def test_a_second_attempt_is_not_announced_again_and_its_id_is_the_one_to_cancel():
+    fold = StreamFold(1)
+    assert isinstance(fold.take(started()), Started)
+    assert fold.take(started(request_id="s")) is None
+    assert fold.request_id == "s"
+
+
+def test_another_seed_is_an_error():
+    fold = StreamFold(1)
+    fold.take(started(seed=1))
+    with pytest.raises(ProtocolError):
+        fold.take(started(seed=2))
+
+
+def test_a_choice_that_ended_says_nothing_more():
+    fold = StreamFold(1)
+    assert isinstance(fold.take(delta(0, 2, inference_pb2.FinishReason.stop)), Delta)
+    assert fold.take(delta(2, 4)) is None
+    assert fold.said == (TOKENS[:2],)
+
+
+def test_an_unknown_choice_is_an_error():
+    with pytest.raises(ProtocolError):
+        StreamFold(1).take(delta(0, 1, choice=1))
+
+
+def test_the_result_cuts_text_after_a_stop_string():
+    fold = StreamFold(1)
+    fold.take(delta(0, 2))
+    end = inference_pb2.ChoiceEnd(index=0, finish_reason=inference_pb2.FinishReason.stop, text_length=5)
+    finished = fold.take(inference_pb2.StreamEvent(finished=inference_pb2.Finished(choices=[end], seed=7)))
+    assert (finished.choices[0].text, finished.choices[0].finish_reason, finished.seed) == (WORDS[0], "stop", 7)
+
+
+@pytest.mark.parametrize("kind", ["heartbeat", "reset", "failed"])
+def test_what_only_the_transport_needs_is_not_shown(kind):
+    event = inference_pb2.StreamEvent()
+    getattr(event, kind).SetInParent()
+    assert StreamFold(1).take(event) is None
