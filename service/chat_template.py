@@ -7,7 +7,7 @@ transformers gives it, and sees plain strings only. Knows no tokens.
 import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
 import jinja2
 from jinja2.ext import Extension, loopcontrols
@@ -24,7 +24,7 @@ class TemplateRefusedError(Exception):
 class _Generation(Extension):
     """`{% generation %}…{% endgeneration %}` marks what an assistant says; rendering keeps what stands inside."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
 
     def parse(self, parser: Parser) -> Node:
         line = next(parser.stream).lineno
