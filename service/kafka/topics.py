@@ -10,7 +10,7 @@ from typing import Literal
 
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
-from aiokafka.errors import TopicAlreadyExistsError, for_code
+from aiokafka.errors import IncompatibleBrokerVersion, TopicAlreadyExistsError, for_code
 
 from service.kafka.budget import QueueClass
 
@@ -124,11 +124,15 @@ async def describe(admin: AIOKafkaAdminClient, topics: Topics) -> dict[str, int]
 async def check(admin: AIOKafkaAdminClient, topics: Topics, *, longest_deadline_ms: int = 0) -> TopicReport:
     """Looks at what the broker has. `longest_deadline_ms` 0: not known, so retention is only compared with an hour."""
     partitions = await describe(admin, topics)
-    configs = await _configs(admin, tuple(partitions))
-    return TopicReport(
-        partitions=partitions,
-        findings=judge(topics, partitions, configs, longest_deadline_ms=longest_deadline_ms),
-    )
+    unread: tuple[Finding, ...] = ()
+    configs: dict[str, dict[str, str]] = {}
+    try:
+        configs = await _configs(admin, tuple(partitions))
+    except IncompatibleBrokerVersion:
+        message = "this broker does not tell its topics' configuration: cleanup and retention are not checked"
+        unread = (Finding(level="warning", topic=topics.prompts, message=message),)
+    findings = judge(topics, partitions, configs, longest_deadline_ms=longest_deadline_ms)
+    return TopicReport(partitions=partitions, findings=(*findings, *unread))
 
 
 def judge(

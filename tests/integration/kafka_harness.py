@@ -124,5 +124,5 @@ async def crash(transport: KafkaTransport) -> None:
 async def eventually(condition: Callable[[], bool], *, within_s: float = 30.0) -> None:
     """Waits for a condition, with a bound."""
     async with asyncio.timeout(within_s):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 - what is waited for tells nobody
             await asyncio.sleep(0.02)

@@ -69,7 +69,9 @@ async def test_a_consumer_cut_off_in_the_middle_loses_no_prompt(broker: Broker) 
     texts = [f"prompt {index}" for index in range(40)]
     held = FakeGeneration()
     for partition in (0, 1):
-        await broker.say(*(("hold " + text if index % 3 == 0 else text) for index, text in enumerate(texts)), partition=partition)
+        await broker.say(
+            *(("hold " + text if index % 3 == 0 else text) for index, text in enumerate(texts)), partition=partition
+        )
     async with serving(broker.section(), held, drain=False):
         await broker.results(10)
     healthy = FakeGeneration()

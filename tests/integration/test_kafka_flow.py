@@ -51,7 +51,9 @@ async def test_a_protobuf_prompt_is_answered_in_protobuf(broker: Broker) -> None
         (record,) = await broker.read(broker.topics.results, count=1)
         chunks = await broker.read(broker.topics.chunks, count=2)
     assert inference_pb2.Result.FromString(record.value()).choices[0].text == "two words"
-    assert events_pb2.Started.FromString(chunks[0].value()).seed == derived_seed(Source(topic=broker.topics.prompts, partition=0, offset=0))
+    assert events_pb2.Started.FromString(chunks[0].value()).seed == derived_seed(
+        Source(topic=broker.topics.prompts, partition=0, offset=0)
+    )
 
 
 async def test_the_trace_goes_from_the_producer_through_to_the_result(broker: Broker) -> None:

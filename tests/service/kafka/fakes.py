@@ -92,7 +92,9 @@ class FakeGeneration:
                 error = RequestError(text.split()[1], "failed by the fake")  # type: ignore[arg-type]
                 yield Failed(error=error, choices=(), usage=usage, timings=TIMINGS, seed=seed, trace_id="")
                 return
-            logprobs = (LogprobEntry(token_id=0, token="y" * 5_000, logprob=-0.5),) if prompt.sampling.logprobs is not None else None
+            logprobs = (
+                (LogprobEntry(token_id=0, token="y" * 5_000, logprob=-0.5),) if prompt.sampling.logprobs is not None else None
+            )
             choice = ChoiceResult(
                 index=0, text=answer, token_ids=tuple(range(len(words))), finish_reason="stop", logprobs=logprobs
             )
@@ -153,5 +155,5 @@ async def until(condition: object, *, within_s: float = 20.0) -> None:
     """Waits until `condition()` is true. Fails when it does not become so within the bound."""
     assert callable(condition)
     async with asyncio.timeout(within_s):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 - what is waited for tells nobody
             await asyncio.sleep(0.01)

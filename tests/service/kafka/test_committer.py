@@ -1,0 +1,153 @@
+"""Terminal records before offsets, and neither for a partition that is not ours."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+
+from aiokafka.errors import CommitFailedError, KafkaConnectionError
+
+from service.errors import RequestError
+from service.kafka.committer import Committer, Completion
+from service.kafka.ownership import OwnedPartition
+from service.kafka.records import OutRecord, TopicPartition
+from service.kafka.tracker import PartitionTracker
+from tests.service.kafka.fakes import FakeOutput, until
+
+RESULT = OutRecord(topic="results", value=b"r")
+SMALLER = OutRecord(topic="results", value=b"s")
+
+
+class FakeOffsets:
+    """Takes commits, unless told to refuse the next."""
+
+    def __init__(self) -> None:
+        self.commits: list[Mapping[TopicPartition, tuple[int, str]]] = []
+        self.refuse: list[Exception] = []
+
+    async def commit(self, points: Mapping[TopicPartition, tuple[int, str]]) -> None:
+        if self.refuse:
+            raise self.refuse.pop(0)
+        self.commits.append(dict(points))
+
+    def lows(self) -> list[int]:
+        return [low for points in self.commits for low, _ in points.values()]
+
+
+class Bench:
+    """A committer on fakes, with one open partition whose first three offsets are running."""
+
+    def __init__(self) -> None:
+        self.output, self.offsets = FakeOutput(), FakeOffsets()
+        self.committer = Committer(self.output, self.offsets, interval_s=0.001)
+        self.owned = OwnedPartition(TopicPartition("t", 0), PartitionTracker(low=0, epoch=1))
+        self.owned.open()
+        self.settled: list[tuple[int, bool]] = []
+        for offset in range(3):
+            self.owned.tracker.take(offset)
+
+    def submit(self, offset: int, *records: OutRecord, replacement: Callable[[], tuple[OutRecord, ...]] = lambda: ()) -> None:
+        self.committer.submit(
+            Completion(
+                owned=self.owned,
+                offset=offset,
+                records=records,
+                replacement=replacement,
+                settled=lambda durable: self.settled.append((offset, durable)),
+            )
+        )
+
+
+@asynccontextmanager
+async def running() -> AsyncIterator[Bench]:
+    bench = Bench()
+    task = asyncio.create_task(bench.committer.run())
+    try:
+        yield bench
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await bench.committer.abandon()
+
+
+async def test_an_offset_is_committed_only_after_its_result_is_acknowledged() -> None:
+    async with running() as bench:
+        bench.output.hold()
+        bench.submit(0, RESULT)
+        await until(lambda: bench.output.sent == [RESULT])
+        assert (bench.offsets.commits, bench.settled, bench.owned.tracker.low) == ([], [], 0)
+        bench.output.release()
+        await until(lambda: bench.offsets.lows() == [1])
+        assert bench.settled == [(0, True)]
+
+
+async def test_completions_out_of_order_commit_bits_then_low() -> None:
+    async with running() as bench:
+        bench.submit(1, RESULT)
+        await until(lambda: bench.offsets.lows() == [0])
+        bench.submit(0, RESULT)
+        await until(lambda: bench.offsets.lows() == [0, 2])
+
+
+async def test_a_refused_commit_is_tried_again() -> None:
+    async with running() as bench:
+        bench.offsets.refuse = [CommitFailedError("rebalanced")]
+        bench.submit(0, RESULT)
+        await until(lambda: bench.offsets.lows() == [1])
+
+
+async def test_a_record_that_meets_a_transport_error_is_written_again() -> None:
+    async with running() as bench:
+        bench.output.errors = [KafkaConnectionError("away"), OSError("gone")]
+        bench.submit(0, RESULT)
+        await until(lambda: bench.offsets.lows() == [1])
+        assert bench.output.sent == [RESULT]
+
+
+async def test_a_record_refused_for_its_size_is_replaced() -> None:
+    async with running() as bench:
+        bench.output.errors = [RequestError("result_too_large", "too large")]
+        bench.submit(0, RESULT, replacement=lambda: (SMALLER,))
+        await until(lambda: bench.offsets.lows() == [1])
+        assert bench.output.sent == [SMALLER]
+
+
+async def test_a_tombstone_completes_without_a_record() -> None:
+    async with running() as bench:
+        bench.submit(0)
+        await until(lambda: bench.offsets.lows() == [1])
+        assert bench.output.sent == []
+
+
+async def test_nothing_is_written_while_a_partition_is_tentative() -> None:
+    async with running() as bench:
+        bench.owned.revoke()
+        bench.submit(0, RESULT)
+        other = OwnedPartition(TopicPartition("t", 1), PartitionTracker(low=0))
+        other.open()
+        other.tracker.take(0)
+        bench.committer.submit(
+            Completion(owned=other, offset=0, records=(SMALLER,), replacement=lambda: (), settled=lambda durable: None)
+        )
+        await until(lambda: bench.offsets.lows() == [1])
+        assert bench.output.sent == [SMALLER]
+        bench.owned.open()
+        await until(lambda: bench.offsets.lows() == [1, 1])
+        assert bench.output.sent == [SMALLER, RESULT]
+
+
+async def test_a_lost_partition_is_neither_written_nor_committed() -> None:
+    async with running() as bench:
+        bench.owned.revoke()
+        bench.submit(0, RESULT)
+        bench.owned.lose()
+        await until(lambda: bench.settled == [(0, False)])
+        assert await bench.committer.commit()
+        assert (bench.output.sent, bench.offsets.commits) == ([], [])
+
+
+async def test_flush_waits_for_writes_and_commits() -> None:
+    bench = Bench()
+    for offset in (2, 0, 1):
+        bench.submit(offset, RESULT)
+    assert await bench.committer.flush()
+    assert bench.offsets.lows() == [3]
