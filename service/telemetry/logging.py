@@ -54,6 +54,8 @@ def configure(section: LoggingSection, stream: TextIO | None = None) -> None:
         logger.handlers[:] = []
         logger.propagate = True
         logger.setLevel(logging.WARNING)
+    # It reports each client that went away while a status was being sent as an error; calls that fail are logged by service/rpc.
+    logging.getLogger("grpc._cython.cygrpc").setLevel(logging.CRITICAL)
     structlog.configure(
         processors=[
             structlog.stdlib.filter_by_level,

@@ -18,6 +18,7 @@ def restored():
     before = root.handlers[:], root.level
     yield
     root.handlers[:], root.level = before
+    logging.getLogger("grpc._cython.cygrpc").setLevel(logging.NOTSET)
     structlog.reset_defaults()
 
 
