@@ -42,12 +42,20 @@ def sorted_prefix(rows: Tensor, length: int) -> Tensor:
     return candidates.topk(length, dim=-1).values
 
 
-def keep_thresholds(scaled: Tensor, weights: Tensor, top_k: NDArray[np.int64], top_p: NDArray[np.float64]) -> Tensor:
+def keep_from(scaled: Tensor, weights: Tensor, floor: Tensor, spare: Tensor) -> None:
+    """Sets weights below each row's floor [N] to 0, in place. A float mask in kept memory is five times as fast as a bool one."""
+    weights.mul_(torch.ge(scaled, floor.unsqueeze(1), out=spare))
+
+
+def keep_thresholds(
+    scaled: Tensor, weights: Tensor, top_k: NDArray[np.int64], top_p: NDArray[np.float64], spare: Tensor
+) -> Tensor:
     """Each row's smallest value that top-k, then top-p over what top-k kept, lets through: [N] float32.
 
     scaled: [N, V'] float32, greatest value 0; weights: exp(scaled); top_k: 0 = off; top_p: 1 = off. A filter keeps every value
     that equals its threshold, so the order of equal values cannot matter. top-p keeps the smallest set of best values whose
-    share of the mass reaches top_p (Holtzman et al. 2020).
+    share of the mass reaches top_p (Holtzman et al. 2020). `weights` loses what top-k filters out, in place;
+    `spare` is a buffer of the same shape.
     """
     vocab = scaled.shape[1]
     limited = (top_k > 0) & (top_k < vocab)
@@ -62,8 +70,9 @@ def keep_thresholds(scaled: Tensor, weights: Tensor, top_k: NDArray[np.int64], t
     if not wants_mass:
         return by_count
     shares = torch.from_numpy(top_p).to(scaled.device)
-    kept = torch.where(scaled >= by_count.unsqueeze(1), weights, 0.0)
-    wanted = shares * block_sums(kept).sum(dim=-1)
+    if longest:
+        keep_from(scaled, weights, by_count, spare)
+    wanted = shares * block_sums(weights).sum(dim=-1)
     by_mass, reached = _mass_threshold(values, wanted)
     # Where top-k limits the row, what lies beyond the prefix can only be more values equal to its threshold.
     settled = reached | has_count | (shares >= 1.0)
@@ -83,15 +92,15 @@ def _mass_threshold(values: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def block_sums(weights: Tensor) -> Tensor:
-    """Float64 sums of each block: [N, V'] float32 -> [N, V' / BLOCK]."""
-    return weights.view(weights.shape[0], -1, BLOCK).sum(dim=-1, dtype=torch.float64)
+    """Sums of each block, as float64: [N, V'] float32 -> [N, V' / BLOCK]. Inside a block float32 is as exact as the weights are."""
+    return weights.view(weights.shape[0], -1, BLOCK).sum(dim=-1).double()
 
 
 def inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
     """The first token in id order at which the running sum of `weights` passes uniform x total: [N] int64.
 
-    weights: [N, V'] float32, not negative, 0 = filtered out; uniforms: [N] float64 in [0, 1). Sums run in float64, first over
-    blocks, then inside the one that holds the answer. A token of weight 0 is never drawn from a row that has any weight.
+    weights: [N, V'] float32, not negative, 0 = filtered out; uniforms: [N] float64 in [0, 1). Running sums are float64, first
+    over blocks, then inside the one that holds the answer. A token of weight 0 is never drawn from a row that has any weight.
     """
     sums = block_sums(weights)
     edges = sums.cumsum(dim=-1)

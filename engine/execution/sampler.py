@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.execution.draws import uniforms
-from engine.execution.filters import inverse_cdf, keep_thresholds, pad_to_blocks, row_best
+from engine.execution.filters import inverse_cdf, keep_from, keep_thresholds, pad_to_blocks, row_best
 from engine.execution.sampling_table import SamplingTable
 from engine.output import TokenLogprobs
 from engine.scheduling.step import ChunkResult, SequenceStart
@@ -47,6 +47,7 @@ class Sampler:
 
     def __init__(self, *, num_slots: int, vocab_size: int, device: torch.device) -> None:
         self._device = device
+        self._buffers: Tensor | None = None
         self._table = SamplingTable(num_slots=num_slots, vocab_size=vocab_size, device=device)
 
     def start(self, start: SequenceStart) -> None:
@@ -72,7 +73,7 @@ class Sampler:
         drawn = np.flatnonzero(~table.greedy[slots])
         if drawn.size:
             index = self._index(drawn)
-            tokens[index] = self._draw(rows[index], values[index], slots[drawn], positions[drawn])
+            tokens[index] = self._draw(rows, values[index], drawn, slots[drawn], positions[drawn])
         counts = table.num_logprobs[slots]
         pending = PendingSample(
             tokens=tokens, finite=torch.isfinite(values), counts=counts, logprobs=self._raw_logprobs(logits, tokens, counts)
@@ -115,23 +116,36 @@ class Sampler:
             table.mask_stops(logits[row], int(slots[row]))
         return logits
 
-    def _draw(self, logits: Tensor, best: Tensor, slots: Rows, positions: Rows) -> Tensor:
-        """One token a row. logits: [N, V'] float32, a copy that is overwritten; best: [N], each row's greatest value."""
+    def _draw(self, rows: Tensor, best: Tensor, drawn: Rows, slots: Rows, positions: Rows) -> Tensor:
+        """One token for each of the `drawn` rows. rows: [N, V'], read only; best, slots, positions: of the drawn rows."""
         table = self._table
+        index = self._index(drawn)
+        scaled, weights, spare = self._workspace(len(drawn), rows.shape[1])
         heat = torch.from_numpy((1.0 / table.temperature[slots]).astype(np.float32)).to(self._device)
-        scaled = logits.sub_(best.unsqueeze(1)).mul_(heat.unsqueeze(1))
-        weights = scaled.exp()
+        torch.index_select(rows, 0, index, out=scaled).sub_(best.unsqueeze(1)).mul_(heat.unsqueeze(1))
+        torch.exp(scaled, out=weights)
         top_k, top_p, min_p = table.top_k[slots], table.top_p[slots], table.min_p[slots]
         filtered = np.flatnonzero((top_k > 0) | (top_p < 1.0) | (min_p > 0.0))
         if filtered.size:
-            index = self._index(filtered)
-            part, mass = scaled[index], weights[index]
             with np.errstate(divide="ignore"):
                 floor = torch.from_numpy(np.log(min_p[filtered]).astype(np.float32)).to(self._device)
-            floor = torch.maximum(floor, keep_thresholds(part, mass, top_k[filtered], top_p[filtered]))
-            weights[index] = mass.masked_fill_(part < floor.unsqueeze(1), 0.0)
+            every = len(filtered) == len(drawn)
+            picked = self._index(filtered)
+            part, mass = (scaled, weights) if every else (scaled[picked], weights[picked])
+            spare = spare[: len(filtered)]
+            floor = torch.maximum(floor, keep_thresholds(part, mass, top_k[filtered], top_p[filtered], spare))
+            keep_from(part, mass, floor, spare)
+            if not every:
+                weights[picked] = mass
         draws = uniforms(table.seed[slots], table.choice[slots], positions)
         return inverse_cdf(weights, torch.from_numpy(draws).to(self._device))
+
+    def _workspace(self, num_rows: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Three float32 [num_rows, width] buffers that are kept: fresh memory of this size costs more than the arithmetic."""
+        if self._buffers is None or self._buffers.shape[1] < num_rows:
+            self._buffers = None
+            self._buffers = torch.empty((3, num_rows, width), dtype=torch.float32, device=self._device)
+        return self._buffers[0, :num_rows], self._buffers[1, :num_rows], self._buffers[2, :num_rows]
 
     def _raw_logprobs(self, logits: Tensor, tokens: Tensor, counts: Rows) -> RawLogprobs | None:
         wanted = np.flatnonzero(counts >= 0)
