@@ -128,17 +128,16 @@ class KafkaServer:
 
 @contextmanager
 def running(name: str = "kafka") -> Iterator[KafkaServer]:
-    """A fresh broker, ended and removed at the end; after an exception its log stays as tests/.logs/<name>.log."""
+    """A fresh broker, ended and removed at the end; the log of the last one stays as tests/.logs/<name>.log."""
     directory = Path(tempfile.mkdtemp(prefix="sluice-kafka-"))
     server = KafkaServer(directory)
     try:
         server.start()
         yield server
-    except BaseException:
-        keep_log(server, name)
-        raise
     finally:
         server.stop()
+        # A fixture does not learn whether its tests passed, so the log is always kept.
+        keep_log(server, name)
         shutil.rmtree(directory, ignore_errors=True)
 
 
