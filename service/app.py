@@ -8,7 +8,6 @@ engine last. The event loop is the caller's.
 import asyncio
 import contextlib
 import socket
-import time
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -31,13 +30,13 @@ from service.resolution import Limits
 from service.rpc.server import RpcServer
 from service.rpc.servicer import Inference
 from service.streams import Streams
+from service.telemetry.loop_lag import watch_loop_lag
 from service.telemetry.metrics import Metrics
 from service.telemetry.tracing import Tracing
 from service.tokenization import Tokenization
 
 _log = structlog.get_logger(__name__)
 
-_LOOP_LAG_EVERY_S = 1.0
 _KAFKA_PART = "kafka"
 
 
@@ -167,7 +166,7 @@ class App:
 
     async def _start(self) -> Endpoints:
         settings, core = self.settings, self.core
-        self._lag = asyncio.create_task(self._watch_loop(), name="loop lag")
+        self._lag = asyncio.create_task(watch_loop_lag(self.core.metrics), name="loop lag")
         core.health.watch(self._health_changed)
         # Loading takes long: a port that is taken should not be found after it.
         _require_free("grpc", settings.grpc.host, settings.grpc.port)
@@ -236,12 +235,6 @@ class App:
         else:
             self.core.health.degrade(_KAFKA_PART, reason)
             _log.warning("kafka is not served", reason=reason)
-
-    async def _watch_loop(self) -> None:
-        while True:
-            due = time.monotonic() + _LOOP_LAG_EVERY_S
-            await asyncio.sleep(_LOOP_LAG_EVERY_S)
-            self.core.metrics.loop_lag(max(0.0, time.monotonic() - due))
 
 
 def _require_free(section: str, host: str, port: int) -> None:
