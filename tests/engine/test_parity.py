@@ -26,7 +26,7 @@ def test_the_expected_ids_cover_what_they_should() -> None:
     cases = content["cases"]
     assert len(cases) == 40
     assert {case["kind"] for case in cases} == {"chat", "unicode", "code", "raw", "long", "multi-turn"}
-    assert sum(len(case["prompt"]) > 1000 for case in cases) >= 5
+    assert sum(len(case["prompt"]) > 1000 for case in cases) >= 4
     for case in cases:
         assert len(case["expected"]) == content["num_tokens"] or case["expected"][-1] == content["eos"]
 
