@@ -29,6 +29,7 @@ import msgspec
 from engine.config import EngineConfig
 from engine.errors import CheckpointError, ConfigError, EngineError, FrameError
 from engine.frames import PROTOCOL_VERSION, Abort, Close, FrameDecoder, Hello, Payload, encode
+from engine.openmp import prefer_short_spin
 from engine.output import EngineFacts, EngineFailure, EngineProgress, StepOutput, StepStats, TokenOutput
 from engine.request import Request
 
@@ -264,6 +265,7 @@ def main() -> int:
     parser.add_argument("--fd", type=int, required=True)
     parser.add_argument("--config", required=True)
     arguments = parser.parse_args()
+    prefer_short_spin()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Whatever a library prints goes where logs go.
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())

@@ -4,7 +4,11 @@ from collections.abc import Iterator
 
 import pytest
 
+from engine.openmp import prefer_short_spin
 from tests.servers import jaeger, kafka
+
+# Brokers, children and tests share the cores.
+prefer_short_spin()
 
 
 @pytest.fixture(scope="session")
