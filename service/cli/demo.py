@@ -147,7 +147,8 @@ async def _round(
                 continue
             if record.topic == topics.results:
                 found.result = json_format.Parse(record.value, inference_pb2.Result())
-                view.finish(found.view)
+                text = "".join(choice.text for choice in found.result.choices)
+                view.finish(found.view, text, found.result.usage.completion_tokens)
             elif ("sluice-type", b"chunk") in record.headers:
                 chunk = json_format.Parse(record.value, events_pb2.Chunk())
                 view.chunk(found.view, chunk.text, len(chunk.token_ids))
@@ -183,13 +184,13 @@ def _result(letter: _Letter) -> inference_pb2.Result:
 
 def _summary(console: Console, app: App, letters: list[_Letter]) -> None:
     console.print()
-    console.print(results_table([_row(letter) for letter in letters]))
+    console.print(results_table([_row(letter) for letter in letters], console.width))
     first = letters[0]
     spans = [span for span in app.core.tracing.spans() if f"{span.context.trace_id:032x}" == first.trace_id]
     console.print(
         f"\n[bold]The trace of {first.view.request_id}[/], from the producer to the result record [dim]({first.trace_id})[/]"
     )
-    console.print(trace_table(spans))
+    console.print(trace_table(spans, console.width))
     console.print(
         "\nNext: [bold]make serve[/] keeps a service running; [bold]README.md[/] shows your own Kafka, gRPC and Jaeger."
     )

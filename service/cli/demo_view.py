@@ -1,6 +1,7 @@
 """What `sluice demo` shows: the streams side by side while they run, then a table of what each one took."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from rich.columns import Columns
 from rich.console import Console, Group, RenderableType
@@ -69,10 +70,14 @@ class DemoView:
             self._live.stop()
 
     def chunk(self, stream: StreamView, text: str, num_tokens: int) -> None:
+        if stream.done:
+            return
         stream.text += text
         stream.num_tokens += num_tokens
 
-    def finish(self, stream: StreamView) -> None:
+    def finish(self, stream: StreamView, text: str, num_tokens: int) -> None:
+        """The result's own text and count: its record may be read before the last chunks of another topic."""
+        stream.text, stream.num_tokens = text, num_tokens
         stream.done = True
         if not self._console.is_terminal:
             self._console.print(f"  {stream.title}: {stream.num_tokens} tokens")
@@ -91,28 +96,47 @@ class DemoView:
         return Group(Columns([stream.panel(width) for stream in self._streams], width=width, padding=(0, 0)), bar)
 
 
-def results_table(rows: list[Row]) -> Table:
-    """Request, tokens, prompt tokens from cache, queue, TTFT, tokens/s."""
+def results_table(rows: list[Row], width: int) -> Table:
+    """What each request took. A terminal of `width` columns that cannot show all shows fewer: the id goes first."""
+    columns = [
+        _Column("request", "left", [row.title for row in rows]),
+        _Column("id", "left", [row.request_id for row in rows], dropped=1),
+        _Column("prompt", "right", [str(row.prompt_tokens) for row in rows], dropped=4),
+        _Column("from cache", "right", [_share(row.cached_tokens, row.prompt_tokens) for row in rows]),
+        _Column("tokens", "right", [str(row.tokens) for row in rows]),
+        _Column("queue ms", "right", [f"{row.queue_ms:.0f}" for row in rows], dropped=3),
+        _Column("TTFT ms", "right", [f"{row.ttft_ms:.0f}" for row in rows]),
+        _Column("tokens/s", "right", [f"{row.tokens_per_s:.1f}" for row in rows]),
+        _Column("end", "left", [row.finish_reason for row in rows], dropped=2),
+    ]
+    for rank in (1, 2, 3, 4):
+        if sum(column.width for column in columns) <= width:
+            break
+        columns = [column for column in columns if column.dropped != rank]
     table = Table(box=None, header_style="bold", padding=(0, 1))
-    for heading in ("request", "id"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("prompt", "from cache", "tokens", "queue ms", "TTFT ms", "tokens/s"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("end", no_wrap=True)
-    for row in rows:
-        share = f"{row.cached_tokens / row.prompt_tokens:.0%}" if row.prompt_tokens else "–"
-        table.add_row(
-            row.title,
-            f"[dim]{row.request_id}[/]",
-            str(row.prompt_tokens),
-            f"{row.cached_tokens} ({share})",
-            str(row.tokens),
-            f"{row.queue_ms:.0f}",
-            f"{row.ttft_ms:.0f}",
-            f"{row.tokens_per_s:.1f}",
-            row.finish_reason,
-        )
+    for column in columns:
+        table.add_column(column.heading, justify=column.justify, style="dim" if column.heading == "id" else None, no_wrap=True)
+    for cells in zip(*(column.cells for column in columns), strict=True):
+        table.add_row(*(Text(cell) for cell in cells))
     return table
+
+
+@dataclass(frozen=True, slots=True)
+class _Column:
+    """A column of the table; `dropped` above 0: it goes in that turn when the terminal is narrow."""
+
+    heading: str
+    justify: Literal["left", "right"]
+    cells: list[str]
+    dropped: int = 0
+
+    @property
+    def width(self) -> int:
+        return max(map(len, [self.heading, *self.cells])) + 2
+
+
+def _share(cached: int, prompt: int) -> str:
+    return f"{cached} ({cached / prompt:.0%})" if prompt else "–"
 
 
 def _tail(text: str, width: int, lines: int) -> Text:

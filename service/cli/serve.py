@@ -39,7 +39,10 @@ def serve(
     as_json: Json = False,
 ) -> None:
     """Serve until SIGTERM or Ctrl-C, which drain; a second one ends at once."""
-    flags: dict[str, dict[str, Any]] = {"model": {"path": model}, "kafka": {"bootstrap_servers": brokers, "embedded": embedded or None}}
+    flags: dict[str, dict[str, Any]] = {
+        "model": {"path": model},
+        "kafka": {"bootstrap_servers": brokers, "embedded": embedded or None},
+    }
     settings = settings_from(config, overrides, flags)
     logging.configure(settings.logging)
     model_dir = resolve_model(settings)
@@ -86,6 +89,7 @@ async def _serve(settings: Settings, model_dir: Path, as_json: bool) -> None:
         starting.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await starting
+        output.err.print("stopped before it served")
         return
     try:
         endpoints = starting.result()
