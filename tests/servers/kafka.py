@@ -57,7 +57,7 @@ class KafkaServer:
 
     def start(self) -> None:
         """Returns once clients are served. Raises `ServerError` with the end of the broker's log."""
-        libs = _libraries()
+        libs = libraries()
         if not self._properties.exists():
             self._format(libs)
         with self.log.open("ab") as log:
@@ -153,7 +153,7 @@ def external() -> str:
     return os.environ.get("SLUICE_TEST_KAFKA", "")
 
 
-def _libraries() -> Path:
+def libraries() -> Path:
     """The directory of the broker's jars, fetched once under a lock. Raises `ServerError` for missing tools."""
     for tool, package in (("java", "default-jre-headless"), ("mvn", "maven")):
         if shutil.which(tool) is None:
