@@ -1,0 +1,59 @@
+"""From exec to ready, what an idle service costs, and its memory.
+
+    python -m tests.bench.startup [--starts 3] [--idle-s 10]
+
+Ready beyond loading is exec-to-ready less the engine's own loading time. Memory is proportional set size; the engine's is shown less
+its weights and its KV cache, which the configuration decides.
+"""
+
+import argparse
+import time
+from typing import Any
+
+from service.cli.demo_model import ensure_demo_model
+from tests.bench import report
+from tests.bench.served import Served, model_bytes, resident_bytes, serving
+
+KV_BYTES = 256 * 2**20
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--starts", type=int, default=3)
+    parser.add_argument("--idle-s", type=float, default=10.0)
+    return parser.parse_args()
+
+
+def cpu_seconds(served: Served) -> float:
+    return sum(sum(process.cpu_times()[:2]) for process in (served.process, served.child))
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    model = ensure_demo_model()
+    ready, load, beyond, idle = [], [], [], []
+    parent = child = 0
+    for _ in range(arguments.starts):
+        with serving("--embedded", "--brokers", "127.0.0.1:0", "--set", f"engine.kv_cache_bytes={KV_BYTES}") as served:
+            ready.append(served.ready_s)
+            load.append(served.load_s)
+            beyond.append(served.ready_s - served.load_s)
+            time.sleep(2)  # what a start leaves behind (joining the group, the first spans) is no idling
+            before = cpu_seconds(served)
+            time.sleep(arguments.idle_s)
+            idle.append((cpu_seconds(served) - before) / arguments.idle_s * 100)
+            parent, child = resident_bytes(served.process), resident_bytes(served.child)
+    results = {
+        "ready_s": report.spread(ready),
+        "load_s": report.spread(load),
+        "ready_beyond_loading_s": report.spread(beyond),
+        "idle_percent_of_a_core": report.spread(idle),
+        "parent_mib": round(parent / 2**20),
+        "engine_mib": round(child / 2**20),
+        # Pages of the KV cache that no block has used are not resident, so this is an upper bound of neither; it is what is there.
+        "engine_beside_weights_mib": round((child - model_bytes(model)) / 2**20),
+    }
+    return report.emit("startup", vars(arguments) | {"kv_cache_bytes": KV_BYTES}, results)
+
+
+if __name__ == "__main__":
+    report.print_report(measure(parse()))
