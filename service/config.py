@@ -28,7 +28,7 @@ def cache_dir() -> Path:
 class Section(BaseModel):
     """A section of the file. Unknown keys are errors; docstrings below a field explain it."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class ModelSection(Section):

@@ -74,7 +74,7 @@ def demo(config: ConfigFile = None, overrides: Overrides = None, as_json: Json =
         "admin": {"port": 0},
     }
     settings = settings_from(config, overrides, flags)
-    logging.configure(settings.logging.model_copy(update={"level": "error"}))
+    logging.configure(settings.logging, quiet=True)
     model_dir = resolve_model(settings)
     # On standard output a person watches; with --json programs read it, and the person's part goes to standard error.
     console = output.err if as_json else output.out
@@ -202,12 +202,10 @@ def _row(letter: _Letter) -> Row:
     tokens = result.usage.completion_tokens
     return Row(
         title=letter.title,
-        request_id=result.request_id,
         prompt_tokens=result.usage.prompt_tokens,
         cached_tokens=result.usage.cached_prompt_tokens,
         tokens=tokens,
         queue_ms=result.timings.queue_ms,
         ttft_ms=result.timings.ttft_ms,
         tokens_per_s=(tokens - 1) / decode_s if decode_s > 0 else 0.0,
-        finish_reason=inference_pb2.FinishReason.Name(result.choices[0].finish_reason),
     )

@@ -42,7 +42,7 @@ def generate(
     request = prompts.prompt_request(
         text, raw=raw, system=system, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop
     )
-    logging.configure(settings.logging.model_copy(update={"level": "error"}))
+    logging.configure(settings.logging, quiet=True)
     uvloop.run(_generate(settings, resolve_model(settings), request, token_ids, as_json))
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -254,6 +255,8 @@ class Startable(Protocol):
 @asynccontextmanager
 async def connected(client: Startable, stop: Callable[[], Awaitable[None]], settings: Settings) -> AsyncIterator[None]:
     """`client` started for the block and stopped after it. Raises `SetupError` (exit code 3) when no broker answers in time."""
+    # What it has to say reaches the person as one error, below.
+    logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
     try:
         async with asyncio.timeout(CONNECT_TIMEOUT_S):
             await client.start()

@@ -39,7 +39,7 @@ def main() -> None:
     except SetupError as error:
         _end(str(error), error.exit_code)
     except RequestError as error:
-        _end(str(error), 3 if error.code == "engine_failed" else 1)
+        _end(str(error), {"engine_failed": 3, "invalid_field": 2}.get(error.code, 1))
     except EngineError as error:
         _end(str(error), 2)
     except KeyboardInterrupt:

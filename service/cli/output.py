@@ -32,6 +32,7 @@ def write(text: str) -> None:
 def progress(title: str) -> Iterator[Callable[[float, str], None]]:
     """A bar on standard error that is gone when the work is done; the callback takes the share done and what is being done."""
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn())
-    with Progress(*columns, console=err, transient=True) as bar:
+    # Elsewhere than on a terminal a bar that goes away would leave blank lines behind.
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
         task = bar.add_task(title, total=1.0)
         yield lambda share, what: bar.update(task, completed=share, description=f"{title}: {what}" if what else title)

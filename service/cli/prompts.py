@@ -36,6 +36,8 @@ def prompt_request(
     """A checked prompt. Raises `RequestError` that names the field, `SetupError` for options that exclude each other."""
     if text == "-":
         text = sys.stdin.read()
+    if not text.strip():
+        raise SetupError("the prompt is empty: give TEXT, or - to read standard input")
     if raw and system:
         raise SetupError("--system needs the chat template: leave --raw away")
     messages = None if raw else ((("system", system),) if system else ()) + (("user", text),)

@@ -53,7 +53,7 @@ def stream(
     except SluiceError as error:
         unreachable = error.code == "unavailable"
         hint = f"; is a replica running at {address}? `make serve` starts one" if unreachable else ""
-        raise SetupError(f"{error}{hint}", exit_code=3 if unreachable else 1) from error
+        raise SetupError(f"{error}{hint}", exit_code=3 if unreachable else 2 if error.code == "invalid_field" else 1) from error
 
 
 async def _stream(address: str, request: PromptRequest, as_json: bool) -> None:

@@ -8,7 +8,8 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-MAX_BAR_WIDTH = 32
+MAX_COLUMNS_BESIDE_BAR = 62
+MIN_BAR_WIDTH, MAX_BAR_WIDTH = 8, 60
 MIN_BAR_WIDTH = 8
 
 _Line = tuple[str, ReadableSpan]

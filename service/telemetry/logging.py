@@ -27,8 +27,11 @@ _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARN
 _QUIET = ("aiokafka", "kafka", "uvicorn", "uvicorn.access", "httpx", "grpc", "asyncio", "opentelemetry")
 
 
-def configure(section: LoggingSection, stream: TextIO | None = None) -> None:
-    """Routes structlog and the standard library's logging to `stream` (default: standard error). Called once, by a command."""
+def configure(section: LoggingSection, stream: TextIO | None = None, *, quiet: bool = False) -> None:
+    """Routes structlog and the standard library's logging to `stream` (default: standard error). Called once, by a command.
+
+    `quiet`: critical lines alone, for a command whose failures reach the person as its one error message.
+    """
     out = sys.stderr if stream is None else stream
     console = section.format == "console" or (section.format == "auto" and out.isatty())
     shared: list[Processor] = [
@@ -48,12 +51,12 @@ def configure(section: LoggingSection, stream: TextIO | None = None) -> None:
     handler.setFormatter(formatter)
     root = logging.getLogger()
     root.handlers[:] = [handler]
-    root.setLevel(_LEVELS[section.level])
+    root.setLevel(logging.CRITICAL if quiet else _LEVELS[section.level])
     for name in _QUIET:
         logger = logging.getLogger(name)
         logger.handlers[:] = []
         logger.propagate = True
-        logger.setLevel(logging.WARNING)
+        logger.setLevel(logging.CRITICAL if quiet else logging.WARNING)
     # It reports each client that went away while a status was being sent as an error; calls that fail are logged by service/rpc.
     logging.getLogger("grpc._cython.cygrpc").setLevel(logging.CRITICAL)
     structlog.configure(
