@@ -202,10 +202,12 @@ def _row(letter: _Letter) -> Row:
     tokens = result.usage.completion_tokens
     return Row(
         title=letter.title,
+        request_id=result.request_id,
         prompt_tokens=result.usage.prompt_tokens,
         cached_tokens=result.usage.cached_prompt_tokens,
         tokens=tokens,
         queue_ms=result.timings.queue_ms,
         ttft_ms=result.timings.ttft_ms,
         tokens_per_s=(tokens - 1) / decode_s if decode_s > 0 else 0.0,
+        finish_reason=inference_pb2.FinishReason.Name(result.choices[0].finish_reason),
     )

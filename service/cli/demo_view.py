@@ -42,12 +42,14 @@ class Row:
     """One finished request in the table; read from its result record."""
 
     title: str
+    request_id: str
     prompt_tokens: int
     cached_tokens: int
     tokens: int
     queue_ms: float
     ttft_ms: float
     tokens_per_s: float
+    finish_reason: str
 
 
 class DemoView:
