@@ -126,6 +126,7 @@ def _announce(app: App, endpoints: Endpoints, settings: Settings, as_json: bool)
                 "admin": endpoints.admin,
                 "kafka": endpoints.kafka,
                 "pid": os.getpid(),
+                "load_s": round(facts.load_s, 3),
             }
         )
         return
