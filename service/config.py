@@ -139,7 +139,7 @@ class KafkaSection(Section):
     """Of topics that `sluice topics create` makes: the most replicas that can share the work."""
 
     replication_factor: int = Field(default=-1, ge=-1)
-    """Of topics that `sluice topics create` makes; -1: the broker's default."""
+    """Of topics that `sluice topics create` makes; -1: three, or as many as there are brokers."""
 
     create_topics: bool = False
     """Create missing topics at start, as `sluice topics create` does."""

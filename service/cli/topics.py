@@ -27,7 +27,7 @@ def create(
         int | None, typer.Option("--partitions", min=1, help="The most replicas that can share the work.", show_default=False)
     ] = None,
     replication_factor: Annotated[
-        int | None, typer.Option("--replication-factor", help="-1: the broker's default.", show_default=False)
+        int | None, typer.Option("--replication-factor", help="-1: three, or as many as there are brokers.", show_default=False)
     ] = None,
     brokers: Brokers = None,
     config: ConfigFile = None,

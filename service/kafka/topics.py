@@ -18,6 +18,7 @@ CLASSES: tuple[QueueClass, ...] = ("interactive", "standard", "batch")
 WEIGHTS: dict[QueueClass, int] = {"interactive": 8, "standard": 4, "batch": 1}
 """Turns that a class's partitions get in one rotation of the poll loop."""
 _HOUR_MS = 3_600_000
+_REPLICAS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +92,16 @@ class TopicReport:
 async def create(
     admin: AIOKafkaAdminClient, topics: Topics, *, partitions: int, replication_factor: int = -1
 ) -> tuple[str, ...]:
-    """Creates the required topics that are missing and names them. Raises `KafkaError` when the broker refuses one."""
+    """Creates the required topics that are missing and names them. Raises `KafkaError` when the broker refuses one.
+
+    `replication_factor` -1: three, or as many as there are brokers. (aiokafka cannot ask for the broker's own default.)
+    """
     existing = set(await admin.list_topics())
     missing = [name for name in topics.required if name not in existing]
     if not missing:
         return ()
+    if replication_factor < 1:
+        replication_factor = min(_REPLICAS, len((await admin.describe_cluster())["brokers"]))
     policies = topics.policies()
     response = await admin.create_topics(
         [
