@@ -66,7 +66,7 @@ class TokenOutput:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepStats:
     """One step in numbers. Block counts: free + evictable + used = the pool. `num_wasted_slots`: slots of used blocks that hold no
-    computed token."""
+    computed token. Preemptions and prefix tokens (looked up, found) are those of this step."""
 
     step: int
     started_ns: int

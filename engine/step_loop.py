@@ -11,6 +11,7 @@ from typing import Protocol
 from engine.errors import OutOfMemoryError
 from engine.output import StepOutput, StepStats
 from engine.request import Request
+from engine.scheduling.config import SchedulerStats
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.step import StepPlan, StepResult
 
@@ -40,6 +41,7 @@ class StepLoop:
         self._full_budget = scheduler.token_budget
         self._calm = 0
         self._step = 0
+        self._counted = scheduler.stats()
 
     @property
     def has_work(self) -> bool:
@@ -64,18 +66,23 @@ class StepLoop:
         outputs = self._scheduler.update(plan, result, executed)
         self._step += 1
         num_single = sum(1 for chunk in plan.chunks if chunk.num_tokens == 1)
+        now = self._scheduler.stats()
         stats = self._stats(
+            now,
             started=started,
             schedule_ns=scheduled - started,
             execute_ns=executed - scheduled,
             num_prefill=plan.num_tokens - num_single,
             num_decode=num_single,
         )
+        self._counted = now
         return StepOutput(outputs=outputs, stats=stats)
 
     def stats(self) -> StepStats:
         """The present state as a step of no tokens."""
-        return self._stats(started=self._clock(), schedule_ns=0, execute_ns=0, num_prefill=0, num_decode=0)
+        return self._stats(
+            self._scheduler.stats(), started=self._clock(), schedule_ns=0, execute_ns=0, num_prefill=0, num_decode=0
+        )
 
     def _execute(self, plan: StepPlan) -> tuple[StepPlan, StepResult]:
         """Runs the plan, or what is left of it once memory suffices."""
@@ -113,8 +120,11 @@ class StepLoop:
                 self._calm = 0
                 self._scheduler.set_token_budget(self._scheduler.token_budget * 2)
 
-    def _stats(self, *, started: int, schedule_ns: int, execute_ns: int, num_prefill: int, num_decode: int) -> StepStats:
-        now = self._scheduler.stats()
+    def _stats(
+        self, now: SchedulerStats, *, started: int, schedule_ns: int, execute_ns: int, num_prefill: int, num_decode: int
+    ) -> StepStats:
+        # The scheduler counts since its start; a step tells what it added.
+        before = self._counted
         return StepStats(
             step=self._step,
             started_ns=started,
@@ -127,9 +137,9 @@ class StepLoop:
             num_evictable_blocks=now.num_evictable_blocks,
             num_used_blocks=now.num_used_blocks,
             num_wasted_slots=now.num_wasted_slots,
-            num_preemptions=now.num_preemptions,
-            num_prefix_query_tokens=now.num_prefix_query_tokens,
-            num_prefix_hit_tokens=now.num_prefix_hit_tokens,
+            num_preemptions=now.num_preemptions - before.num_preemptions,
+            num_prefix_query_tokens=now.num_prefix_query_tokens - before.num_prefix_query_tokens,
+            num_prefix_hit_tokens=now.num_prefix_hit_tokens - before.num_prefix_hit_tokens,
             schedule_ns=schedule_ns,
             execute_ns=execute_ns,
         )

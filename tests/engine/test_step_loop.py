@@ -128,3 +128,11 @@ def test_the_prefix_cache_is_dropped_with_the_first_refusal() -> None:
     loop.add(_ask("z", 40))
     loop.step()
     assert scheduler.stats().num_evictable_blocks == 0
+
+
+def test_a_steps_counts_are_those_of_the_step_alone() -> None:
+    loop, scheduler = _loop(TightExecutor(limit=64))
+    loop.add(_ask("first", prompt=24, max_tokens=8))
+    queried = [loop.step().stats.num_prefix_query_tokens for _ in range(4)]
+    assert queried == [24, 0, 0, 0]
+    assert scheduler.stats().num_prefix_query_tokens == 24
