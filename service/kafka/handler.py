@@ -114,7 +114,7 @@ class PromptHandler:
             names.SPAN_PROCESS,
             kind=SpanKind.CONSUMER,
             parent=creator,
-            links=tracing.link_to(creator),
+            links=tracing.link_to(creator, is_parent=True),
             attributes={
                 names.MESSAGING_SYSTEM: names.SYSTEM_KAFKA,
                 names.MESSAGING_OPERATION_NAME: "process",

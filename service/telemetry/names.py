@@ -83,6 +83,10 @@ RPC_METHOD = "rpc.method"
 RPC_RESPONSE_STATUS_CODE = "rpc.response.status_code"
 SYSTEM_GRPC = "grpc"
 
+# Attributes: of links (OpenTelemetry's OpenTracing compatibility).
+OPENTRACING_REF_TYPE = "opentracing.ref_type"
+REF_CHILD_OF = "child_of"
+
 # Attributes: ours. Counts are whole numbers; times are in milliseconds where the name says so.
 REQUEST_ID = "sluice.request.id"
 LABEL = "sluice.label"

@@ -185,10 +185,12 @@ def context_of(span: Span) -> Context:
     return trace.set_span_in_context(span, Context())
 
 
-def link_to(context: Context) -> tuple[Link, ...]:
-    """A link to the span that a context holds; none where it holds no valid one."""
+def link_to(context: Context, *, is_parent: bool = False) -> tuple[Link, ...]:
+    """A link to the span that a context holds; none where it holds no valid one. `is_parent`: the linked span is the parent too."""
     target = trace.get_current_span(context).get_span_context()
-    return (Link(target),) if target.is_valid else ()
+    # Jaeger keeps one reference to a span: a link to the parent takes the parent's place, as FOLLOWS_FROM unless it says otherwise.
+    attributes = {names.OPENTRACING_REF_TYPE: names.REF_CHILD_OF} if is_parent else None
+    return (Link(target, attributes),) if target.is_valid else ()
 
 
 def trace_id(span: Span) -> str:
