@@ -3,7 +3,12 @@
 Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 3 a dependency is unreachable, 130 interrupted.
 """
 
+# ruff: noqa: E402
+import os
 import sys
+
+# Read when gRPC is imported. Children are started by exec, which needs none of its fork handlers: they only log at each start.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 import typer
 from rich.markup import escape
