@@ -3,7 +3,6 @@
 Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 3 a dependency is unreachable, 130 interrupted.
 """
 
-# ruff: noqa: E402
 import os
 import sys
 
