@@ -1,0 +1,126 @@
+"""Commands that need no server: what they print and how they exit."""
+
+import json
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from service.cli import doctor
+from tests.service.cli.cli_run import Sluice
+
+
+def unused_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+def test_generate_gives_text_tokens_usage_and_timings_as_json(sluice: Sluice, stand_in: list[str]) -> None:
+    code, out, errors = sluice.run("generate", "hello", "--raw", "--max-tokens", "4", "--seed", "3", "--json", *stand_in)
+    answer = json.loads(out)
+    assert (code, errors) == (0, "")
+    assert (len(answer["token_ids"]), answer["finish_reason"], answer["seed"]) == (4, "length", 3)
+    assert answer["usage"] == {"prompt_tokens": 1, "cached_prompt_tokens": 0, "completion_tokens": 4}
+    assert set(answer["timings"]) == {"queue_ms", "ttft_ms", "tpot_ms", "total_ms"}
+
+
+def test_generate_prints_token_ids_when_asked(sluice: Sluice, stand_in: list[str]) -> None:
+    common = ("generate", "hello", "--max-tokens", "4", "--seed", "3", *stand_in)
+    _, as_json, _ = sluice.run(*common, "--json")
+    _, out, _ = sluice.run(*common, "--token-ids")
+    assert [int(word) for word in out.split()] == json.loads(as_json)["token_ids"]
+
+
+def test_the_chat_template_is_applied_unless_raw(sluice: Sluice, stand_in: list[str]) -> None:
+    common = ("generate", "hello", "--max-tokens", "1", "--json", *stand_in)
+    counts = [json.loads(sluice.run(*common, *extra)[1])["usage"]["prompt_tokens"] for extra in ((), ("--raw",))]
+    assert counts[0] > counts[1] == 1
+
+
+WRONG = {
+    "empty prompt": (["generate", ""], 2, "the prompt is empty"),
+    "negative": (["generate", "a", "--max-tokens", "-1"], 2, "--max-tokens"),
+    "no number": (["generate", "a", "--temperature", "warm"], 2, "--temperature"),
+    "out of range": (["generate", "a", "--top-p", "7"], 2, "sampling.top_p"),
+    "NaN": (["generate", "a", "--top-p", "nan"], 2, "sampling.top_p"),
+    "can never fit": (["generate", "a", "--max-tokens", "100000"], 1, "too_many_tokens: sampling.max_tokens"),
+    "longer than the context": (["generate", "x" * 9000], 1, "prompt_too_long"),
+    "nothing to publish": (["publish"], 2, "give TEXT"),
+    "no such command": (["nonsense"], 2, "nonsense"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "exit_code", "words"), WRONG.values(), ids=WRONG)
+def test_wrong_use_is_one_message_and_an_exit_code(
+    sluice: Sluice, stand_in: list[str], arguments: list[str], exit_code: int, words: str
+) -> None:
+    extra = stand_in if arguments[0] == "generate" else []
+    code, out, errors = sluice.run(*arguments, *extra)
+    assert (code, out, "Traceback" in errors) == (exit_code, "", False)
+    assert words in errors
+
+
+@pytest.mark.parametrize("path", ["/nowhere/model", "/nowhere/model.gguf"])
+def test_a_model_that_is_not_there_is_named(sluice: Sluice, path: str, tmp_path: object) -> None:
+    command = ["model", "import", path, f"{tmp_path}/out"] if path.endswith("gguf") else ["generate", "a", "--model", path]
+    code, _, errors = sluice.run(*command)
+    assert code == 2
+    assert path in errors
+
+
+@pytest.mark.parametrize(
+    "command", [["publish", "hi", "--brokers"], ["tail", "--brokers"], ["topics", "check", "--brokers"], ["stream", "hi", "-t"]]
+)
+def test_an_unreachable_server_is_one_error_and_exit_code_3(sluice: Sluice, command: list[str]) -> None:
+    target = f"127.0.0.1:{unused_port()}"
+    code, out, errors = sluice.run(*command, target)
+    assert (code, out) == (3, "")
+    assert errors.startswith("error: ")
+    assert target in errors
+    assert "make serve" in errors
+
+
+def checks(out: str) -> dict[str, str]:
+    return {check["name"]: check["state"] for check in json.loads(out)["checks"]}
+
+
+@pytest.fixture
+def quick_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "BROKER_TIMEOUT_S", 0.5)
+
+
+@pytest.mark.usefixtures("quick_doctor")
+def test_the_doctor_says_3_when_a_server_does_not_answer(sluice: Sluice, stand_in: list[str]) -> None:
+    nobody = unused_port()
+    code, out, _ = sluice.run(
+        "doctor", "--json", "--set", f"kafka.bootstrap_servers=127.0.0.1:{nobody}",
+        "--set", f"tracing.otlp_endpoint=127.0.0.1:{nobody}", "--set", "model.load_format=dummy", *stand_in,
+    )  # fmt: skip
+    found = checks(out)
+    assert (code, found["kafka"], found["tracing"], found["model"]) == (3, "fail", "fail", "ok")
+
+
+def test_the_doctor_says_2_for_a_model_directory_without_weights(sluice: Sluice, stand_in: list[str]) -> None:
+    code, out, _ = sluice.run("doctor", "--json", "--set", "kafka.enabled=false", *stand_in)
+    assert (code, checks(out)["model"], checks(out)["kafka"]) == (2, "fail", "note")
+
+
+def test_the_doctor_finds_a_taken_port_and_a_good_machine(sluice: Sluice, stand_in: list[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        code, out, _ = sluice.run(
+            "doctor", "--set", f"grpc.port={port}", "--set", "admin.port=0", "--set", "kafka.enabled=false",
+            "--set", "model.load_format=dummy", *stand_in,
+        )  # fmt: skip
+    assert code == 0
+    assert f"in use: grpc.port {port}" in out
+    assert "fail" not in out
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    program = "from service.cli.main import main; main()"
+    command = f"{sys.executable} -c '{program}' config show | head -1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    first, status = done.stdout.splitlines()
+    assert (first[:9], status, done.stderr) == ("# Every s", "0", "")

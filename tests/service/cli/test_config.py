@@ -1,0 +1,80 @@
+"""`sluice config`, and how file, environment and flags override each other."""
+
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from service.cli.config import render_toml
+from service.config import Settings
+from tests.service.cli.cli_run import Sluice
+
+SHIPPED = Path(__file__).resolve().parents[3] / "deploy" / "sluice.toml"
+
+
+def test_the_shipped_file_is_what_config_show_prints(sluice: Sluice) -> None:
+    assert sluice.run("config", "show") == (0, SHIPPED.read_text("utf-8"), "")
+
+
+def test_every_setting_is_explained() -> None:
+    unexplained = [
+        f"{section}.{name}"
+        for section in Settings.model_fields
+        for name, field in type(getattr(Settings(), section)).model_fields.items()
+        if not (field.description or "").strip()
+    ]
+    assert unexplained == []
+
+
+def test_what_show_prints_is_a_valid_file_of_the_same_settings(sluice: Sluice, tmp_path: Path) -> None:
+    file = tmp_path / "own.toml"
+    file.write_text(render_toml(Settings()).replace("port = 50051", "port = 50052"))
+    code, out, _ = sluice.run("config", "show", "--json", "--config", str(file))
+    expected = Settings().model_dump(mode="json")
+    expected["grpc"]["port"] = 50052
+    assert (code, json.loads(out)) == (0, expected)
+
+
+def test_flags_override_the_environment_which_overrides_the_file(sluice: Sluice, tmp_path: Path) -> None:
+    file = tmp_path / "own.toml"
+    file.write_text("[grpc]\nport = 1\n[admin]\nport = 1\n[http]\nport = 1\n")
+    environment = {"SLUICE_GRPC__PORT": "2", "SLUICE_ADMIN__PORT": "2"}
+    _, out, _ = sluice.run("config", "show", "-c", str(file), "--set", "grpc.port=3", environment=environment)
+    found = tomllib.loads(out)
+    assert (found["grpc"]["port"], found["admin"]["port"], found["http"]["port"]) == (3, 2, 1)
+
+
+def test_a_valid_configuration_exits_with_0(sluice: Sluice) -> None:
+    assert sluice.run("config", "check", "--json") == (0, '{"valid": true}\n', "")
+
+
+FAULTS = {
+    "unknown key": (["--set", "grpc.prot=1"], {}, ["grpc.prot: unknown key; did you mean grpc.port?"]),
+    "unknown section": (["--set", "grcp.port=1"], {}, ["grcp", "unknown key"]),
+    "unknown variable": ([], {"SLUICE_GRPC__PRT": "1"}, ["SLUICE_GRPC__PRT", "did you mean grpc.port?"]),
+    "two at once": (["--set", "grpc.port=-1", "--set", "admin.port=x"], {}, ["grpc.port: ", "admin.port: "]),
+    "huge number": (["--set", "grpc.port=999999999999999999999"], {}, ["grpc.port: ", "65535"]),
+    "NaN": (["--set", "engine.hang_timeout_s=nan"], {}, ["engine.hang_timeout_s: "]),
+    "infinity": (["--set", "grpc.heartbeat_s=inf"], {}, ["grpc.heartbeat_s: ", "finite"]),
+    "no value": (["--set", "grpc.port"], {}, ["write it as section.field=value"]),
+    "no file": (["--config", "/nowhere/sluice.toml"], {}, ["cannot read /nowhere/sluice.toml", "--config"]),
+}
+
+
+@pytest.mark.parametrize(("arguments", "environment", "words"), FAULTS.values(), ids=FAULTS)
+def test_a_wrong_configuration_names_every_key_and_exits_with_2(
+    sluice: Sluice, arguments: list[str], environment: dict[str, str], words: list[str]
+) -> None:
+    code, out, errors = sluice.run("config", "check", *arguments, environment=environment)
+    assert (code, out) == (2, "")
+    assert [word for word in words if word not in errors] == []
+
+
+@pytest.mark.parametrize("content", [b"[grpc\n", b"\xff\xfe", b"[grpc]\nport = 1\nport = 2\n"])
+def test_a_file_that_is_no_toml_is_named(sluice: Sluice, tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "own.toml"
+    file.write_bytes(content)
+    code, _, errors = sluice.run("config", "check", "--config", str(file))
+    assert code == 2
+    assert "own.toml is not valid TOML" in errors.replace("\n", "")
