@@ -8,7 +8,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-MAX_MIN_BAR_WIDTH, MAX_BAR_WIDTH = 8, 60
+MIN_BAR_WIDTH, MAX_BAR_WIDTH = 8, 60
 
 _Line = tuple[str, ReadableSpan]
 """The tree's branches before a span's name, and the span."""
