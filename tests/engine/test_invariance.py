@@ -85,7 +85,7 @@ def test_batch_chunks_and_cache_do_not_matter(
     changes = {"max_num_seqs": max_num_seqs, "enable_prefix_cache": cache, "max_num_batched_tokens": budget}
     listener = _run(_config(model_dir, **changes))
     assert listener.tokens() == alone
-    assert (listener.stats[-1].num_prefix_hit_tokens > 0) == cache
+    assert any(stats.num_prefix_hit_tokens for stats in listener.stats) == cache
 
 
 @pytest.mark.parametrize("cache", [False, True])
@@ -93,7 +93,7 @@ def test_preemption_does_not_matter(model_dir: Path, alone: Tokens, cache: bool)
     """A pool of 20 blocks forces sequences to give way and start again."""
     listener = _run(_config(model_dir, num_blocks=20, enable_prefix_cache=cache, max_num_batched_tokens=64))
     assert listener.tokens() == alone
-    assert listener.stats[-1].num_preemptions >= 3
+    assert sum(stats.num_preemptions for stats in listener.stats) >= 3
 
 
 def test_one_block_size_says_what_another_says(model_dir: Path, alone: Tokens) -> None:
