@@ -57,17 +57,23 @@ def stream(
 
 
 async def _stream(address: str, request: PromptRequest, as_json: bool) -> None:
-    async with SluiceClient(address) as client, client.stream(request) as events:
-        async for event in events:
-            if isinstance(event, Started) and as_json:
-                output.print_json({"started": {"request_id": event.request_id, "seed": event.seed, "trace_id": event.trace_id}})
-            elif isinstance(event, Delta):
-                if as_json:
-                    output.print_json({"seq": event.seq, "token_ids": list(event.token_ids), "text": event.text})
-                else:
-                    output.write(event.text)
-            elif isinstance(event, Finished):
-                _end(event, as_json)
+    async with SluiceClient(address) as client:
+        # A stream outlasts a replica that restarts; where none was ever there a person should not wait for one.
+        await client.health()
+        async with client.stream(request) as events:
+            async for event in events:
+                _show(event, as_json)
+
+
+def _show(event: Started | Delta | Finished, as_json: bool) -> None:
+    if isinstance(event, Finished):
+        _end(event, as_json)
+    elif isinstance(event, Delta) and not as_json:
+        output.write(event.text)
+    elif isinstance(event, Delta):
+        output.print_json({"seq": event.seq, "token_ids": list(event.token_ids), "text": event.text})
+    elif as_json:
+        output.print_json({"started": {"request_id": event.request_id, "seed": event.seed, "trace_id": event.trace_id}})
 
 
 def _end(event: Finished, as_json: bool) -> None:
