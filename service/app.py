@@ -7,6 +7,7 @@ engine last. The event loop is the caller's.
 
 import asyncio
 import contextlib
+import os
 import socket
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -245,6 +246,6 @@ def _require_free(section: str, host: str, port: int) -> None:
             pass
     except OSError as error:
         raise SetupError(
-            f"cannot listen on {section}.host:{section}.port {host}:{port} ({error.strerror}); "
+            f"cannot listen on {section}.host:{section}.port {host}:{port} ({os.strerror(error.errno or 0)}); "
             f"set another {section}.port (0 takes any free one), or stop what uses it"
         ) from error

@@ -11,7 +11,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-PANEL_LINES = 7
+MAX_PANEL_LINES = 7
 MAX_COLUMNS = 4
 
 
@@ -25,14 +25,15 @@ class StreamView:
     num_tokens: int = 0
     done: bool = False
 
-    def panel(self, width: int) -> Panel:
+    def panel(self, width: int, lines: int = MAX_PANEL_LINES) -> Panel:
+        """A box of `width` columns with the last `lines` lines of the text."""
         state = "[green]done[/]" if self.done else f"{self.num_tokens} tokens" if self.num_tokens else "[dim]waiting[/]"
         return Panel(
-            _tail(self.text, width - 4, PANEL_LINES),
+            _tail(self.text, width - 4, lines),
             title=f"[bold]{self.title}[/]",
             subtitle=state,
             width=width,
-            height=PANEL_LINES + 2,
+            height=lines + 2,
             border_style="green" if self.done else "cyan" if self.num_tokens else "dim",
         )
 
@@ -58,7 +59,7 @@ class DemoView:
     def __init__(self, console: Console, streams: list[StreamView]) -> None:
         self._console = console
         self._streams = streams
-        self._live = Live(console=console, refresh_per_second=12, transient=False, get_renderable=self._render)
+        self._live = Live(console=console, refresh_per_second=12, transient=False, get_renderable=self.render)
 
     def __enter__(self) -> "DemoView":
         if self._console.is_terminal:
@@ -82,9 +83,13 @@ class DemoView:
         if not self._console.is_terminal:
             self._console.print(f"  {stream.title}: {stream.num_tokens} tokens")
 
-    def _render(self) -> RenderableType:
+    def render(self) -> RenderableType:
+        """The frame now, within the console's width and height where that is possible."""
         columns = min(MAX_COLUMNS, max(1, self._console.width // 38), len(self._streams))
         width = self._console.width // columns - 1
+        rows = -(-len(self._streams) // columns)
+        # What is higher than the terminal would be cut off at the bottom: two border lines a row, two lines of progress.
+        lines = max(1, min(MAX_PANEL_LINES, (self._console.height - 3) // rows - 2))
         done = sum(stream.done for stream in self._streams)
         tokens = sum(stream.num_tokens for stream in self._streams)
         bar = Columns(
@@ -93,7 +98,7 @@ class DemoView:
                 Text(f"{done} of {len(self._streams)} answers · {tokens} tokens"),
             ]
         )
-        return Group(Columns([stream.panel(width) for stream in self._streams], width=width, padding=(0, 0)), bar)
+        return Group(Columns([stream.panel(width, lines) for stream in self._streams], width=width, padding=(0, 0)), bar)
 
 
 def results_table(rows: list[Row], width: int) -> Table:

@@ -7,6 +7,7 @@ orchestrator and Prometheus reach it.
 
 import asyncio
 import contextlib
+import os
 import socket
 from collections.abc import Generator
 
@@ -84,7 +85,7 @@ class AdminServer:
             return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=128)
         except OSError as error:
             raise SetupError(
-                f"cannot listen on admin.host:admin.port {host}:{port} ({error.strerror}); "
+                f"cannot listen on admin.host:admin.port {host}:{port} ({os.strerror(error.errno or 0)}); "
                 "set another admin.port (0 takes any free one), or stop what uses it"
             ) from error
 

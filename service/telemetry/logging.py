@@ -47,7 +47,7 @@ def configure(section: LoggingSection, stream: TextIO | None = None, *, quiet: b
         foreign_pre_chain=[structlog.stdlib.add_logger_name, *shared],
         processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
     )
-    handler = logging.StreamHandler(out)
+    handler = _StandardError() if stream is None else logging.StreamHandler(out)
     handler.setFormatter(formatter)
     root = logging.getLogger()
     root.handlers[:] = [handler]
@@ -71,6 +71,18 @@ def configure(section: LoggingSection, stream: TextIO | None = None, *, quiet: b
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=False,
     )
+
+
+class _StandardError(logging.StreamHandler[TextIO]):
+    """Writes to what standard error is at that moment: a progress bar takes its place while it is drawn, and moves below the line."""
+
+    @property
+    def stream(self) -> TextIO:
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, stream: TextIO) -> None:
+        """Fixed: always standard error."""
 
 
 def fault(error: BaseException) -> dict[str, Any]:

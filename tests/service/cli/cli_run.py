@@ -15,11 +15,15 @@ def kept_logging() -> Iterator[None]:
     """Commands set up logging for their whole process; this one's is put back."""
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
+    levels = {name: logger.level for name, logger in root.manager.loggerDict.items() if isinstance(logger, logging.Logger)}
     try:
         yield
     finally:
         root.handlers[:] = handlers
         root.setLevel(level)
+        for name, logger in root.manager.loggerDict.items():
+            if isinstance(logger, logging.Logger):
+                logger.setLevel(levels.get(name, logging.NOTSET))
         structlog.reset_defaults()
 
 

@@ -72,6 +72,16 @@ def test_off_a_terminal_each_finished_stream_is_one_line_with_the_results_own_co
     assert (view.text, view.num_tokens) == ("Paris", 2)
 
 
+def test_panels_shrink_so_that_a_low_terminal_shows_them_all() -> None:
+    stream = io.StringIO()
+    screen = Console(file=stream, width=60, height=30, force_terminal=True, highlight=False, color_system=None)
+    views = [StreamView(f"reader {number}") for number in range(1, 9)]
+    screen.print(DemoView(screen, views).render())
+    frame = stream.getvalue()
+    assert [number for number in range(1, 9) if f"reader {number}" not in frame] == []
+    assert len(frame.splitlines()) <= 30
+
+
 @pytest.mark.parametrize("width", [40, 80, 160])
 def test_on_a_terminal_the_panels_and_the_progress_are_drawn_within_its_width(width: int) -> None:
     screen, stream = console(width, terminal=True)

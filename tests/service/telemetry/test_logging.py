@@ -8,7 +8,7 @@ import pytest
 import structlog
 
 from service.config import LoggingSection, TracingSection
-from service.telemetry.logging import REDACTED, configure, fault
+from service.telemetry.logging import _QUIET, REDACTED, configure, fault
 from service.telemetry.tracing import Tracing, trace_id
 
 
@@ -16,9 +16,11 @@ from service.telemetry.tracing import Tracing, trace_id
 def restored():
     root = logging.getLogger()
     before = root.handlers[:], root.level
+    levels = {name: logging.getLogger(name).level for name in (*_QUIET, "grpc._cython.cygrpc")}
     yield
     root.handlers[:], root.level = before
-    logging.getLogger("grpc._cython.cygrpc").setLevel(logging.NOTSET)
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
     structlog.reset_defaults()
 
 
@@ -111,3 +113,19 @@ def test_configuring_leaves_one_handler_and_every_style_takes_a_list(restored, s
     configure(LoggingSection(format=style), out)
     structlog.get_logger().info("once", where=["a", "b"])
     assert out.getvalue().count("once") == 1
+
+
+def test_lines_go_to_what_standard_error_is_when_they_are_written(restored, monkeypatch):
+    configure(LoggingSection())
+    bar = io.StringIO()
+    monkeypatch.setattr("sys.stderr", bar)
+    structlog.get_logger("t").warning("while a bar is drawn")
+    assert "while a bar is drawn" in bar.getvalue()
+
+
+def test_quiet_lets_critical_lines_through_alone(restored):
+    stream = io.StringIO()
+    configure(LoggingSection(level="debug"), stream, quiet=True)
+    structlog.get_logger("t").error("not this")
+    structlog.get_logger("t").critical("but this")
+    assert ("not this" in stream.getvalue(), "but this" in stream.getvalue()) == (False, True)
