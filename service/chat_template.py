@@ -16,6 +16,18 @@ from jinja2.parser import Parser
 from jinja2.runtime import Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+# What expressions, filters and endless recursion raise inside a template.
+_RAISED_BY_TEMPLATES = (
+    jinja2.TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    ArithmeticError,
+    AttributeError,
+    RuntimeError,
+    MemoryError,
+)
+
 
 class TemplateRefusedError(Exception):
     """The template does not take these messages. The text is safe to show: words of the template's own, never of a message."""
@@ -112,7 +124,7 @@ class ChatTemplate:
             return self._template.render(
                 messages=conversation, tools=None, documents=None, add_generation_prompt=True, **self._special_tokens
             )
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
+        except _RAISED_BY_TEMPLATES as error:
             # A template is a program: whatever it raises on these messages is about them, and may quote them.
             words = str(error)
             raise TemplateRefusedError(words if words and words in self._source else "it fails on them") from error

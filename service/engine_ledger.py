@@ -103,14 +103,12 @@ class EngineLedger:
         return False, () if waiting is None else self._end(waiting, "cancelled")
 
     def accept(self, outputs: Iterable[TokenOutput]) -> tuple[TokenOutput, ...]:
-        """Of what the child said, what has not been handed on before. Raises `FrameError` when it skips a token."""
+        """Of a step, what has not been handed on before. Raises `FrameError`, and takes nothing, when a token is skipped."""
         accepted = []
-        for output in outputs:
+        for output in self._checked(outputs):
             entry = self._inside.get(output.request_id)
             if entry is None or output.choice in entry.ended:
                 continue
-            if not 0 <= output.choice < len(entry.said):
-                raise FrameError(f"an output names choice {output.choice} of a request that has {len(entry.said)}")
             new = _new_part(output, len(entry.said[output.choice]))
             if new.token_ids:
                 entry.said[output.choice] += new.token_ids
@@ -123,6 +121,25 @@ class EngineLedger:
             if new.token_ids or new.finish_reason is not None:
                 accepted.append(new)
         return tuple(accepted)
+
+    def _checked(self, outputs: Iterable[TokenOutput]) -> list[TokenOutput]:
+        """All of a step's outputs, or `FrameError` before any is counted as said: what is not handed on must come again."""
+        checked = list(outputs)
+        counts: dict[tuple[str, int], int] = {}
+        for output in checked:
+            entry = self._inside.get(output.request_id)
+            if entry is None:
+                continue
+            if not 0 <= output.choice < len(entry.said):
+                raise FrameError(f"an output names choice {output.choice} of a request that has {len(entry.said)}")
+            if output.choice in entry.ended:
+                continue
+            key = (output.request_id, output.choice)
+            said = counts.get(key, len(entry.said[output.choice]))
+            if output.token_ids and output.seq > said:
+                raise FrameError(f"an output starts at token {output.seq}, but {said} were said")
+            counts[key] = max(said, output.seq + len(output.token_ids))
+        return checked
 
     def _settle(self, entry: _Entry) -> None:
         open_choices = entry.open_choices
@@ -178,11 +195,9 @@ class EngineLedger:
 
 
 def _new_part(output: TokenOutput, said: int) -> TokenOutput:
-    """What of an output follows the `said` tokens of its choice."""
+    """What of an output, which skips nothing, follows the `said` tokens of its choice."""
     if output.seq == said or not output.token_ids:
         return output
-    if output.seq > said:
-        raise FrameError(f"an output starts at token {output.seq}, but {said} were said")
     known = said - output.seq
     logprobs = None if output.logprobs is None else output.logprobs[known:]
     return replace(output, seq=said, token_ids=output.token_ids[known:], logprobs=logprobs)

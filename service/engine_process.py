@@ -42,7 +42,10 @@ class EngineClient(Protocol):
         ...
 
     async def submit(self, request: Request) -> None:
-        """Hands a request over; its outputs will come, ending in one finish reason a choice, whatever dies."""
+        """Hands a request over; its outputs will come, ending in one finish reason a choice, whatever dies.
+
+        Raises `ValueError` for an id whose end it still owes.
+        """
         ...
 
     async def abort(self, request_id: str) -> None:

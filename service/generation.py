@@ -17,7 +17,7 @@ from types import TracebackType
 import structlog
 
 from engine import EngineFacts
-from service.admission import Admission, Ticket
+from service.admission import MIN_RETRY_S, Admission, Ticket
 from service.choices import Choice, EndRules
 from service.contract import Call, Event, PromptRequest
 from service.engine_process import EngineClient
@@ -193,7 +193,7 @@ class Generation:
         if self._admission.draining:
             raise RequestError("draining", "this replica is stopping")
         if call.request_id in self._runs or call.request_id in self._entering:
-            raise RequestError("invalid_field", "a request of this id runs already", field="request_id")
+            raise _still_ending()
         self._entering[call.request_id] = None
         try:
             check_model(prompt.model, self._limits)
@@ -202,6 +202,7 @@ class Generation:
                 raise RequestError("deadline_exceeded", "the deadline had passed when it came")
             facts = self._engine.facts()
             ids = await encode_prompt(prompt, self._tokenization, facts, self._limits)
+            self._check_entering(call.request_id)
             resolved = resolve(prompt, call, ids, self._tokenization, facts, self._limits, self._draw_seed)
             choices = self._choices(resolved, call.said, facts)
             trace.accepted(resolved.request.sampling, len(ids), sum(len(said) for said in call.said))
@@ -210,8 +211,7 @@ class Generation:
                 call.request_id, call.tenant, resolved.cost_tokens, deadline_ns=deadline_ns, waits=call.waits
             )
             try:
-                if (code := self._entering[call.request_id]) is not None:
-                    raise RequestError(code, CODES[code].meaning)
+                self._check_entering(call.request_id)
                 return await self._launch(prompt, call, resolved, choices, trace, ticket, arrived_ns, deadline_ns, depth)
             except BaseException:
                 ticket.release()
@@ -219,6 +219,11 @@ class Generation:
         finally:
             del self._entering[call.request_id]
             self._report_admission()
+
+    def _check_entering(self, request_id: str) -> None:
+        """Raises `RequestError` for a request that was cancelled before it entered."""
+        if (code := self._entering[request_id]) is not None:
+            raise RequestError(code, CODES[code].meaning)
 
     def _choices(self, resolved: Resolved, said: Sequence[Sequence[int]], facts: EngineFacts) -> tuple[Choice, ...]:
         sampling = resolved.request.sampling
@@ -265,6 +270,10 @@ class Generation:
             if len(ended) < len(choices):
                 request = replace(resolved.request, ended_choices=tuple(choice.index for choice in ended))
                 await self._engine.submit(request)
+        except ValueError as error:
+            # The engine owes an aborted attempt's end for as long as it hangs: longer than that attempt was waited for.
+            self._streams.close(request_id)
+            raise _still_ending() from error
         except BaseException:
             self._streams.close(request_id)
             raise
@@ -285,6 +294,11 @@ class Generation:
     def _report_admission(self) -> None:
         admission = self._admission
         self._metrics.admission(waiting=admission.num_waiting, requests=admission.num_requests, tokens=admission.num_tokens)
+
+
+def _still_ending() -> RequestError:
+    """For a record that comes again while its lost attempt is being ended: it is sound, and can start a moment later."""
+    return RequestError("overloaded", "an earlier attempt of this request has not ended yet", retry_after_s=MIN_RETRY_S)
 
 
 def _deadline(prompt: PromptRequest, call: Call, arrived_ns: int) -> int:

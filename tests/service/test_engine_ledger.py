@@ -49,6 +49,17 @@ def test_what_was_said_goes_to_the_next_child() -> None:
     assert (again.output_token_ids, again.ended_choices) == (((5, 6), (7,)), (1,))
 
 
+def test_a_step_that_skips_a_token_takes_nothing_of_its_other_outputs() -> None:
+    ledger = ledger_with("a", "b")
+    ledger.take()
+    with pytest.raises(FrameError):
+        ledger.accept([token("a", 0, 5, finish=True), token("b", 3, 6)])
+    ledger.child_died()
+    assert len(ledger) == 2
+    (again,) = ledger.take()
+    assert again.output_token_ids == ()
+
+
 @pytest.mark.parametrize(
     ("seq", "ids", "expected"), [(0, (5, 6, 7), (7,)), (1, (6, 7), (7,)), (2, (7,), (7,)), (0, (5, 6), None)]
 )

@@ -226,12 +226,22 @@ async def test_a_failed_submission_gives_its_room_back(bench: Bench) -> None:
     assert bench.spans()["chat tiny"].attributes["error.type"] == "internal"  # type: ignore[index]
 
 
-async def test_a_running_id_is_refused(bench: Bench) -> None:
+async def test_a_running_id_is_to_come_again(bench: Bench) -> None:
     stream = await bench.start()
     with pytest.raises(RequestError) as raised:
         await bench.start()
-    assert (raised.value.code, raised.value.field) == ("invalid_field", "request_id")
+    assert (raised.value.code, raised.value.retry_after_s > 0) == ("overloaded", True)
     await stream.aclose()
+
+
+async def test_an_id_that_the_engine_has_not_ended_is_to_come_again(bench: Bench) -> None:
+    bench.engine.submit_error = ValueError("request r is outstanding already")
+    with pytest.raises(RequestError) as raised:
+        await bench.start()
+    assert raised.value.code == "overloaded"
+    bench.engine.submit_error = None
+    async with await bench.start() as stream:
+        assert stream.request_id == "r"
 
 
 async def test_a_full_intake_refuses_and_a_waiting_caller_waits(bench: Bench) -> None:
@@ -256,6 +266,21 @@ async def test_a_waiting_request_can_be_cancelled(bench: Bench) -> None:
     assert bench.generation.cancel("patient")
     with pytest.raises(RequestError) as raised:
         await waiting
+    assert raised.value.code == "cancelled"
+    for stream in streams:
+        await stream.aclose()
+
+
+async def test_a_request_cancelled_while_its_prompt_is_encoded_never_stands_in_line(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    streams = [await bench.start(call=a_call(f"r{number}")) for number in range(4)]
+    monkeypatch.setattr("service.tokenization.INLINE_BYTES", 0)
+    entering = asyncio.create_task(bench.start(call=a_call("patient", waits=True)))
+    await wait_until(lambda: bench.generation.cancel("patient"))
+    assert bench.admission.num_waiting == 0
+    with pytest.raises(RequestError) as raised:
+        await asyncio.wait_for(entering, 10)
     assert raised.value.code == "cancelled"
     for stream in streams:
         await stream.aclose()

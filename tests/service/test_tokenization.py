@@ -125,6 +125,20 @@ def test_a_template_cannot_leave_its_sandbox() -> None:
         template.render([("user", "x")])
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ messages | dictsort }}",
+        "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
+        "{{ 1 / 0 * messages | length }}",
+    ],
+)
+def test_whatever_a_template_raises_on_messages_is_a_refusal(source: str) -> None:
+    template = ChatTemplate(source, {})
+    with pytest.raises(TemplateRefusedError, match="fails on them"):
+        template.render([("user", "hi")])
+
+
 def test_a_template_failure_never_quotes_a_message() -> None:
     template = ChatTemplate("{{ raise_exception(messages[0]['content']) }}", {})
     with pytest.raises(TemplateRefusedError) as raised:
