@@ -12,7 +12,7 @@ import structlog
 from aiokafka import AIOKafkaConsumer
 from aiokafka import TopicPartition as ClientPartition
 from aiokafka.admin import AIOKafkaAdminClient
-from aiokafka.errors import IllegalStateError, KafkaError
+from aiokafka.errors import GroupCoordinatorNotAvailableError, IllegalStateError, KafkaError
 
 from service.kafka.committer import Committer
 from service.kafka.ownership import OwnedPartition, Partitions
@@ -58,13 +58,17 @@ class Assignment:
         asked = [ClientPartition(*partition) for partition in assigned]
         # The consumer's own `committed()` drops the metadata.
         committed = await self._admin.list_consumer_group_offsets(self._group_id, partitions=asked)
+        if missing := [partition for partition in asked if partition not in committed]:
+            # Asked for by name, a partition without a commit comes back as -1. The client drops the answer's own error (the
+            # coordinator moves, or loads): taken for "never committed", it would hand the whole log out again.
+            raise GroupCoordinatorNotAvailableError(f"the group's progress was not told for {len(missing)} partitions")
         begins = await self._consumer.beginning_offsets(asked)
         ends = await self._consumer.end_offsets(asked)
         opened: list[OwnedPartition] = []
         fresh: dict[ClientPartition, tuple[int, str]] = {}
         for partition in asked:
-            point = committed.get(partition)
-            low, progress = (-1, Progress()) if point is None else (point.offset, decode(point.metadata))
+            point = committed[partition]
+            low, progress = point.offset, decode(point.metadata)
             held = self._partitions.get(TopicPartition(*partition))
             if held is not None and low >= 0 and held.epoch == progress.epoch and held.tracker.next_offset <= ends[partition]:
                 opened.append(held)

@@ -1,8 +1,9 @@
 """The one consumer of this process: takes prompt records partition by partition, in weighted turns, within the intake's budget.
 
 Guarantees: no record is taken from a partition before its committed progress was read and this owner's epoch was committed; a
-record that is done is skipped; a partition whose window is full, or whose class is over budget, is paused while the others go on,
-and polling never stops, so that the group keeps this member. Both rebalance callbacks return at once (a second at most).
+record that is done is skipped; a partition whose window is full, whose class is over budget, or whose next record cannot be read
+is paused while the others go on, and polling never stops, so that the group keeps this member. Both rebalance callbacks return at
+once (a second at most).
 The broker may be away at start or later: `run` begins anew with back-off, and running generations go on meanwhile.
 """
 
@@ -25,6 +26,7 @@ from service.kafka.handler import PromptHandler
 from service.kafka.ownership import OwnedPartition, Partitions
 from service.kafka.records import InRecord, TopicPartition
 from service.kafka.topics import WEIGHTS, Topics
+from service.kafka.unreadable import UNREADABLE, Unreadable
 from service.telemetry.metrics import KafkaMetrics
 
 _log = structlog.get_logger(__name__)
@@ -66,6 +68,7 @@ class PromptConsumer(ConsumerRebalanceListener):
         self._admin: AIOKafkaAdminClient | None = None
         self._opening: asyncio.Task[None] | None = None
         self._paused: set[TopicPartition] = set()
+        self._unreadable = Unreadable()
         self._polling = True
         self._joined = False
 
@@ -112,8 +115,7 @@ class PromptConsumer(ConsumerRebalanceListener):
                 await asyncio.wait_for(self._committer.commit(_REVOKE_COMMIT_S), _REVOKE_COMMIT_S)
             except TimeoutError:
                 _log.info("the commit before a rebalance took too long")
-        self._partitions.revoke_all()
-        self._paused.clear()
+        self._revoke_all()
 
     async def on_partitions_assigned(self, assigned: "set[ClientPartition]") -> None:
         """Lost partitions end; assigned ones stay closed until a task has read their progress."""
@@ -135,7 +137,12 @@ class PromptConsumer(ConsumerRebalanceListener):
         self._cancel_opening()
         self._opening = asyncio.create_task(assignment.open(sorted(wanted)), name="open partitions")
         self._joined = True
-        self._report(True, "")
+        self._report(True, self._unreadable.reason)
+
+    def _revoke_all(self) -> None:
+        self._partitions.revoke_all()
+        self._paused.clear()
+        self._unreadable.forget()
 
     def _cancel_opening(self) -> None:
         if self._opening is not None:
@@ -163,8 +170,7 @@ class PromptConsumer(ConsumerRebalanceListener):
     async def _end_session(self) -> None:
         """Leaves the group. Partitions stay tentative: the next session's assignment says whose they are."""
         self._cancel_opening()
-        self._partitions.revoke_all()
-        self._paused.clear()
+        self._revoke_all()
         consumer, self._consumer = self._consumer, None
         admin, self._admin = self._admin, None
         for client, stop in ((consumer, "stop"), (admin, "close")):
@@ -184,9 +190,10 @@ class PromptConsumer(ConsumerRebalanceListener):
                     asked = [ClientPartition(*owned.partition) for owned in partitions]
                     ends = await asyncio.wait_for(consumer.end_offsets(asked), _WATCH_S)
                     for owned in partitions:
-                        lag = max(ends[ClientPartition(*owned.partition)] - owned.tracker.low, 0)
-                        self._metrics.lag(*owned.partition, lag)
-                    self._report(True, "")
+                        if owned.state != "lost":
+                            lag = max(ends[ClientPartition(*owned.partition)] - owned.tracker.low, 0)
+                            self._metrics.lag(*owned.partition, lag)
+                    self._report(True, self._unreadable.reason)
             except (KafkaError, TimeoutError) as error:
                 self._report(False, f"the broker does not answer ({type(error).__name__})")
             await asyncio.sleep(_WATCH_S)
@@ -199,13 +206,34 @@ class PromptConsumer(ConsumerRebalanceListener):
                 taken += await self._turn(consumer, partition, timeout_ms=0)
             if not taken:
                 # Nothing was there: wait on all that may be read at once, or (nothing may be) just be seen polling.
-                await self._turn(consumer, *dict.fromkeys(readable), timeout_ms=_IDLE_POLL_MS)
+                suspect = self._unreadable.suspect(readable)
+                waiting = dict.fromkeys(readable) if suspect is None else (suspect,)
+                await self._turn(consumer, *waiting, timeout_ms=_IDLE_POLL_MS)
             await asyncio.sleep(0)
 
     async def _turn(self, consumer: AIOKafkaConsumer, *partitions: TopicPartition, timeout_ms: int) -> int:
         asked = [ClientPartition(*partition) for partition in partitions] or [_NOWHERE]
-        found = await consumer.getmany(*asked, timeout_ms=timeout_ms, max_records=self._section.max_poll_records)
+        limit = self._unreadable.limit(partitions, self._section.max_poll_records)
+        try:
+            found = await consumer.getmany(*asked, timeout_ms=timeout_ms, max_records=limit)
+        except UNREADABLE as error:
+            self._not_read(consumer, partitions, error)
+            return 0
+        if found and len(partitions) == 1:
+            self._unreadable.read(partitions[0])
         return sum(self._take(consumer, TopicPartition(*partition), records) for partition, records in found.items())
+
+    def _not_read(self, consumer: AIOKafkaConsumer, partitions: Sequence[TopicPartition], error: Exception) -> None:
+        """What was unpacked before the error is gone from the client, of every partition in the poll: it is fetched again."""
+        offset = 0
+        for partition in partitions:
+            owned = self._partitions.get(partition)
+            if owned is not None and owned.state == "open":
+                offset = owned.tracker.next_offset
+                consumer.seek(ClientPartition(*partition), offset)
+        if self._unreadable.failed(partitions, offset, error):
+            _log.error("records cannot be read; their partition is held back", reason=self._unreadable.reason)
+            self._report(True, self._unreadable.reason)
 
     def _readable(self, consumer: AIOKafkaConsumer) -> list[TopicPartition]:
         """The open partitions that may be read now, in the order of their turns; pauses and resumes by the way."""
@@ -232,6 +260,8 @@ class PromptConsumer(ConsumerRebalanceListener):
     def _may_read(self, owned: OwnedPartition) -> bool:
         if not self._polling or not self._engine_alive() or not self._budget.open(self._topics.classes[owned.partition.topic]):
             return False
+        if self._unreadable.holds(owned.partition):
+            return False
         if owned.partition in self._paused:
             return owned.tracker.used <= owned.tracker.window // 2
         return not owned.tracker.full
@@ -244,7 +274,9 @@ class PromptConsumer(ConsumerRebalanceListener):
                 # A rebalance began while the records came; whoever opens the partition starts from its progress.
                 return index
             if not self._may_take(owned, record):
+                owned.tracker.skip_to(record.offset)
                 consumer.seek(ClientPartition(*partition), record.offset)
+                self._metrics.records(partition.topic, index)
                 return index
             if owned.tracker.take(record.offset):
                 self._run(owned, record)

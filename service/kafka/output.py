@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import structlog
 from aiokafka import AIOKafkaProducer
-from aiokafka.errors import KafkaError, MessageSizeTooLargeError
+from aiokafka.errors import KafkaError, KafkaTimeoutError, MessageSizeTooLargeError, UnknownTopicOrPartitionError
 
 from service.errors import RequestError
 from service.kafka.records import OutRecord
@@ -45,12 +45,18 @@ class ProducerOutput:
 
     async def send(self, record: OutRecord) -> Awaitable[None]:
         producer = await self._current()
+        await self._require_partition(producer, record)
         try:
             future = await producer.send(
                 record.topic, record.value, key=record.key, partition=record.partition, headers=list(record.headers)
             )
         except MessageSizeTooLargeError as error:
             raise _too_large(record) from error
+        except KafkaError as error:
+            if not isinstance(error, KafkaTimeoutError) and not error.retriable:
+                # Its sender has ended: nothing would ever leave this producer again.
+                self._fail(producer)
+            raise
         return self._acknowledged(record, producer, future)
 
     async def close(self, timeout_s: float = 5.0) -> None:
@@ -76,6 +82,12 @@ class ProducerOutput:
                 self._producer, self._broken = producer, False
             return self._producer
 
+    async def _require_partition(self, producer: AIOKafkaProducer, record: OutRecord) -> None:
+        """Raises `KafkaError` while the topic has no such partition: the prompts' topic may grow before the others do."""
+        if record.partition is not None and record.partition not in await producer.partitions_for(record.topic):
+            producer.client.force_metadata_update()
+            raise UnknownTopicOrPartitionError(f"{record.topic} has no partition {record.partition}")
+
     async def _acknowledged(self, record: OutRecord, producer: AIOKafkaProducer, future: "asyncio.Future[Any]") -> None:
         try:
             # Whoever waits may be cancelled; the record is on its way all the same.
@@ -90,7 +102,7 @@ class ProducerOutput:
     def _fail(self, producer: AIOKafkaProducer) -> None:
         if producer is self._producer and not self._broken:
             self._broken = True
-            _log.warning("the producer is replaced after a batch was refused")
+            _log.warning("the producer is replaced after an error that it cannot get over")
 
 
 def _too_large(record: OutRecord) -> RequestError:

@@ -86,6 +86,17 @@ class PartitionTracker:
         self._advance()
         return True
 
+    def skip_to(self, offset: int) -> None:
+        """The log has nothing between the newest offset seen and `offset`, which may not be taken yet: the gap counts as done.
+
+        Within the window only. A gap that reaches its end fills it, so that fetching waits for `low` instead of coming back at once.
+        """
+        end = min(offset, self._low + self.window)
+        if end > self._next:
+            self._mark(self._next, end)
+            self._next = end
+            self._advance()
+
     def complete(self, offset: int) -> bool:
         """Marks `offset` done and moves `low` over all that is; False when it was not running (a late or double call)."""
         if offset not in self._running:

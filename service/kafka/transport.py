@@ -41,7 +41,7 @@ State = Literal["stopped", "connecting", "serving", "unreachable", "draining"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KafkaStatus:
-    """A moment of the transport. `reason` says why it is not serving."""
+    """A moment of the transport. `reason` says why it is not serving, or which partitions it serves not."""
 
     state: State
     reason: str = ""
@@ -69,7 +69,7 @@ class KafkaTransport:
     ) -> None:
         """`bootstrap`: instead of the section's (an embedded broker's own). While `engine_alive` is False no record is taken.
 
-        `on_state` hears of every change: (True, "") while the broker is served, else (False, reason).
+        `on_state` hears of every change: (True, "") while the broker is served in full, else (False, reason).
         """
         self._section = section
         self._bootstrap = bootstrap or section.bootstrap_servers
@@ -193,7 +193,7 @@ class KafkaTransport:
         state: State = "serving" if served else "unreachable"
         if (state, reason) != (self._state, self._reason):
             self._state, self._reason = state, reason
-            self._listener(served, reason)
+            self._listener(served and not reason, reason)
 
     def _committed(self, points: Mapping[TopicPartition, tuple[int, str]], ok: bool) -> None:
         self._metrics.committed(ok=ok)

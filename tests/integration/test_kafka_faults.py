@@ -6,9 +6,14 @@ from collections import Counter
 from collections.abc import Iterator
 
 import pytest
+from aiokafka import AIOKafkaProducer
 from aiokafka import TopicPartition as ClientPartition
 from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.errors import UnknownTopicOrPartitionError
+from confluent_kafka.admin import AdminClient, NewPartitions
 
+from service.kafka.output import ProducerOutput
+from service.kafka.records import OutRecord
 from service.kafka.tracker import decode
 from tests.integration.kafka_harness import Broker, eventually, serving
 from tests.servers import kafka
@@ -231,3 +236,26 @@ async def test_a_broker_that_comes_later_is_found(own_server: kafka.KafkaServer)
         await asyncio.to_thread(own_server.start)
         results = await broker.results(1, within_s=90)
     assert json.dumps(results[0]["choices"][0]["text"]) == '"early"'
+
+
+async def test_a_partition_that_a_topic_has_not_yet_is_an_error_that_passes(broker: Broker) -> None:
+    section = broker.section()
+    output = ProducerOutput(lambda: AIOKafkaProducer(bootstrap_servers=section.bootstrap_servers, enable_idempotence=True))
+    record = OutRecord(topic=broker.topics.chunks, partition=2, value=b"{}")
+    try:
+        with pytest.raises(UnknownTopicOrPartitionError):
+            await output.send(record)
+        admin = AdminClient({"bootstrap.servers": broker.bootstrap})
+        for future in admin.create_partitions([NewPartitions(broker.topics.chunks, 3)]).values():
+            await asyncio.to_thread(future.result, 30)
+        async with asyncio.timeout(30):
+            while True:
+                try:
+                    await (await output.send(record))
+                    break
+                except UnknownTopicOrPartitionError:
+                    await asyncio.sleep(0.1)
+    finally:
+        await output.close()
+    broker.partitions = 3
+    assert [(found.partition(), found.value()) for found in await broker.read(broker.topics.chunks, count=1)] == [(2, b"{}")]

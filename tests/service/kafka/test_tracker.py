@@ -132,3 +132,26 @@ def test_bits_of_an_earlier_owner_do_not_move_low_past_the_log() -> None:
     assert tracker.low == 3
     assert not tracker.take(3)
     assert tracker.low == 4
+
+
+def test_a_gap_that_reaches_over_the_windows_end_fills_it_until_low_moves() -> None:
+    tracker = PartitionTracker(low=0, window=16)
+    tracker.take(0)
+    assert not tracker.fits(40)
+    tracker.skip_to(40)
+    assert (tracker.full, tracker.low, tracker.next_offset) == (True, 0, 16)
+    tracker.complete(0)
+    assert (tracker.full, tracker.low) == (False, 16)
+    assert tracker.fits(40)
+    assert tracker.take(40)
+    tracker.complete(40)
+    assert tracker.low == 41
+
+
+def test_skipping_to_an_offset_within_the_window_leaves_it_untaken() -> None:
+    tracker = PartitionTracker(low=0, window=16)
+    tracker.take(0)
+    tracker.skip_to(3)
+    tracker.complete(0)
+    assert (tracker.low, tracker.next_offset) == (3, 3)
+    assert tracker.take(3)
