@@ -2,12 +2,13 @@
 
 Guarantees: one request's records are in order on the partition of its prompt, keyed by its id; the first tokens go at once, then
 whatever gathered for `interval_s` or `max_tokens` tokens; `finish` returns once all of them are acknowledged. Memory is bounded
-by a request's own tokens: while the broker does not take records, deltas merge.
+by a request's own tokens: while the broker does not take records, deltas merge, up to what one record may hold.
 A chunk that can never be written is logged and left out: the result is authoritative.
 """
 
 import asyncio
 import contextlib
+import itertools
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
@@ -24,6 +25,8 @@ from service.kafka.records import HEADER_CONTENT_TYPE, HEADER_TYPE, OutRecord
 _log = structlog.get_logger(__name__)
 
 _RETRY_S = 0.5
+_MAX_MERGED_TOKENS = 256
+"""With twenty logprobs a token still well below the megabyte that brokers take by default."""
 
 
 class ChunkWriter:
@@ -110,7 +113,7 @@ class ChunkStream:
         self._epoch, self._attempt = epoch, attempt
         self._traceparent = traceparent
         self._opening: events_pb2.Started | None = None
-        self._pending: dict[int, Delta] = {}
+        self._pending: dict[int, list[Delta]] = {}
         self._gathered = 0
         self._any_written = False
         self._acknowledgements: set[asyncio.Task[None]] = set()
@@ -134,8 +137,11 @@ class ChunkStream:
 
     def delta(self, event: Delta) -> None:
         """Adds tokens; never waits."""
-        held = self._pending.get(event.choice)
-        self._pending[event.choice] = event if held is None else _merged(held, event)
+        held = self._pending.setdefault(event.choice, [])
+        if held and len(held[-1].token_ids) + len(event.token_ids) <= _MAX_MERGED_TOKENS:
+            held[-1] = _merged(held[-1], event)
+        else:
+            held.append(event)
         self._gathered += len(event.token_ids)
         self._announce(urgent=not self._any_written or self._gathered >= self._writer.max_tokens)
 
@@ -159,7 +165,7 @@ class ChunkStream:
             opening, self._opening = self._opening, None
             await self._send(b"started", opening)
         pending, self._pending, self._gathered = self._pending, {}, 0
-        for delta in pending.values():
+        for delta in itertools.chain.from_iterable(pending.values()):
             self._any_written = True
             chunk = wire.chunk_to_proto(
                 delta,

@@ -39,14 +39,15 @@ class Offsets(Protocol):
 class Completion:
     """A prompt that has ended. `records`: its terminal records, empty for a tombstone.
 
-    `replacement` gives other records when one of these is refused for its size. `settled` is called once: True when the records
-    are durable and the offset is done, False when the partition was lost before.
+    `replacement` is asked when one of these is refused for its size: told how many are durable by then, it gives what to write in
+    place of the rest. `settled` is called once: True when the records are durable and the offset is done, False when the partition
+    was lost before.
     """
 
     owned: OwnedPartition
     offset: int
     records: tuple[OutRecord, ...]
-    replacement: Callable[[], tuple[OutRecord, ...]]
+    replacement: Callable[[int], tuple[OutRecord, ...]]
     settled: Callable[[bool], None]
 
 
@@ -110,11 +111,15 @@ class Committer:
             self._on_commit(points, taken)
             return taken
 
-    async def flush(self) -> bool:
-        """Waits for all writes, then commits; whether everything is durable. Bound it by cancelling it."""
-        while self._writes:
-            await asyncio.wait(self._writes)
-        return await self.commit()
+    async def flush(self) -> None:
+        """Returns once everything submitted is durable and committed, or another's. Bound it by cancelling it."""
+        while True:
+            if self._writes:
+                await asyncio.wait(self._writes)
+            # A commit under way is waited for, too.
+            if await self.commit() and not (self._writes or self._dirty):
+                return
+            await asyncio.sleep(_RETRY_S)
 
     def reopened(self, owned: OwnedPartition) -> None:
         """A tentative partition is open again: what was done meanwhile is to be committed."""
@@ -146,17 +151,18 @@ class Committer:
 
     async def _until_durable(self, completion: Completion) -> bool:
         """Writes until every record is acknowledged; False when the partition was lost first."""
-        records = completion.records
+        left, num_durable = completion.records, 0
         pause_s = _RETRY_S
         while await completion.owned.may_write():
             try:
-                for record in records:
-                    await (await self._output.send(record))
+                while left:
+                    await (await self._output.send(left[0]))
+                    left, num_durable = left[1:], num_durable + 1
             except RequestError as error:
-                if records == (smaller := completion.replacement()):
+                if left == (smaller := completion.replacement(num_durable)):
                     _log.error("a terminal record cannot be written", code=error.code, offset=completion.offset)
                     await asyncio.sleep(_RETRY_MAX_S)
-                records = smaller
+                left = smaller
             except (KafkaError, OSError) as error:
                 _log.info("a terminal record waits for the broker", error=type(error).__name__)
                 await asyncio.sleep(pause_s)

@@ -15,7 +15,7 @@ import structlog
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener
 from aiokafka import TopicPartition as ClientPartition
 from aiokafka.admin import AIOKafkaAdminClient
-from aiokafka.errors import IllegalStateError, KafkaConnectionError, KafkaError
+from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaConnectionError, KafkaError
 
 from service.config import KafkaSection
 from service.errors import SetupError
@@ -67,6 +67,7 @@ class PromptConsumer(ConsumerRebalanceListener):
         self._consumer: AIOKafkaConsumer | None = None
         self._admin: AIOKafkaAdminClient | None = None
         self._opening: asyncio.Task[None] | None = None
+        self._committing: asyncio.Task[None] | None = None
         self._paused: set[TopicPartition] = set()
         self._unreadable = Unreadable()
         self._polling = True
@@ -105,7 +106,15 @@ class PromptConsumer(ConsumerRebalanceListener):
         """`Offsets` for the committer."""
         if self._consumer is None:
             raise KafkaConnectionError("there is no connection to the group now")
-        await self._consumer.commit({ClientPartition(*partition): point for partition, point in points.items()})
+        asked = {ClientPartition(*partition): point for partition, point in points.items()}
+        self._committing = task = asyncio.create_task(self._consumer.commit(asked), name="commit offsets")
+        try:
+            await asyncio.wait({task})
+        finally:
+            task.cancel()
+        if task.cancelled():
+            raise CommitFailedError("a rebalance has begun")
+        task.result()
 
     async def on_partitions_revoked(self, revoked: "set[ClientPartition]") -> None:
         """Tentative: what runs goes on; what is done is committed while this member still may."""
@@ -115,6 +124,9 @@ class PromptConsumer(ConsumerRebalanceListener):
                 await asyncio.wait_for(self._committer.commit(_REVOKE_COMMIT_S), _REVOKE_COMMIT_S)
             except TimeoutError:
                 _log.info("the commit before a rebalance took too long")
+            if self._committing is not None:
+                # The client would try again under the next generation, when the partition may have another owner.
+                self._committing.cancel()
         self._revoke_all()
 
     async def on_partitions_assigned(self, assigned: "set[ClientPartition]") -> None:

@@ -94,11 +94,11 @@ class PromptHandler:
         completion: Completion | None = None
         try:
             if record.value is None:
-                completion = self._completion(owned, record, (), lambda: (), lambda durable: None, span, release)
+                completion = self._completion(owned, record, (), lambda num_durable: (), lambda durable: None, span, release)
             else:
                 ending = await self._run(record, envelope, owned, attempt, span)
                 if ending is not None:
-                    completion = self._terminal(record, envelope, owned, attempt, span, ending, release)
+                    completion = self._ended(record, envelope, owned, attempt, span, ending, release)
         finally:
             if completion is None:
                 # Lost, stopping, or cancelled: nothing is written here, and the record comes again to whoever owns it.
@@ -221,6 +221,25 @@ class PromptHandler:
             traceparent=tracing.traceparent(span),
         )
 
+    def _ended(
+        self,
+        record: InRecord,
+        envelope: Envelope,
+        owned: OwnedPartition,
+        attempt: int,
+        span: Span,
+        ending: Ending,
+        release: Callable[[], None],
+    ) -> Completion:
+        try:
+            return self._terminal(record, envelope, owned, attempt, span, ending, release)
+        except Exception as error:  # noqa: BLE001 - the per-message boundary: given back, the record would hold its partition for ever
+            _log.error("a result failed", request_id=envelope.request_id, error=type(error).__name__, where=_where(error))
+            fault = RequestError("internal", "a fault of Sluice; the log has this request")
+            return self._terminal(
+                record, envelope, owned, attempt, span, Ending(event=None, error=fault, stage="write"), release
+            )
+
     def _terminal(
         self,
         record: InRecord,
@@ -245,28 +264,37 @@ class PromptHandler:
         )
         trace_headers: Headers = tuple((name, value.encode()) for name, value in tracing.inject(send))
         result = self._result(envelope, owned.epoch, attempt, ending, tracing.trace_id(span))
-        written, error = self._fitting(envelope, result, trace_headers)
-        error = error or ending.error
+        written, misfit = self._fitting(envelope, result, trace_headers)
+        error = misfit or ending.error
+        stage = ending.stage if misfit is None else "write"
 
-        def letter(cause: RequestError, stage: Stage) -> tuple[OutRecord, ...]:
-            if not cause.info.dead_letter:
+        def letter(max_bytes: int) -> tuple[OutRecord, ...]:
+            if error is None or not error.info.dead_letter:
                 return ()
             return (
                 dead_letter(
                     self._topics.dead_letters,
                     record,
-                    cause,
+                    error,
                     stage=stage,
                     attempts=attempt,
                     time_ns=self._wall_ns(),
-                    max_bytes=self._section.max_result_bytes,
+                    max_bytes=max_bytes,
                     trace_headers=trace_headers,
                 ),
             )
 
-        def smaller() -> tuple[OutRecord, ...]:
-            shrunk, cause = too_large(result)
-            return (result_record(self._topics.results, envelope, shrunk, trace_headers), *letter(cause, "write"))
+        def smaller(num_durable: int) -> tuple[OutRecord, ...]:
+            nonlocal error, stage
+            if num_durable:
+                # The result stands; its letter is what the broker does not take.
+                return letter(0)
+            shrunk, error = too_large(result)
+            stage = "write"
+            return (
+                result_record(self._topics.results, envelope, shrunk, trace_headers),
+                *letter(self._section.max_result_bytes),
+            )
 
         def settled(durable: bool) -> None:
             self._spans.end(send)
@@ -275,8 +303,7 @@ class PromptHandler:
                 if error.info.dead_letter:
                     self._metrics.dead_letter(error.code)
 
-        stage = "write" if error is not ending.error else ending.stage
-        records = (written, *(letter(error, stage) if error is not None else ()))
+        records = (written, *letter(self._section.max_result_bytes))
         return self._completion(owned, record, records, smaller, settled, span, release)
 
     def _result(self, envelope: Envelope, epoch: int, attempt: int, ending: Ending, trace_id: str) -> inference_pb2.Result:
@@ -309,6 +336,9 @@ class PromptHandler:
     ) -> tuple[OutRecord, RequestError | None]:
         """The result record within the limit: whole, without logprobs, or as `result_too_large`."""
         for candidate in (result, without_logprobs(result)):
+            # Neither form is smaller than the binary one: what cannot fit is not spelled out, which would hold up the loop.
+            if candidate.ByteSize() > self._section.max_result_bytes:
+                continue
             written = result_record(self._topics.results, envelope, candidate, trace_headers)
             if written.num_bytes <= self._section.max_result_bytes:
                 return written, None
@@ -320,7 +350,7 @@ class PromptHandler:
         owned: OwnedPartition,
         record: InRecord,
         records: tuple[OutRecord, ...],
-        replacement: Callable[[], tuple[OutRecord, ...]],
+        replacement: Callable[[int], tuple[OutRecord, ...]],
         settled: Callable[[bool], None],
         span: Span,
         release: Callable[[], None],

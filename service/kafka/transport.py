@@ -77,7 +77,7 @@ class KafkaTransport:
         self._spans = spans
         self._listener = on_state
         self._state: State = "stopped"
-        self._reason = ""
+        self._reason = self._failure = ""
         self._tasks: set[asyncio.Task[None]] = set()
         self._partitions = Partitions()
         self._budget = IntakeBudget(
@@ -149,7 +149,8 @@ class KafkaTransport:
             task.cancel()
         await asyncio.gather(*late, return_exceptions=True)
         try:
-            flushed = await asyncio.wait_for(self._committer.flush(), _FLUSH_S)
+            await asyncio.wait_for(self._committer.flush(), _FLUSH_S)
+            flushed = True
         except TimeoutError:
             flushed = False
         await self._stop()
@@ -185,11 +186,15 @@ class KafkaTransport:
     def _part_ended(self, task: "asyncio.Task[None]") -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
             _log.error("a part of the Kafka transport failed", part=task.get_name(), error=type(error).__name__)
-            self._changed(False, f"{task.get_name()} failed ({type(error).__name__})")
+            self._failure = f"{task.get_name()} failed ({type(error).__name__})"
+            self._changed(False, self._failure)
 
     def _changed(self, served: bool, reason: str) -> None:
         if self._state in ("stopped", "draining"):
             return
+        if self._failure:
+            # No broker that answers makes up for a part that is gone.
+            served, reason = False, self._failure
         state: State = "serving" if served else "unreachable"
         if (state, reason) != (self._state, self._reason):
             self._state, self._reason = state, reason

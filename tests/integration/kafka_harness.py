@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from confluent_kafka import Consumer, Producer, TopicPartition
+from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
 
 from service.config import KafkaSection, TracingSection
@@ -71,7 +71,13 @@ class Broker:
         try:
             wanted = {}
             for partition in range(self.partitions):
-                low, high = consumer.get_watermark_offsets(TopicPartition(topic, partition), timeout=5)
+                try:
+                    low, high = consumer.get_watermark_offsets(TopicPartition(topic, partition), timeout=5)
+                except KafkaException as error:
+                    if not error.args[0].retriable():
+                        raise
+                    # A topic this young may have no leader yet.
+                    return []
                 if high > low:
                     wanted[partition] = (low, high)
             consumer.assign([TopicPartition(topic, partition, low) for partition, (low, _) in wanted.items()])

@@ -40,11 +40,12 @@ class FakeGeneration:
     """Answers every prompt with its own words, one delta each; what a prompt says can hold it or make it fail.
 
     "hold …": waits until `let_go(text)`. "fail <code>": ends with that code. "refuse <code>": is refused. "break": a fault.
-    "huge <n>": answers with n characters.
+    "huge <n>": answers with n characters. `answers` has other words for some prompts.
     """
 
     def __init__(self) -> None:
         self.calls: list[tuple[PromptRequest, Call]] = []
+        self.answers: dict[str, str] = {}
         self.closed_early: list[str] = []
         self.running = 0
         self.most_running = 0
@@ -80,7 +81,7 @@ class FakeGeneration:
                 raise ZeroDivisionError(text)
             if text.startswith("hold") and not self._free:
                 await self._held.setdefault(text, asyncio.Event()).wait()
-            answer = "x" * int(text.split()[1]) if text.startswith("huge ") else text
+            answer = "x" * int(text.split()[1]) if text.startswith("huge ") else self.answers.get(text, text)
             words = answer.split(" ")
             offset = 0
             for index, word in enumerate(words):
@@ -126,10 +127,14 @@ class FakeStream:
 
 @dataclass
 class FakeOutput:
-    """Keeps what is sent; `hold()` leaves answers open until `release()`; `errors` are raised first, one a send."""
+    """Keeps what is sent; `hold()` leaves answers open until `release()`; `errors` are raised first, one a send.
+
+    `answers`: how the next records sent are answered, with an error or (None) as usual.
+    """
 
     sent: list[OutRecord] = field(default_factory=list)
     errors: list[Exception] = field(default_factory=list)
+    answers: list[Exception | None] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._gate = asyncio.Event()
@@ -145,10 +150,12 @@ class FakeOutput:
         if self.errors:
             raise self.errors.pop(0)
         self.sent.append(record)
-        return self._answer()
+        return self._answer(self.answers.pop(0) if self.answers else None)
 
-    async def _answer(self) -> None:
+    async def _answer(self, error: Exception | None) -> None:
         await self._gate.wait()
+        if error is not None:
+            raise error
 
 
 async def until(condition: object, *, within_s: float = 20.0) -> None:

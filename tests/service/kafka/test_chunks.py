@@ -107,3 +107,18 @@ async def test_a_dropped_stream_writes_nothing_more() -> None:
         stream.delta(token(0))
         await stream.finish()
     assert output.sent == []
+
+
+async def test_what_gathers_while_the_broker_is_away_is_cut_into_records_that_fit() -> None:
+    output = FakeOutput()
+    async with writing(output, max_tokens=10_000) as stream:
+        stream.delta(token(0))
+        await until(lambda: len(output.sent) == 1)
+        for seq in range(1, 601):
+            stream.delta(token(seq))
+        await stream.finish()
+    assert [(body["seq"], str(body["token_ids"]).count(",") + 1) for body in bodies(output)[1:]] == [
+        ("1", 256),
+        ("257", 256),
+        ("513", 88),
+    ]

@@ -45,7 +45,9 @@ class Bench:
         for offset in range(3):
             self.owned.tracker.take(offset)
 
-    def submit(self, offset: int, *records: OutRecord, replacement: Callable[[], tuple[OutRecord, ...]] = lambda: ()) -> None:
+    def submit(
+        self, offset: int, *records: OutRecord, replacement: Callable[[int], tuple[OutRecord, ...]] = lambda num_durable: ()
+    ) -> None:
         self.committer.submit(
             Completion(
                 owned=self.owned,
@@ -106,7 +108,7 @@ async def test_a_record_that_meets_a_transport_error_is_written_again() -> None:
 async def test_a_record_refused_for_its_size_is_replaced() -> None:
     async with running() as bench:
         bench.output.errors = [RequestError("result_too_large", "too large")]
-        bench.submit(0, RESULT, replacement=lambda: (SMALLER,))
+        bench.submit(0, RESULT, replacement=lambda num_durable: (SMALLER,))
         await until(lambda: bench.offsets.lows() == [1])
         assert bench.output.sent == [SMALLER]
 
@@ -126,7 +128,9 @@ async def test_nothing_is_written_while_a_partition_is_tentative() -> None:
         other.open()
         other.tracker.take(0)
         bench.committer.submit(
-            Completion(owned=other, offset=0, records=(SMALLER,), replacement=lambda: (), settled=lambda durable: None)
+            Completion(
+                owned=other, offset=0, records=(SMALLER,), replacement=lambda num_durable: (), settled=lambda durable: None
+            )
         )
         await until(lambda: bench.offsets.lows() == [1])
         assert bench.output.sent == [SMALLER]
@@ -149,5 +153,49 @@ async def test_flush_waits_for_writes_and_commits() -> None:
     bench = Bench()
     for offset in (2, 0, 1):
         bench.submit(offset, RESULT)
-    assert await bench.committer.flush()
+    await bench.committer.flush()
     assert bench.offsets.lows() == [3]
+
+
+async def test_flush_commits_again_what_was_refused() -> None:
+    bench = Bench()
+    bench.offsets.refuse = [CommitFailedError("rebalanced")]
+    bench.submit(0, RESULT)
+    await bench.committer.flush()
+    assert bench.offsets.lows() == [1]
+
+
+async def test_flush_waits_for_the_owner_of_a_tentative_partition() -> None:
+    bench = Bench()
+    bench.submit(0, RESULT)
+    await until(lambda: bench.settled == [(0, True)])
+    bench.owned.revoke()
+    flushing = asyncio.create_task(bench.committer.flush())
+    await until(lambda: not bench.committer.num_unwritten)
+    assert not flushing.done()
+    bench.owned.open()
+    await asyncio.wait_for(flushing, 10)
+    assert bench.offsets.lows() == [1]
+
+
+async def test_a_durable_record_is_not_written_again_when_the_next_one_fails() -> None:
+    async with running() as bench:
+        letter = OutRecord(topic="letters", value=b"l")
+        bench.output.answers = [None, KafkaConnectionError("away"), None]
+        bench.submit(0, RESULT, letter)
+        await until(lambda: bench.offsets.lows() == [1])
+        assert bench.output.sent == [RESULT, letter, letter]
+
+
+async def test_only_what_is_not_durable_is_replaced() -> None:
+    async with running() as bench:
+        asked: list[int] = []
+
+        def replacement(num_durable: int) -> tuple[OutRecord, ...]:
+            asked.append(num_durable)
+            return (SMALLER,)
+
+        bench.output.answers = [None, RequestError("result_too_large", "too large")]
+        bench.submit(0, RESULT, OutRecord(topic="letters", value=b"l"), replacement=replacement)
+        await until(lambda: bench.offsets.lows() == [1])
+        assert (asked, [record.value for record in bench.output.sent]) == ([1], [b"r", b"l", b"s"])
