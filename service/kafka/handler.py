@@ -157,7 +157,7 @@ class PromptHandler:
             )
             stream = await self._start(read.prompt, call)
             stage = "generate"
-            return await self._follow(stream, envelope, call, label, span)
+            return await self._follow(stream, envelope, owned, call, label, span)
         except RequestError as error:
             return None if error.code == "draining" else Ending(event=None, error=error, stage=stage, label=label)
         except Exception as error:  # noqa: BLE001 - the per-message boundary: one record never ends the transport
@@ -183,8 +183,10 @@ class PromptHandler:
                     raise
                 await asyncio.sleep(min(max(error.retry_after_s, _RETRY_MIN_S), _RETRY_MAX_S))
 
-    async def _follow(self, stream: EventStream, envelope: Envelope, call: Call, label: str, span: Span) -> Ending | None:
-        chunks = self._open_chunks(envelope, call, span)
+    async def _follow(
+        self, stream: EventStream, envelope: Envelope, owned: OwnedPartition, call: Call, label: str, span: Span
+    ) -> Ending | None:
+        chunks = self._open_chunks(envelope, owned, call, span)
         model = ""
         try:
             async with aclosing(stream):
@@ -199,18 +201,24 @@ class PromptHandler:
                     else:
                         error = event.error if isinstance(event, Failed) else None
                         if error is not None and error.code == "draining":
+                            if chunks is not None:
+                                chunks.hand_over()
                             return None
                         if chunks is not None:
                             await chunks.finish()
                             span.set_attribute(names.CHUNKS_WRITTEN, chunks.num_written)
                         return Ending(event=event, error=error, stage="generate", label=label, model=model)
+        except asyncio.CancelledError:
+            if chunks is not None:
+                chunks.hand_over()
+            raise
         except BaseException:
             if chunks is not None:
                 chunks.drop()
             raise
         raise RuntimeError("a generation ended without a terminal event")
 
-    def _open_chunks(self, envelope: Envelope, call: Call, span: Span) -> ChunkStream | None:
+    def _open_chunks(self, envelope: Envelope, owned: OwnedPartition, call: Call, span: Span) -> ChunkStream | None:
         if self._chunks is None:
             return None
         return self._chunks.open(
@@ -219,6 +227,7 @@ class PromptHandler:
             epoch=call.epoch,
             attempt=call.attempt,
             traceparent=tracing.traceparent(span),
+            written=owned.tracker.chunks_written,
         )
 
     def _ended(

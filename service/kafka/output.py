@@ -25,8 +25,8 @@ REQUEST_OVERHEAD_BYTES = 65_536
 class Output(Protocol):
     """Where records go."""
 
-    async def send(self, record: OutRecord) -> Awaitable[None]:
-        """Hands a record over in order; the answer resolves once it is durable.
+    async def send(self, record: OutRecord) -> Awaitable[int]:
+        """Hands a record over in order; the answer resolves once it is durable, to its offset.
 
         Raises `RequestError` (`result_too_large`) for a record that can never be written, `KafkaError` for what may pass; so does
         the answer.
@@ -43,7 +43,7 @@ class ProducerOutput:
         self._broken = False
         self._lock = asyncio.Lock()
 
-    async def send(self, record: OutRecord) -> Awaitable[None]:
+    async def send(self, record: OutRecord) -> Awaitable[int]:
         producer = await self._current()
         await self._require_partition(producer, record)
         try:
@@ -88,10 +88,10 @@ class ProducerOutput:
             producer.client.force_metadata_update()
             raise UnknownTopicOrPartitionError(f"{record.topic} has no partition {record.partition}")
 
-    async def _acknowledged(self, record: OutRecord, producer: AIOKafkaProducer, future: "asyncio.Future[Any]") -> None:
+    async def _acknowledged(self, record: OutRecord, producer: AIOKafkaProducer, future: "asyncio.Future[Any]") -> int:
         try:
             # Whoever waits may be cancelled; the record is on its way all the same.
-            await asyncio.shield(future)
+            return int((await asyncio.shield(future)).offset)
         except MessageSizeTooLargeError as error:
             self._fail(producer)
             raise _too_large(record) from error

@@ -16,22 +16,34 @@ _VERSION = "sluice1"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """What a commit's metadata says: `done` has bit i set when offset low + i is done; `next_offset` is 0 when not known."""
+    """What a commit's metadata says: `done` has bit i set when offset low + i is done; `next_offset` is 0 when not known.
+
+    `chunk_low`: every chunk record of an unfinished prompt stands at or above this offset of the chunk topic; -1 when not known.
+    `commits` counts this epoch's commits: who lost the answer to one reads here whether it landed.
+    """
 
     epoch: int = 0
     next_offset: int = 0
     done: int = 0
+    chunk_low: int = -1
+    commits: int = 0
 
 
 class PartitionTracker:
     """One partition's progress under one owner. `epoch` names that owner; it grows with each one."""
 
-    def __init__(self, *, low: int, epoch: int = 0, done: int = 0, window: int = 8_192) -> None:
-        """`done` as in `Progress`. `window`: offsets between `low` and the newest taken, at most what metadata can hold."""
+    def __init__(self, *, low: int, epoch: int = 0, done: int = 0, window: int = 8_192, chunk_end: int = 0) -> None:
+        """`done` as in `Progress`. `window`: offsets between `low` and the newest taken, at most what metadata can hold.
+
+        `chunk_end`: an offset of the chunk topic that no record to come is below.
+        """
         if low < 0 or done < 0 or window < 1:
             raise ValueError("low, done and window must not be negative, and the window not empty")
         self.epoch = epoch
         self.window = window
+        self.commits = 0
+        self._chunk_end = chunk_end
+        self._chunks: dict[int, int] = {}
         self._low = low
         self._next = low
         self._done = done
@@ -83,8 +95,17 @@ class PartitionTracker:
             self._advance()
             return False
         self._running.add(offset)
+        self._chunks.setdefault(offset, self._chunk_end)
         self._advance()
         return True
+
+    def has_chunks(self, offset: int, at: int) -> None:
+        """An earlier owner's chunks of an unfinished `offset` begin at `at`: they are kept until it is done."""
+        self._chunks[offset] = min(at, self._chunks.get(offset, at))
+
+    def chunks_written(self, end: int) -> None:
+        """The chunk topic is known to reach up to `end`."""
+        self._chunk_end = max(self._chunk_end, end)
 
     def skip_to(self, offset: int) -> None:
         """The log has nothing between the newest offset seen and `offset`, which may not be taken yet: the gap counts as done.
@@ -102,6 +123,7 @@ class PartitionTracker:
         if offset not in self._running:
             return False
         self._running.discard(offset)
+        self._chunks.pop(offset, None)
         self._done |= 1 << (offset - self._low)
         self._advance()
         return True
@@ -110,9 +132,26 @@ class PartitionTracker:
         """Gives a taken offset back undone: nothing is written for it here, and it holds `low` where it is."""
         self._running.discard(offset)
 
-    def commit_point(self) -> tuple[int, str]:
-        """`low` and the metadata beside it, of at most `METADATA_LIMIT_BYTES`."""
-        return self._low, encode(Progress(epoch=self.epoch, next_offset=self.next_offset, done=self._done))
+    def commit_point(self, *also: int) -> tuple[int, str]:
+        """`low` and the metadata beside it, of at most `METADATA_LIMIT_BYTES`, as they are once the running `also` are done, too.
+
+        Changes nothing: whether a commit landed shows only later. Its number is `commits` + 1.
+        """
+        done = self._done
+        for offset in also:
+            done |= 1 << (offset - self._low)
+        count = self._num_leading(done)
+        low = self._low + count
+        ending = frozenset(also)
+        marks = (at for offset, at in self._chunks.items() if offset >= low and offset not in ending)
+        progress = Progress(
+            epoch=self.epoch,
+            next_offset=self.next_offset,
+            done=done >> count,
+            chunk_low=min(marks, default=self._chunk_end),
+            commits=self.commits + 1,
+        )
+        return low, encode(progress)
 
     def _mark(self, start: int, end: int) -> None:
         start = max(start, self._low)
@@ -120,17 +159,23 @@ class PartitionTracker:
             self._done |= ((1 << (end - start)) - 1) << (start - self._low)
 
     def _advance(self) -> None:
-        # Bits may be set above `next_offset` (an earlier owner's): `low` moves over those only once the log has shown them.
-        seen = max(self._next - self._low, 0)
-        count = min((~self._done & (self._done + 1)).bit_length() - 1, seen)
-        if count > 0:
-            self._done >>= count
-            self._low += count
+        count = self._num_leading(self._done)
+        self._done >>= count
+        self._low += count
+
+    def _num_leading(self, done: int) -> int:
+        """Offsets from `low` on that are all done.
+
+        Bits may be set above `next_offset` (an earlier owner's): `low` moves over those only once the log has shown them.
+        """
+        return min((~done & (done + 1)).bit_length() - 1, max(self._next - self._low, 0))
 
 
 def encode(progress: Progress) -> str:
     """The metadata string: ASCII; the bits plain or as run lengths, whichever is shorter."""
-    words = [_VERSION, f"e={progress.epoch}", f"n={progress.next_offset}"]
+    words = [_VERSION, f"e={progress.epoch}", f"n={progress.next_offset}", f"t={progress.commits}"]
+    if progress.chunk_low >= 0:
+        words.append(f"c={progress.chunk_low}")
     if progress.done:
         plain = "b=" + _to_text(progress.done.to_bytes((progress.done.bit_length() + 7) // 8, "little"))
         # Runs cannot win once there are many; not building them keeps a full window cheap.
@@ -152,7 +197,13 @@ def decode(metadata: str | None) -> Progress:
             done = int.from_bytes(_from_text(read["b"]), "little")
         elif "r" in read:
             done = _from_runs(_from_text(read["r"]))
-        return Progress(epoch=_count(read.get("e", "0")), next_offset=_count(read.get("n", "0")), done=done)
+        return Progress(
+            epoch=_count(read.get("e", "0")),
+            next_offset=_count(read.get("n", "0")),
+            done=done,
+            chunk_low=_count(read["c"]) if "c" in read else -1,
+            commits=_count(read.get("t", "0")),
+        )
     except ValueError:
         return Progress()
 

@@ -20,7 +20,7 @@ from service.config import KafkaSection
 from service.errors import SetupError
 from service.kafka import topics as topic_tools
 from service.kafka.budget import IntakeBudget
-from service.kafka.chunks import ChunkWriter
+from service.kafka.chunks import ChunkWriter, LiveListener
 from service.kafka.committer import Committer
 from service.kafka.consumer import PromptConsumer
 from service.kafka.handler import Generates, PromptHandler
@@ -64,12 +64,14 @@ class KafkaTransport:
         bootstrap: str = "",
         engine_alive: Callable[[], bool] = lambda: True,
         on_state: Callable[[bool, str], None] = lambda served, reason: None,
+        listener: LiveListener | None = None,
         wall_ns: Callable[[], int] = time.time_ns,
         monotonic_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         """`bootstrap`: instead of the section's (an embedded broker's own). While `engine_alive` is False no record is taken.
 
-        `on_state` hears of every change: (True, "") while the broker is served in full, else (False, reason).
+        `on_state` hears of every change: (True, "") while the broker is served in full, else (False, reason). `listener` hears of
+        every durable record of a request that runs here.
         """
         self._section = section
         self._bootstrap = bootstrap or section.bootstrap_servers
@@ -106,6 +108,7 @@ class KafkaTransport:
             interval_s=section.chunk_interval_ms / 1_000,
             max_tokens=section.chunk_max_tokens,
             wall_ns=wall_ns,
+            listener=listener,
         )
         handler = PromptHandler(
             generation=generation,
@@ -149,7 +152,9 @@ class KafkaTransport:
             task.cancel()
         await asyncio.gather(*late, return_exceptions=True)
         try:
-            await asyncio.wait_for(self._committer.flush(), _FLUSH_S)
+            async with asyncio.timeout(_FLUSH_S):
+                await self._chunks.flush()
+                await self._committer.flush()
             flushed = True
         except TimeoutError:
             flushed = False

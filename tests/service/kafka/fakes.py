@@ -146,16 +146,17 @@ class FakeOutput:
     def release(self) -> None:
         self._gate.set()
 
-    async def send(self, record: OutRecord) -> Awaitable[None]:
+    async def send(self, record: OutRecord) -> Awaitable[int]:
         if self.errors:
             raise self.errors.pop(0)
         self.sent.append(record)
-        return self._answer(self.answers.pop(0) if self.answers else None)
+        return self._answer(len(self.sent) - 1, self.answers.pop(0) if self.answers else None)
 
-    async def _answer(self, error: Exception | None) -> None:
+    async def _answer(self, offset: int, error: Exception | None) -> int:
         await self._gate.wait()
         if error is not None:
             raise error
+        return offset
 
 
 async def until(condition: object, *, within_s: float = 20.0) -> None:

@@ -2,12 +2,15 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
+from schemas.v1 import events_pb2, inference_pb2
+from service import wire
 from service.contract import Delta, Source, Started
 from service.errors import RequestError
-from service.kafka.chunks import ChunkStream, ChunkWriter
+from service.kafka.chunk_records import ChunkMessage
+from service.kafka.chunks import ChunkStream, ChunkWriter, LiveListener
 from tests.service.kafka.fakes import FakeOutput, until
 
 SOURCE = Source(topic="t", partition=2, offset=9)
@@ -18,12 +21,36 @@ def token(seq: int, choice: int = 0) -> Delta:
     return Delta(choice=choice, seq=seq, token_ids=(seq,), text=str(seq % 10), text_offset=seq)
 
 
+class Heard:
+    """A listener that keeps what it hears."""
+
+    def __init__(self) -> None:
+        self.records: list[tuple[type[object], int]] = []
+
+    def acknowledged(self, source: Source, message: ChunkMessage, offset: int) -> None:
+        self.records.append((type(message), offset))
+
+    def ended(self, source: Source, result: inference_pb2.Result) -> None:
+        raise AssertionError("a stream of chunks ends nothing")
+
+
 @asynccontextmanager
-async def writing(output: FakeOutput, *, interval_s: float = 30.0, max_tokens: int = 16) -> AsyncIterator[ChunkStream]:
-    writer = ChunkWriter(output, topic="chunks", interval_s=interval_s, max_tokens=max_tokens, wall_ns=lambda: 0)
+async def writing(
+    output: FakeOutput,
+    *,
+    interval_s: float = 30.0,
+    max_tokens: int = 16,
+    listener: LiveListener | None = None,
+    resume_from: tuple[int, ...] = (0,),
+    written: Callable[[int], None] = lambda end: None,
+) -> AsyncIterator[ChunkStream]:
+    writer = ChunkWriter(
+        output, topic="chunks", interval_s=interval_s, max_tokens=max_tokens, wall_ns=lambda: 0, listener=listener
+    )
     task = asyncio.create_task(writer.run())
     try:
-        yield writer.open(SOURCE, media_type="application/json", epoch=3, attempt=1)
+        yield writer.open(SOURCE, media_type=wire.JSON, epoch=3, attempt=1, resume_from=resume_from, written=written)
+        await writer.flush()
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
@@ -122,3 +149,41 @@ async def test_what_gathers_while_the_broker_is_away_is_cut_into_records_that_fi
         ("257", 256),
         ("513", 88),
     ]
+
+
+async def test_a_hand_over_writes_what_was_said_and_a_mark_behind_it() -> None:
+    output = FakeOutput()
+    async with writing(output, resume_from=(7,)) as stream:
+        stream.started(STARTED)
+        stream.delta(token(7))
+        await until(lambda: len(output.sent) == 2)
+        stream.delta(token(8))
+        stream.hand_over()
+        stream.delta(token(9))
+    opening, _, last, mark = bodies(output)
+    assert (opening["resume_from"], last["seq"], mark) == (
+        ["7"],
+        "8",
+        {"request_id": "t-2-9", "epoch": 3, "resume_from": ["9"]},
+    )
+
+
+async def test_a_hand_over_before_anything_was_written_leaves_nothing_behind() -> None:
+    output = FakeOutput()
+    async with writing(output) as stream:
+        stream.started(STARTED)
+        stream.hand_over()
+    assert output.sent == []
+
+
+async def test_the_listener_hears_of_a_record_only_once_it_is_acknowledged() -> None:
+    output, heard, ends = FakeOutput(), Heard(), []
+    output.hold()
+    async with writing(output, listener=heard, written=ends.append) as stream:
+        stream.started(STARTED)
+        stream.delta(token(0))
+        await until(lambda: len(output.sent) == 2)
+        assert (heard.records, ends) == ([], [])
+        output.release()
+        await stream.finish()
+    assert (heard.records, ends) == ([(events_pb2.Started, 0), (events_pb2.Chunk, 1)], [1, 2])

@@ -75,9 +75,11 @@ TestTracker.settings = settings(max_examples=500, stateful_step_count=100, deadl
     done=st.integers(0, 2**300) | st.builds(lambda a, b: ((1 << a) - 1) << b, st.integers(0, 8_000), st.integers(0, 8_000)),
     epoch=st.integers(0, 2**31),
     next_offset=st.integers(0, 2**62),
+    chunk_low=st.integers(-1, 2**62),
+    commits=st.integers(0, 2**40),
 )
-def test_metadata_gives_back_what_it_was_made_of(done: int, epoch: int, next_offset: int) -> None:
-    progress = Progress(epoch=epoch, next_offset=next_offset, done=done)
+def test_metadata_gives_back_what_it_was_made_of(done: int, epoch: int, next_offset: int, chunk_low: int, commits: int) -> None:
+    progress = Progress(epoch=epoch, next_offset=next_offset, done=done, chunk_low=chunk_low, commits=commits)
     assert decode(encode(progress)) == progress
 
 
@@ -155,3 +157,41 @@ def test_skipping_to_an_offset_within_the_window_leaves_it_untaken() -> None:
     tracker.complete(0)
     assert (tracker.low, tracker.next_offset) == (3, 3)
     assert tracker.take(3)
+
+
+def test_a_commit_point_may_look_ahead_and_changes_nothing() -> None:
+    tracker = PartitionTracker(low=5, epoch=2)
+    for offset in range(5, 9):
+        tracker.take(offset)
+    before = tracker.commit_point()
+    low, metadata = tracker.commit_point(5, 7)
+    assert (low, decode(metadata).done) == (6, 0b10)
+    assert tracker.commit_point() == before
+    tracker.complete(5)
+    tracker.complete(7)
+    assert tracker.commit_point() == (low, metadata)
+
+
+def test_chunks_of_an_unfinished_prompt_hold_chunk_low() -> None:
+    tracker = PartitionTracker(low=0, chunk_end=100)
+    assert decode(tracker.commit_point()[1]).chunk_low == 100
+    tracker.take(0)
+    tracker.chunks_written(120)
+    tracker.take(1)
+    tracker.chunks_written(140)
+    lows = [decode(tracker.commit_point(*also)[1]).chunk_low for also in ((), (0,), (1,), (0, 1))]
+    assert lows == [100, 120, 100, 140]
+
+
+def test_chunks_of_an_earlier_owner_are_held_until_their_prompt_is_done() -> None:
+    tracker = PartitionTracker(low=0, chunk_end=200)
+    tracker.has_chunks(1, 50)
+    tracker.take(0)
+    tracker.complete(0)
+    assert decode(tracker.commit_point()[1]).chunk_low == 50
+    tracker.take(1)
+    tracker.release(1)
+    assert decode(tracker.commit_point()[1]).chunk_low == 50
+    tracker.take(1)
+    tracker.complete(1)
+    assert decode(tracker.commit_point()[1]).chunk_low == 200
