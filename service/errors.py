@@ -16,6 +16,7 @@ Code = Literal[
     "prompt_too_long",
     "too_many_tokens",
     "unknown_model",
+    "unknown_request",
     "deadline_exceeded",
     "cancelled",
     "overloaded",
@@ -24,6 +25,7 @@ Code = Literal[
     "numeric_error",
     "out_of_memory",
     "engine_failed",
+    "broker_unavailable",
     "result_too_large",
     "reply_to_refused",
     "unauthenticated",
@@ -57,6 +59,13 @@ CODES: dict[Code, CodeInfo] = {
     "prompt_too_long": CodeInfo(False, "INVALID_ARGUMENT", 400, True, "the prompt leaves no room for a token in the context"),
     "too_many_tokens": CodeInfo(False, "INVALID_ARGUMENT", 400, True, "prompt + max_tokens can never fit on this replica"),
     "unknown_model": CodeInfo(False, "NOT_FOUND", 404, True, "this replica does not serve the model that was named"),
+    "unknown_request": CodeInfo(
+        False,
+        "NOT_FOUND",
+        404,
+        False,
+        "no request has this id, or its records are gone: results are kept as long as their topic keeps them",
+    ),
     "deadline_exceeded": CodeInfo(
         False, "DEADLINE_EXCEEDED", 504, False, "the deadline passed, or would have before it could start"
     ),
@@ -69,6 +78,9 @@ CODES: dict[Code, CodeInfo] = {
     "numeric_error": CodeInfo(False, "INTERNAL", 500, True, "the model gave no finite number for this prompt"),
     "out_of_memory": CodeInfo(True, "RESOURCE_EXHAUSTED", 503, True, "the device had no memory for this request"),
     "engine_failed": CodeInfo(True, "UNAVAILABLE", 503, True, "the engine cannot be started or restarted"),
+    "broker_unavailable": CodeInfo(
+        True, "UNAVAILABLE", 503, False, "Kafka does not answer this replica; try again, here or elsewhere"
+    ),
     "result_too_large": CodeInfo(
         False, "RESOURCE_EXHAUSTED", 413, True, "the result does not fit in a record; its chunks hold the text"
     ),

@@ -205,12 +205,11 @@ def result_to_proto(
     attempt: int = 1,
 ) -> inference_pb2.Result:
     """The terminal record of a request that was accepted."""
-    failed = isinstance(event, contract.Failed)
     result = inference_pb2.Result(
         request_id=request_id,
         label=label,
         model=model,
-        status=inference_pb2.Result.failed if failed else inference_pb2.Result.finished,
+        status=_failure(event.error) if isinstance(event, contract.Failed) else inference_pb2.Result.finished,
         choices=[choice_to_proto(choice) for choice in event.choices],
         usage=usage_to_proto(event.usage),
         timings=timings_to_proto(event.timings),
@@ -244,7 +243,7 @@ def refusal_to_proto(
         request_id=request_id,
         label=label,
         model=model,
-        status=inference_pb2.Result.failed,
+        status=_failure(error),
         error=error_to_proto(error),
         epoch=epoch,
         attempt=attempt,
@@ -252,6 +251,10 @@ def refusal_to_proto(
         source=None if source is None else source_to_proto(source),
         time=timestamp(time_ns),
     )
+
+
+def _failure(error: RequestError) -> inference_pb2.Result.Status:
+    return inference_pb2.Result.cancelled if error.code == "cancelled" else inference_pb2.Result.failed
 
 
 def source_to_proto(source: contract.Source) -> inference_pb2.Source:

@@ -26,7 +26,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from schemas.v1 import inference_pb2 as schemas_dot_v1_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17schemas/v1/events.proto\x12\tsluice.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1aschemas/v1/inference.proto\"\x9f\x01\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x13\n\x0bresume_from\x18\x04 \x03(\x04\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12\x13\n\x0btraceparent\x18\x06 \x01(\t\x12(\n\x04time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xe4\x01\n\x05\x43hunk\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63hoice\x18\x02 \x01(\r\x12\r\n\x05\x65poch\x18\x03 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x04 \x01(\r\x12\x0b\n\x03seq\x18\x05 \x01(\x04\x12\x11\n\ttoken_ids\x18\x06 \x03(\r\x12\x0c\n\x04text\x18\x07 \x01(\t\x12\x13\n\x0btext_offset\x18\x08 \x01(\x04\x12*\n\x08logprobs\x18\t \x03(\x0b\x32\x18.sluice.v1.TokenLogprobs\x12(\n\x04time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"B\n\x08Handover\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x13\n\x0bresume_from\x18\x03 \x03(\x04\"\xad\x03\n\nDeadLetter\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12!\n\x06source\x18\x02 \x01(\x0b\x32\x11.sluice.v1.Source\x12\x1f\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x10.sluice.v1.Error\x12\r\n\x05stage\x18\x04 \x01(\t\x12\x10\n\x08\x61ttempts\x18\x05 \x01(\r\x12\x14\n\x0coriginal_key\x18\x06 \x01(\x0c\x12\x16\n\x0eoriginal_value\x18\x07 \x01(\x0c\x12\x44\n\x10original_headers\x18\x08 \x03(\x0b\x32*.sluice.v1.DeadLetter.OriginalHeadersEntry\x12\x1d\n\x15original_value_sha256\x18\t \x01(\x0c\x12\x1c\n\x14original_value_bytes\x18\n \x01(\x04\x12\x13\n\x0btraceparent\x18\x0b \x01(\t\x12(\n\x04time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x1a\x36\n\x14OriginalHeadersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01\"F\n\x06\x43\x61ncel\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestampb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17schemas/v1/events.proto\x12\tsluice.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1aschemas/v1/inference.proto\"\xc5\x01\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x13\n\x0bresume_from\x18\x04 \x03(\x04\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12\x13\n\x0btraceparent\x18\x06 \x01(\t\x12(\n\x04time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05model\x18\x08 \x01(\t\x12\x15\n\rprompt_tokens\x18\t \x01(\r\"\xe4\x01\n\x05\x43hunk\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63hoice\x18\x02 \x01(\r\x12\r\n\x05\x65poch\x18\x03 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x04 \x01(\r\x12\x0b\n\x03seq\x18\x05 \x01(\x04\x12\x11\n\ttoken_ids\x18\x06 \x03(\r\x12\x0c\n\x04text\x18\x07 \x01(\t\x12\x13\n\x0btext_offset\x18\x08 \x01(\x04\x12*\n\x08logprobs\x18\t \x03(\x0b\x32\x18.sluice.v1.TokenLogprobs\x12(\n\x04time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"B\n\x08Handover\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x13\n\x0bresume_from\x18\x03 \x03(\x04\"\xad\x03\n\nDeadLetter\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12!\n\x06source\x18\x02 \x01(\x0b\x32\x11.sluice.v1.Source\x12\x1f\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x10.sluice.v1.Error\x12\r\n\x05stage\x18\x04 \x01(\t\x12\x10\n\x08\x61ttempts\x18\x05 \x01(\r\x12\x14\n\x0coriginal_key\x18\x06 \x01(\x0c\x12\x16\n\x0eoriginal_value\x18\x07 \x01(\x0c\x12\x44\n\x10original_headers\x18\x08 \x03(\x0b\x32*.sluice.v1.DeadLetter.OriginalHeadersEntry\x12\x1d\n\x15original_value_sha256\x18\t \x01(\x0c\x12\x1c\n\x14original_value_bytes\x18\n \x01(\x04\x12\x13\n\x0btraceparent\x18\x0b \x01(\t\x12(\n\x04time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x1a\x36\n\x14OriginalHeadersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01\"F\n\x06\x43\x61ncel\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestampb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,15 +36,15 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DEADLETTER_ORIGINALHEADERSENTRY']._loaded_options = None
   _globals['_DEADLETTER_ORIGINALHEADERSENTRY']._serialized_options = b'8\001'
   _globals['_STARTED']._serialized_start=100
-  _globals['_STARTED']._serialized_end=259
-  _globals['_CHUNK']._serialized_start=262
-  _globals['_CHUNK']._serialized_end=490
-  _globals['_HANDOVER']._serialized_start=492
-  _globals['_HANDOVER']._serialized_end=558
-  _globals['_DEADLETTER']._serialized_start=561
-  _globals['_DEADLETTER']._serialized_end=990
-  _globals['_DEADLETTER_ORIGINALHEADERSENTRY']._serialized_start=936
-  _globals['_DEADLETTER_ORIGINALHEADERSENTRY']._serialized_end=990
-  _globals['_CANCEL']._serialized_start=992
-  _globals['_CANCEL']._serialized_end=1062
+  _globals['_STARTED']._serialized_end=297
+  _globals['_CHUNK']._serialized_start=300
+  _globals['_CHUNK']._serialized_end=528
+  _globals['_HANDOVER']._serialized_start=530
+  _globals['_HANDOVER']._serialized_end=596
+  _globals['_DEADLETTER']._serialized_start=599
+  _globals['_DEADLETTER']._serialized_end=1028
+  _globals['_DEADLETTER_ORIGINALHEADERSENTRY']._serialized_start=974
+  _globals['_DEADLETTER_ORIGINALHEADERSENTRY']._serialized_end=1028
+  _globals['_CANCEL']._serialized_start=1030
+  _globals['_CANCEL']._serialized_end=1100
 # @@protoc_insertion_point(module_scope)

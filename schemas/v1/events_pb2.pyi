@@ -11,7 +11,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Started(_message.Message):
-    __slots__ = ("request_id", "epoch", "attempt", "resume_from", "seed", "traceparent", "time")
+    __slots__ = ("request_id", "epoch", "attempt", "resume_from", "seed", "traceparent", "time", "model", "prompt_tokens")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
@@ -19,6 +19,8 @@ class Started(_message.Message):
     SEED_FIELD_NUMBER: _ClassVar[int]
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     TIME_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     epoch: int
     attempt: int
@@ -26,7 +28,9 @@ class Started(_message.Message):
     seed: int
     traceparent: str
     time: _timestamp_pb2.Timestamp
-    def __init__(self, request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., attempt: _Optional[int] = ..., resume_from: _Optional[_Iterable[int]] = ..., seed: _Optional[int] = ..., traceparent: _Optional[str] = ..., time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+    model: str
+    prompt_tokens: int
+    def __init__(self, request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., attempt: _Optional[int] = ..., resume_from: _Optional[_Iterable[int]] = ..., seed: _Optional[int] = ..., traceparent: _Optional[str] = ..., time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., model: _Optional[str] = ..., prompt_tokens: _Optional[int] = ...) -> None: ...
 
 class Chunk(_message.Message):
     __slots__ = ("request_id", "choice", "epoch", "attempt", "seq", "token_ids", "text", "text_offset", "logprobs", "time")

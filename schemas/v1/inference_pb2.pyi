@@ -344,9 +344,13 @@ class Result(_message.Message):
         STATUS_UNSPECIFIED: _ClassVar[Result.Status]
         finished: _ClassVar[Result.Status]
         failed: _ClassVar[Result.Status]
+        cancelled: _ClassVar[Result.Status]
+        pending: _ClassVar[Result.Status]
     STATUS_UNSPECIFIED: Result.Status
     finished: Result.Status
     failed: Result.Status
+    cancelled: Result.Status
+    pending: Result.Status
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     LABEL_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]

@@ -96,21 +96,21 @@ class InferenceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Attach(self, request, context):
-        """Reads a durable request's tokens from `after_seq` on, live or past.
+        """Reads a durable request's tokens from `after_seq` on, live or past, on any replica.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Get(self, request, context):
-        """The terminal record of a durable request.
+        """The terminal record of a durable request; one with status `pending` while there is none.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Cancel(self, request, context):
-        """Idempotent: ends a running or waiting request.
+        """Idempotent: ends a running or waiting request; a durable one from any replica.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -186,6 +186,8 @@ class ChunkStream:
             seed=event.seed,
             traceparent=self._traceparent,
             time=wire.timestamp(self._writer.now_ns()),
+            model=event.model,
+            prompt_tokens=event.prompt_tokens,
         )
         self._announce(urgent=False)
 

@@ -18,7 +18,8 @@ from schemas.v1 import inference_pb2
 from service import wire
 from service.config import KafkaSection
 from service.contract import Call, Delta, Event, Failed, Finished, PromptRequest, Started
-from service.errors import RequestError
+from service.errors import CODES, RequestError
+from service.kafka.cancels import Cancels
 from service.kafka.chunks import ChunkStream, ChunkWriter
 from service.kafka.codec import Envelope, read_prompt, result_record, too_large, without_logprobs
 from service.kafka.committer import Committer, Completion
@@ -50,6 +51,10 @@ class Generates(Protocol):
         """Raises `RequestError` when the prompt is not accepted."""
         ...
 
+    def cancel(self, request_id: str) -> bool:
+        """Ends a running or waiting request; False when there is none of that id."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ending:
@@ -71,6 +76,7 @@ class PromptHandler:
         generation: Generates,
         committer: Committer,
         chunks: ChunkWriter | None,
+        cancels: Cancels,
         topics: Topics,
         section: KafkaSection,
         spans: tracing.Tracing,
@@ -81,6 +87,7 @@ class PromptHandler:
         self._generation = generation
         self._committer = committer
         self._chunks = chunks
+        self._cancels = cancels
         self._topics = topics
         self._section = section
         self._spans = spans
@@ -92,6 +99,7 @@ class PromptHandler:
         envelope = Envelope.of(record)
         span = self._start_span(record, envelope, owned.epoch, attempt)
         completion: Completion | None = None
+        self._cancels.cover(record.timestamp)
         try:
             if record.value is None:
                 completion = self._completion(owned, record, (), lambda num_durable: (), lambda durable: None, span, release)
@@ -176,6 +184,9 @@ class PromptHandler:
     async def _start(self, prompt: PromptRequest, call: Call) -> EventStream:
         """A durable prompt is never refused for want of room: it waits until there is some, or until its deadline."""
         while True:
+            # Nothing is awaited between this and the start, from when on the generation itself can be cancelled.
+            if self._cancels.includes(call.request_id):
+                raise RequestError("cancelled", CODES["cancelled"].meaning)
             try:
                 return await self._generation.start(prompt, call)
             except RequestError as error:
@@ -273,7 +284,7 @@ class PromptHandler:
         )
         trace_headers: Headers = tuple((name, value.encode()) for name, value in tracing.inject(send))
         result = self._result(envelope, owned.epoch, attempt, ending, tracing.trace_id(span))
-        written, misfit = self._fitting(envelope, result, trace_headers)
+        written, result, misfit = self._fitting(envelope, result, trace_headers)
         error = misfit or ending.error
         stage = ending.stage if misfit is None else "write"
 
@@ -294,18 +305,20 @@ class PromptHandler:
             )
 
         def smaller(num_durable: int) -> tuple[OutRecord, ...]:
-            nonlocal error, stage
+            nonlocal error, stage, result
             if num_durable:
                 # The result stands; its letter is what the broker does not take.
                 return letter(0)
-            shrunk, error = too_large(result)
+            result, error = too_large(result)
             stage = "write"
             return (
-                result_record(self._topics.results, envelope, shrunk, trace_headers),
+                result_record(self._topics.results, envelope, result, trace_headers),
                 *letter(self._section.max_result_bytes),
             )
 
         def settled(durable: bool) -> None:
+            if durable and self._chunks is not None and self._chunks.listener is not None:
+                self._chunks.listener.ended(envelope.source, result)
             self._spans.end(send)
             if durable and error is not None:
                 tracing.record_error(span, error.code)
@@ -342,17 +355,17 @@ class PromptHandler:
 
     def _fitting(
         self, envelope: Envelope, result: inference_pb2.Result, trace_headers: Headers
-    ) -> tuple[OutRecord, RequestError | None]:
-        """The result record within the limit: whole, without logprobs, or as `result_too_large`."""
+    ) -> tuple[OutRecord, inference_pb2.Result, RequestError | None]:
+        """The result within the limit and its record: whole, without logprobs, or as `result_too_large`."""
         for candidate in (result, without_logprobs(result)):
             # Neither form is smaller than the binary one: what cannot fit is not spelled out, which would hold up the loop.
             if candidate.ByteSize() > self._section.max_result_bytes:
                 continue
             written = result_record(self._topics.results, envelope, candidate, trace_headers)
             if written.num_bytes <= self._section.max_result_bytes:
-                return written, None
+                return written, candidate, None
         shrunk, error = too_large(result)
-        return result_record(self._topics.results, envelope, shrunk, trace_headers), error
+        return result_record(self._topics.results, envelope, shrunk, trace_headers), shrunk, error
 
     def _completion(
         self,

@@ -20,10 +20,12 @@ from service.config import KafkaSection
 from service.errors import SetupError
 from service.kafka import topics as topic_tools
 from service.kafka.budget import IntakeBudget
-from service.kafka.chunks import ChunkWriter, LiveListener
+from service.kafka.cancels import Cancels
+from service.kafka.chunks import ChunkWriter
 from service.kafka.committer import Committer
 from service.kafka.consumer import PromptConsumer
 from service.kafka.handler import Generates, PromptHandler
+from service.kafka.live import LiveRequests
 from service.kafka.output import REQUEST_OVERHEAD_BYTES, ProducerOutput
 from service.kafka.ownership import Partitions
 from service.kafka.records import TopicPartition
@@ -64,14 +66,12 @@ class KafkaTransport:
         bootstrap: str = "",
         engine_alive: Callable[[], bool] = lambda: True,
         on_state: Callable[[bool, str], None] = lambda served, reason: None,
-        listener: LiveListener | None = None,
         wall_ns: Callable[[], int] = time.time_ns,
         monotonic_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         """`bootstrap`: instead of the section's (an embedded broker's own). While `engine_alive` is False no record is taken.
 
-        `on_state` hears of every change: (True, "") while the broker is served in full, else (False, reason). `listener` hears of
-        every durable record of a request that runs here.
+        `on_state` hears of every change: (True, "") while the broker is served in full, else (False, reason).
         """
         self._section = section
         self._bootstrap = bootstrap or section.bootstrap_servers
@@ -86,6 +86,8 @@ class KafkaTransport:
             high=section.intake_high_tokens, low=min(section.intake_low_tokens, section.intake_high_tokens)
         )
         self._output = ProducerOutput(self._make_producer)
+        self._live = LiveRequests()
+        self._cancels = Cancels(since_ms=wall_ns() // 1_000_000, on_cancel=generation.cancel)
         self._metrics = metrics
         self._consumer = PromptConsumer(
             section=section,
@@ -108,12 +110,13 @@ class KafkaTransport:
             interval_s=section.chunk_interval_ms / 1_000,
             max_tokens=section.chunk_max_tokens,
             wall_ns=wall_ns,
-            listener=listener,
+            listener=self._live,
         )
         handler = PromptHandler(
             generation=generation,
             committer=self._committer,
             chunks=self._chunks if section.chunks_enabled else None,
+            cancels=self._cancels,
             topics=self._topics,
             section=section,
             spans=spans,

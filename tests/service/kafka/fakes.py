@@ -47,6 +47,7 @@ class FakeGeneration:
         self.calls: list[tuple[PromptRequest, Call]] = []
         self.answers: dict[str, str] = {}
         self.closed_early: list[str] = []
+        self.cancelled: list[str] = []
         self.running = 0
         self.most_running = 0
         self._held: dict[str, asyncio.Event] = {}
@@ -62,6 +63,10 @@ class FakeGeneration:
         self._free = True
         for event in self._held.values():
             event.set()
+
+    def cancel(self, request_id: str) -> bool:
+        self.cancelled.append(request_id)
+        return any(call.request_id == request_id for _, call in self.calls)
 
     async def start(self, prompt: PromptRequest, call: Call) -> "FakeStream":
         self.calls.append((prompt, call))

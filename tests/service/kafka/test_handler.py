@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 
 from service.config import KafkaSection, TracingSection
 from service.errors import RequestError
+from service.kafka.cancels import Cancels
 from service.kafka.committer import Committer
 from service.kafka.handler import PromptHandler
 from service.kafka.ownership import OwnedPartition
@@ -40,8 +41,10 @@ class Bench:
         self.owned = OwnedPartition(TopicPartition("t.prompts", 0), PartitionTracker(low=0, epoch=1))
         self.owned.open()
         self.released = 0
+        self.cancels = Cancels(since_ms=2_000_000_000_000)
         self.handler = PromptHandler(
-            generation=self.generation, committer=self.committer, chunks=None, topics=TOPICS, section=KafkaSection(),
+            generation=self.generation, committer=self.committer, chunks=None, cancels=self.cancels,
+            topics=TOPICS, section=KafkaSection(),
             spans=Tracing(TracingSection()), metrics=Metrics().kafka, wall_ns=lambda: 1, monotonic_ns=lambda: 1,
         )  # fmt: skip
 
@@ -84,3 +87,19 @@ async def test_a_dead_letter_that_its_topic_refuses_is_cut_down_and_the_result_s
     whole, cut = (json.loads(record.value) for record in bench.output.sent[1:])
     assert (bool(whole["original_value"]), cut["original_value"]) == (True, "")
     assert {letter["error"]["code"] for letter in (whole, cut)} == {"invalid_field"}
+
+
+async def test_a_prompt_that_was_cancelled_before_its_turn_ends_as_cancelled_without_a_generation() -> None:
+    async with running() as bench:
+        bench.cancels.add("t.prompts-0-0")
+        await bench.handle(FakeRecord(value=b'{"prompt": "hello"}'))
+        await until(lambda: bench.offsets.low == 1)
+    (result,) = bench.output.sent
+    value = json.loads(result.value)
+    assert (value["status"], value["error"]["code"], bench.generation.calls) == ("cancelled", "cancelled", [])
+
+
+async def test_a_prompt_tells_from_which_time_on_cancels_are_wanted() -> None:
+    async with running() as bench:
+        await bench.handle(FakeRecord(value=b'{"prompt": "hello"}', timestamp=1_700_000_000_000))
+    assert (bench.cancels.since_ms, bench.cancels.earlier.is_set()) == (1_700_000_000_000, True)

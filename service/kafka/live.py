@@ -1,0 +1,82 @@
+"""The requests that run here, as far as Kafka has them: what a reader on this replica is shown from memory.
+
+Guarantees: a message is given out once its record is acknowledged, so that no reader has seen what a new owner cannot know; each
+reader gets all of a request's messages in their order, from the first on, then its result once that is durable, or nothing more when
+this replica gave the request up. Bounded: a request's own chunks, kept while it runs, shared by all of its readers.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+from schemas.v1 import events_pb2, inference_pb2
+from service.contract import Source
+from service.kafka.chunk_records import ChunkMessage
+
+
+class LiveRequest:
+    """One request under way."""
+
+    def __init__(self) -> None:
+        self._messages: list[ChunkMessage | inference_pb2.Result] = []
+        self._over = False
+        self._changed = asyncio.Event()
+
+    def add(self, message: ChunkMessage | inference_pb2.Result) -> None:
+        """The next message."""
+        self._messages.append(message)
+        self._notify()
+
+    def end(self) -> None:
+        """Nothing more comes."""
+        self._over = True
+        self._notify()
+
+    async def messages(self) -> AsyncIterator[ChunkMessage | inference_pb2.Result]:
+        """All of them from the first on, as they come; a `Result` is the last. Ends without one when the request went elsewhere."""
+        taken = 0
+        while True:
+            changed = self._changed
+            while taken < len(self._messages):
+                taken += 1
+                yield self._messages[taken - 1]
+            if self._over:
+                return
+            await changed.wait()
+
+    def _notify(self) -> None:
+        # Each change wakes all who wait now; whoever waits later waits for the next one.
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+
+class LiveRequests:
+    """All of them, by request id: the chunk writer's `LiveListener`."""
+
+    def __init__(self) -> None:
+        self._running: dict[str, LiveRequest] = {}
+
+    def __len__(self) -> int:
+        return len(self._running)
+
+    def get(self, request_id: str) -> LiveRequest | None:
+        """The request, while it runs here."""
+        return self._running.get(request_id)
+
+    def acknowledged(self, source: Source, message: ChunkMessage, offset: int) -> None:
+        """A record of the request is durable: its first `Started` begins it here, a `Handover` ends it here."""
+        running = self._running.get(source.request_id)
+        if running is None:
+            if not isinstance(message, events_pb2.Started):
+                return
+            running = self._running[source.request_id] = LiveRequest()
+        running.add(message)
+        if isinstance(message, events_pb2.Handover):
+            del self._running[source.request_id]
+            running.end()
+
+    def ended(self, source: Source, result: inference_pb2.Result) -> None:
+        """Its terminal record is durable."""
+        running = self._running.pop(source.request_id, None)
+        if running is not None:
+            running.add(result)
+            running.end()
