@@ -24,6 +24,7 @@ from service.errors import SetupError
 from service.generation import Generation, new_request_id
 from service.health import Health, HealthReport
 from service.http.admin import AdminServer
+from service.kafka.connection import Connection
 from service.kafka.embedded import EmbeddedBroker
 from service.kafka.topics import Topics
 from service.kafka.transport import KafkaTransport
@@ -171,6 +172,9 @@ class App:
         core.health.watch(self._health_changed)
         # Loading takes long: a port that is taken should not be found after it.
         _require_free("grpc", settings.grpc.host, settings.grpc.port)
+        if settings.kafka.enabled:
+            # Likewise credentials and certificates that cannot be read.
+            Connection(settings.kafka)
         admin_port = await self._admin.start()
         bootstrap = await self._start_broker(settings.kafka)
         await core.start()

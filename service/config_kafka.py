@@ -1,6 +1,9 @@
 """The settings of the Kafka transport."""
 
-from pydantic import Field
+from typing import Literal, Self
+
+from pydantic import Field, SecretStr, model_validator
+from pydantic_core import PydanticCustomError
 
 from service.config_base import Section
 
@@ -70,3 +73,73 @@ class KafkaSection(Section):
 
     trusted_tenant_header: bool = False
     """Believe the sluice-tenant header: only where the topic is protected by ACLs."""
+
+    security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
+    """How to reach the brokers, in Kafka's words. Credentials over SASL_PLAINTEXT can be read on the way."""
+
+    sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER"] = "SCRAM-SHA-512"
+    """How to say who this is, with a SASL_ protocol."""
+
+    sasl_username: str = ""
+    """For PLAIN and SCRAM."""
+
+    sasl_password: SecretStr = SecretStr("")
+    """For PLAIN and SCRAM; better from the environment (SLUICE_KAFKA__SASL_PASSWORD) or from sasl_password_file than in this file."""
+
+    sasl_password_file: str = ""
+    """A file that holds the password alone, as a mounted secret; read anew for each client, so that it may be rotated."""
+
+    sasl_oauth_token_file: str = ""
+    """For OAUTHBEARER: a file that holds the token; read anew at each connection."""
+
+    sasl_oauth_token_command: tuple[str, ...] = ()
+    """For OAUTHBEARER, instead of a file: a program and its arguments (no shell) that prints the token within 10 s."""
+
+    sasl_oauth_refresh_s: float = Field(default=60.0, gt=0)
+    """A token that the command printed is used for this long; less than a token lives."""
+
+    ssl_ca: str = ""
+    """PEM file of the authorities that brokers' certificates must come from; empty: the system's. Host names are always checked."""
+
+    ssl_certificate: str = ""
+    """PEM file of this client's certificate and its chain (mutual TLS)."""
+
+    ssl_key: str = ""
+    """PEM file of its private key."""
+
+    ssl_key_password: SecretStr = SecretStr("")
+    """Of ssl_key, when it is encrypted; better from the environment (SLUICE_KAFKA__SSL_KEY_PASSWORD)."""
+
+    @model_validator(mode="after")
+    def _security_is_whole(self) -> Self:
+        if fault := _security_fault(self):
+            raise PydanticCustomError("security", "{fault}", {"fault": fault})
+        return self
+
+
+def _security_fault(section: KafkaSection) -> str:
+    """What of the security settings is missing, doubled, or would be passed over in silence; "" when they fit together."""
+    tls, sasl = section.security_protocol.endswith("SSL"), section.security_protocol.startswith("SASL")
+    password = bool(section.sasl_password.get_secret_value())
+    if section.embedded and section.security_protocol != "PLAINTEXT":
+        return "security_protocol must be PLAINTEXT with the embedded broker"
+    if not tls and (section.ssl_ca or section.ssl_certificate or section.ssl_key):
+        return f"ssl_ca, ssl_certificate and ssl_key are of no use with security_protocol {section.security_protocol}"
+    if bool(section.ssl_certificate) != bool(section.ssl_key):
+        return "ssl_certificate and ssl_key go together"
+    if section.ssl_key_password.get_secret_value() and not section.ssl_key:
+        return "ssl_key_password is of no use without ssl_key"
+    if password and section.sasl_password_file:
+        return "sasl_password and sasl_password_file are both set; set one"
+    if section.sasl_oauth_token_file and section.sasl_oauth_token_command:
+        return "sasl_oauth_token_file and sasl_oauth_token_command are both set; set one"
+    secrets = password or section.sasl_username or section.sasl_password_file
+    tokens = section.sasl_oauth_token_file or section.sasl_oauth_token_command
+    if not sasl:
+        unused = f"sasl_ settings are of no use with security_protocol {section.security_protocol}; set SASL_SSL"
+        return unused if secrets or tokens else ""
+    if section.sasl_mechanism == "OAUTHBEARER":
+        return "" if tokens else "sasl_mechanism OAUTHBEARER needs sasl_oauth_token_file or sasl_oauth_token_command"
+    if not (section.sasl_username and (password or section.sasl_password_file)):
+        return f"sasl_mechanism {section.sasl_mechanism} needs sasl_username and sasl_password_file (or sasl_password)"
+    return ""

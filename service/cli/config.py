@@ -41,9 +41,10 @@ def render_toml(settings: Settings) -> str:
     ]
     for name in type(settings).model_fields:
         section: Section = getattr(settings, name)
+        shown = section.model_dump(mode="json")
         lines += ["", *_comment(type(section).__doc__ or ""), f"[{name}]"]
         for field_name, field in type(section).model_fields.items():
-            lines += [*_comment(field.description or ""), f"{field_name} = {_toml(getattr(section, field_name))}"]
+            lines += [*_comment(field.description or ""), f"{field_name} = {_toml(shown[field_name])}"]
     return "\n".join(lines) + "\n"
 
 
@@ -52,5 +53,5 @@ def _comment(text: str) -> list[str]:
 
 
 def _toml(value: Any) -> str:
-    # JSON's strings, numbers and booleans are TOML's too; the settings hold nothing else.
+    # JSON's strings, numbers, booleans and lists are TOML's too; the settings hold nothing else. Secrets come as asterisks.
     return json.dumps(value, ensure_ascii=False)

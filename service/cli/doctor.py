@@ -1,5 +1,6 @@
 """`sluice doctor`: what this machine and configuration can serve, and what stands in the way."""
 
+import asyncio
 import json
 import os
 import platform
@@ -25,6 +26,7 @@ from service.cli.demo_model import NAME as DEMO_MODEL
 from service.cli.options import ConfigFile, Json, Overrides, settings_from
 from service.config import Settings, cache_dir
 from service.errors import SetupError
+from service.kafka.connection import Connection
 from service.tokenization import Tokenization
 
 State = Literal["ok", "note", "fail"]
@@ -126,24 +128,25 @@ def _kafka(settings: Settings) -> Check:
         return Check("kafka", "note", "kafka.enabled is false: gRPC alone")
     if kafka.embedded:
         return Check("kafka", "note", "embedded broker: in memory, at least once, not durable; for a first try")
-    admin = AdminClient(
-        {"bootstrap.servers": kafka.bootstrap_servers, "log_level": 0, "socket.timeout.ms": int(BROKER_TIMEOUT_S * 1000)}
-    )
     try:
+        connection = Connection(kafka)
+    except SetupError as error:
+        return Check("kafka", "fail", str(error))
+    if why := asyncio.run(connection.explain()):
+        return Check("kafka", "fail", f"{why}; see kafka.bootstrap_servers (`make serve` brings a broker)", 3)
+    try:
+        admin = AdminClient({**connection.librdkafka(), "socket.timeout.ms": int(BROKER_TIMEOUT_S * 1000)})
+        # A token is asked for in a callback, which only `poll` runs.
+        admin.poll(0)
         cluster = admin.list_topics(timeout=BROKER_TIMEOUT_S)
-    except KafkaException:
-        return Check(
-            "kafka",
-            "fail",
-            f"no broker answers at {kafka.bootstrap_servers}; set kafka.bootstrap_servers, or `make serve` brings one",
-            3,
-        )
+    except KafkaException as error:
+        return Check("kafka", "fail", f"{kafka.bootstrap_servers} does not tell its topics: {error.args[0].str()}", 3)
     ours = [name for name in cluster.topics if name.startswith(kafka.topic_prefix)]
     missing = "" if kafka.topic_prefix + "prompts" in ours else "; no prompts topic yet: `sluice topics create`"
     return Check(
         "kafka",
         "note" if missing else "ok",
-        f"{len(cluster.brokers)} broker(s) at {kafka.bootstrap_servers}, {len(ours)} topics of ours{missing}",
+        f"{len(cluster.brokers)} broker(s) at {kafka.bootstrap_servers}, {len(ours)} topics of ours{missing}, {kafka.security_protocol}",
     )
 
 

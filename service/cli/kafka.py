@@ -22,6 +22,7 @@ from service.cli.options import ConfigFile, Json, Overrides, settings_from
 from service.config import Settings
 from service.contract import PromptRequest, Source
 from service.errors import RequestError, SetupError
+from service.kafka.connection import Connection
 from service.telemetry import names, tracing
 
 CONNECT_TIMEOUT_S = 10.0
@@ -216,9 +217,7 @@ def _value(record: ConsumerRecord) -> dict[str, Any]:
 
 @asynccontextmanager
 async def _producer(settings: Settings) -> AsyncIterator[AIOKafkaProducer]:
-    producer = AIOKafkaProducer(
-        bootstrap_servers=settings.kafka.bootstrap_servers, enable_idempotence=not settings.kafka.embedded
-    )
+    producer = AIOKafkaProducer(**Connection(settings.kafka).aiokafka(), enable_idempotence=not settings.kafka.embedded)
     async with connected(producer, producer.stop, settings):
         yield producer
 
@@ -233,7 +232,7 @@ async def _reader(
         return
     consumer = AIOKafkaConsumer(
         topic,
-        bootstrap_servers=settings.kafka.bootstrap_servers,
+        **Connection(settings.kafka).aiokafka(),
         auto_offset_reset="earliest" if from_beginning else "latest",
         isolation_level="read_uncommitted" if topic.endswith("chunks") else "read_committed",
         enable_auto_commit=False,
@@ -262,18 +261,18 @@ async def connected(client: Startable, stop: Callable[[], Awaitable[None]], sett
             await client.start()
     except (KafkaError, TimeoutError, OSError) as error:
         await stop()
-        raise unreachable(settings, error) from error
+        raise unreachable(settings, await Connection(settings.kafka).explain() or error) from error
     try:
         yield
     finally:
         await stop()
 
 
-def unreachable(settings: Settings, error: BaseException) -> SetupError:
+def unreachable(settings: Settings, error: BaseException | str) -> SetupError:
     """What a person is told when no broker answers."""
     reason = str(error) or type(error).__name__
     return SetupError(
-        f"no Kafka broker answers at {settings.kafka.bootstrap_servers} ({reason}); start one (`make serve` brings one), "
-        "or name yours with --brokers host:port",
+        f"no Kafka broker answers at {settings.kafka.bootstrap_servers} ({reason}); "
+        "start one (`make serve` brings one), or name yours with --brokers host:port",
         exit_code=3,
     )

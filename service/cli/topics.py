@@ -16,6 +16,7 @@ from service.cli.options import ConfigFile, Json, Overrides, settings_from
 from service.config import Settings
 from service.errors import SetupError
 from service.kafka import topics
+from service.kafka.connection import Connection
 from service.kafka.topics import Topics
 
 app = typer.Typer(no_args_is_help=True, help="Create or check the topics.")
@@ -81,7 +82,7 @@ async def _check(settings: Settings) -> topics.TopicReport:
 
 @asynccontextmanager
 async def _admin(settings: Settings) -> AsyncIterator[AIOKafkaAdminClient]:
-    admin = AIOKafkaAdminClient(bootstrap_servers=settings.kafka.bootstrap_servers)
+    admin = AIOKafkaAdminClient(**Connection(settings.kafka).aiokafka())
     async with connected(admin, admin.close, settings):
         try:
             yield admin

@@ -54,13 +54,18 @@ class PromptConsumer(ConsumerRebalanceListener):
         make_consumer: Callable[[], AIOKafkaConsumer],
         make_admin: Callable[[], AIOKafkaAdminClient],
         prepare: Callable[[AIOKafkaAdminClient], Awaitable[Sequence[str]]],
+        explain: Callable[[], Awaitable[str]],
         engine_alive: Callable[[], bool],
         on_state: Callable[[bool, str], None],
     ) -> None:
-        """`prepare` looks at the topics and gives those to read; `on_state` hears whether the broker is served, and why not."""
+        """`prepare` looks at the topics and gives those to read; `explain` says why no broker lets us in.
+
+        `on_state` hears whether the broker is served, and why not.
+        """
         self._section, self._topics = section, topics
         self._partitions, self._budget, self._metrics = partitions, budget, metrics
         self._make_consumer, self._make_admin, self._prepare = make_consumer, make_admin, prepare
+        self._explain = explain
         self._engine_alive, self._on_state = engine_alive, on_state
         self._committer: Committer | None = None
         self._handler: PromptHandler | None = None
@@ -164,7 +169,10 @@ class PromptConsumer(ConsumerRebalanceListener):
     async def _session(self) -> None:
         """One connection's life. Raises what ended it."""
         self._admin = admin = self._make_admin()
-        await admin.start()
+        try:
+            await admin.start()
+        except KafkaConnectionError as error:
+            raise SetupError(await self._explain() or str(error), exit_code=3) from error
         names = await self._prepare(admin)
         self._consumer = consumer = self._make_consumer()
         consumer.subscribe(topics=list(names), listener=self)

@@ -23,6 +23,7 @@ from service.kafka.budget import IntakeBudget
 from service.kafka.cancels import Cancels
 from service.kafka.chunks import ChunkWriter
 from service.kafka.committer import Committer
+from service.kafka.connection import Connection
 from service.kafka.consumer import PromptConsumer
 from service.kafka.handler import Generates, PromptHandler
 from service.kafka.live import LiveRequests
@@ -72,9 +73,10 @@ class KafkaTransport:
         """`bootstrap`: instead of the section's (an embedded broker's own). While `engine_alive` is False no record is taken.
 
         `on_state` hears of every change: (True, "") while the broker is served in full, else (False, reason).
+        Raises `SetupError` for security settings that cannot work.
         """
         self._section = section
-        self._bootstrap = bootstrap or section.bootstrap_servers
+        self._connection = Connection(section, bootstrap)
         self._topics = Topics(section.topic_prefix)
         self._spans = spans
         self._listener = on_state
@@ -98,6 +100,7 @@ class KafkaTransport:
             make_consumer=self._make_consumer,
             make_admin=self._make_admin,
             prepare=self._prepare,
+            explain=self._connection.explain,
             engine_alive=engine_alive,
             on_state=self._changed,
         )
@@ -252,7 +255,7 @@ class KafkaTransport:
             """aiokafka keeps the sticky assignor's memory on its class: each consumer has its own."""
 
         return AIOKafkaConsumer(
-            bootstrap_servers=self._bootstrap,
+            **self._connection.aiokafka(),
             group_id=section.group_id,
             enable_auto_commit=False,
             auto_offset_reset="earliest",
@@ -267,11 +270,11 @@ class KafkaTransport:
 
     def _make_producer(self) -> AIOKafkaProducer:
         return AIOKafkaProducer(
-            bootstrap_servers=self._bootstrap,
+            **self._connection.aiokafka(),
             enable_idempotence=True,
             acks="all",
             max_request_size=self._section.max_result_bytes + REQUEST_OVERHEAD_BYTES,
         )
 
     def _make_admin(self) -> AIOKafkaAdminClient:
-        return AIOKafkaAdminClient(bootstrap_servers=self._bootstrap)
+        return AIOKafkaAdminClient(**self._connection.aiokafka())
