@@ -15,8 +15,9 @@ from service.cli.kafka import Brokers, connected
 from service.cli.options import ConfigFile, Json, Overrides, settings_from
 from service.config import Settings
 from service.errors import SetupError
-from service.kafka import topics
+from service.kafka import topic_check, topics
 from service.kafka.connection import Connection
+from service.kafka.topic_check import TopicReport
 from service.kafka.topics import Topics
 
 app = typer.Typer(no_args_is_help=True, help="Create or check the topics.")
@@ -48,10 +49,18 @@ def create(
 
 
 @app.command()
-def check(brokers: Brokers = None, config: ConfigFile = None, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Compare the cluster's topics with what Sluice needs; exit 1 when something would lose or misplace records."""
+def check(
+    longest_deadline: Annotated[
+        int, typer.Option("--longest-deadline", min=1, help="Seconds that a prompt may wait; retention must be longer.")
+    ] = 3600,
+    brokers: Brokers = None,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Compare the cluster with what Sluice needs (topics, copies, retention, rights); exit 1 when prompts cannot be served whole."""
     settings = settings_from(config, overrides, {"kafka": {"bootstrap_servers": brokers}})
-    report = asyncio.run(_check(settings))
+    report = asyncio.run(_check(settings, longest_deadline * 1_000))
     if as_json:
         findings = [{"level": f.level, "topic": f.topic, "message": f.message} for f in report.findings]
         output.print_json({"ok": report.ok, "partitions": dict(report.partitions), "findings": findings})
@@ -75,9 +84,10 @@ async def _create(settings: Settings) -> tuple[str, ...]:
         )
 
 
-async def _check(settings: Settings) -> topics.TopicReport:
+async def _check(settings: Settings, longest_deadline_ms: int) -> TopicReport:
     async with _admin(settings) as admin:
-        return await topics.check(admin, Topics(settings.kafka.topic_prefix))
+        connection = Connection(settings.kafka)
+        return await topic_check.check(admin, connection, settings.kafka, longest_deadline_ms=longest_deadline_ms)
 
 
 @asynccontextmanager
@@ -87,4 +97,6 @@ async def _admin(settings: Settings) -> AsyncIterator[AIOKafkaAdminClient]:
         try:
             yield admin
         except KafkaError as error:
-            raise SetupError(f"the broker refused: {error}", exit_code=1) from error
+            raise SetupError(
+                f"the broker refused: {error}; `sluice topics check` shows what is not allowed", exit_code=1
+            ) from error

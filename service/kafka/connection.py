@@ -5,13 +5,14 @@ go to the clients alone. Files are read anew for each client, so that passwords 
 service: one that has become unreadable is reported, and what was read last goes on being used.
 """
 
+import asyncio
 import os
 import ssl
 from pathlib import Path
 from typing import Any
 
 import structlog
-from aiokafka.conn import create_conn
+from aiokafka.conn import AIOKafkaConnection
 from aiokafka.errors import KafkaConnectionError, KafkaError, SaslAuthenticationFailed
 from aiokafka.helpers import create_ssl_context
 from aiokafka.protocol.metadata import MetadataRequest
@@ -23,6 +24,7 @@ from service.kafka.tokens import TokenSource, TokenUnavailableError
 _log = structlog.get_logger(__name__)
 
 _EXPLAIN_TIMEOUT_MS = 5_000
+_CLOSE_TIMEOUT_S = 1.0
 
 
 class Connection:
@@ -84,20 +86,21 @@ class Connection:
                 return f"kafka.bootstrap_servers {address.strip()}: write it as host:port"
             arguments = self.aiokafka()
             del arguments["bootstrap_servers"]
+            connection = AIOKafkaConnection(
+                host.strip("[]"), int(port), request_timeout_ms=_EXPLAIN_TIMEOUT_MS, max_idle_ms=None, **arguments
+            )
             try:
-                connection = await create_conn(
-                    host.strip("[]"), int(port), request_timeout_ms=_EXPLAIN_TIMEOUT_MS, max_idle_ms=None, **arguments
-                )
-                try:
-                    # A listener that wants credentials, or a token that it refused, shows at the first request that needs them.
-                    if not (await connection.send(MetadataRequest([]))).brokers:
-                        raise SaslAuthenticationFailed("an answer for strangers")
-                finally:
-                    connection.close()
+                await connection.connect()
+                # A listener that wants credentials, or a token that it refused, shows at the first request that needs them.
+                if not (await connection.send(MetadataRequest([]))).brokers:
+                    raise SaslAuthenticationFailed("an answer for strangers")
             except (KafkaError, OSError, ValueError) as error:
                 reasons.append(f"{address.strip()} {self._reason(error)}")
             else:
                 return ""
+            finally:
+                if (closed := connection.close()) is not None:
+                    await asyncio.wait({closed}, timeout=_CLOSE_TIMEOUT_S)
         return "; ".join(reasons)
 
     def _reason(self, error: Exception) -> str:

@@ -5,17 +5,17 @@ suffices and that nothing in it is spare. The broker tells what may be done with
 (KIP-430); it does not tell this of transactional ids.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from confluent_kafka import KafkaError, KafkaException, TopicCollection
 from confluent_kafka.admin import AdminClient
 
 from service.kafka.connection import Connection
-from service.kafka.topics import Finding, Topics
+from service.kafka.topics import Topics
 
-_TIMEOUT_S = 10.0
+_TIMEOUT_S = 5.0
 
 Resource = Literal["topic", "group"]
 
@@ -32,46 +32,54 @@ class Permission:
 
 def needed(topics: Topics, group_id: str, *, chunks: bool = True) -> tuple[Permission, ...]:
     """What the service needs; of class topics, each that is used needs what the prompts topic does. `chunks`: they are written."""
-    return (
-        Permission(resource="topic", name=topics.prompts, operation="Read", reason="takes prompts"),
-        Permission(resource="topic", name=topics.results, operation="Write", reason="writes results"),
-        *([Permission(resource="topic", name=topics.chunks, operation="Write", reason="writes tokens")] if chunks else ()),
-        Permission(resource="topic", name=topics.dead_letters, operation="Write", reason="writes dead letters"),
-        Permission(resource="group", name=group_id, operation="Read", reason="joins the group and commits its progress"),
-    )
+    wanted = [
+        (topics.prompts, "Read", "takes prompts"),
+        (topics.results, "Write", "writes results"),
+        (topics.dead_letters, "Write", "writes dead letters"),
+        (topics.control, "Read", "hears cancels"),
+    ]
+    if chunks:
+        wanted += [
+            (topics.chunks, "Write", "writes tokens"),
+            (topics.chunks, "Read", "continues what another replica began"),
+        ]
+    joins = Permission(resource="group", name=group_id, operation="Read", reason="joins the group, commits its progress")
+    return (*(Permission(resource="topic", name=name, operation=op, reason=why) for name, op, why in wanted), joins)
 
 
-def lacking(connection: Connection, permissions: Iterable[Permission]) -> tuple[Finding, ...]:
-    """An error for each of `permissions` that the broker says these credentials do not have. Blocks for some seconds at most.
+def lacking(
+    connection: Connection, permissions: Iterable[Permission], more_prompts: Sequence[str] = ()
+) -> tuple[tuple[str, str], ...]:
+    """(resource, what to allow) for each of `permissions` that the broker says these credentials do not have.
 
-    What the broker does not tell (it is too old, a coordinator moves, a topic is missing) is no finding. Raises `KafkaException`
-    when it does not answer at all.
+    `more_prompts`: further topics that are read. Blocks for some seconds at most. What the broker does not tell (it is too old, a
+    coordinator moves, a topic is missing) is not lacking. Raises `KafkaException` for credentials that no client can be made with.
     """
-    wanted = tuple(permissions)
+    wanted = {(one.resource, one.name, one.operation): one for one in permissions}
+    for name in more_prompts:
+        one = Permission(resource="topic", name=name, operation="Read", reason="takes prompts")
+        wanted.setdefault(("topic", name, "Read"), one)
     admin = AdminClient(connection.librdkafka())
     # A token is asked for in a callback, which only `poll` runs.
     admin.poll(0)
-    topics = sorted({one.name for one in wanted if one.resource == "topic"})
-    groups = sorted({one.name for one in wanted if one.resource == "group"})
+    topics = sorted({one.name for one in wanted.values() if one.resource == "topic"})
+    groups = sorted({one.name for one in wanted.values() if one.resource == "group"})
+    options = {"include_authorized_operations": True, "request_timeout": _TIMEOUT_S}
     allowed = {
-        "topic": _allowed(
-            admin.describe_topics(TopicCollection(topics), include_authorized_operations=True, request_timeout=_TIMEOUT_S)
-        ),
-        "group": _allowed(
-            admin.describe_consumer_groups(groups, include_authorized_operations=True, request_timeout=_TIMEOUT_S)
-        ),
+        "topic": _allowed(admin.describe_topics(TopicCollection(topics), **options)),
+        "group": _allowed(admin.describe_consumer_groups(groups, **options)),
     }
-    findings = []
-    for one in wanted:
+    found = []
+    for one in wanted.values():
         operations = allowed[one.resource].get(one.name)
         if operations is not None and one.operation.upper() not in operations:
-            what = f"these credentials may not {one.operation} this {one.resource}, which {one.reason}"
+            what = f"these credentials may not {one.operation} this {one.resource}: Sluice {one.reason}"
             how = f"kafka-acls.sh --add --allow-principal User:... --operation {one.operation} --{one.resource} {one.name}"
-            findings.append(Finding(level="error", topic=one.name, message=f"{what}; allow it: {how}"))
-    return tuple(findings)
+            found.append((one.name, f"{what}; allow it: {how}"))
+    return tuple(found)
 
 
-def _allowed(answers: dict) -> dict[str, frozenset[str]]:
+def _allowed(answers: Mapping[str, Any]) -> dict[str, frozenset[str]]:
     """The names of the operations allowed on each resource; without those of which the broker says nothing."""
     found: dict[str, frozenset[str]] = {}
     denied = (KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.GROUP_AUTHORIZATION_FAILED)
@@ -81,8 +89,8 @@ def _allowed(answers: dict) -> dict[str, frozenset[str]]:
         except KafkaException as error:
             if error.args[0].code() in denied:
                 found[name] = frozenset()
-            elif error.args[0].code() in (KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN, KafkaError._TIMED_OUT):
-                raise
+        except TimeoutError:
+            continue
         else:
             if operations:
                 found[name] = frozenset(operation.name for operation in operations)

@@ -1,16 +1,9 @@
-"""Topic names, their creation, and the check that they fit together.
+"""Topic names, their settings, and their creation. Whether a cluster's topics fit together: `topic_check.py`."""
 
-`check` finds what would lose or misplace records: partition counts that differ, a wrong cleanup policy, a retention shorter than
-the deadlines that prompts may carry. It reports; callers decide.
-"""
-
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
-from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
-from aiokafka.errors import IncompatibleBrokerVersion, TopicAlreadyExistsError, for_code
+from aiokafka.errors import TopicAlreadyExistsError, for_code
 
 from service.kafka.budget import QueueClass
 
@@ -68,27 +61,6 @@ class Topics:
         }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
-    """One thing that `check` saw. An `error` keeps the service from consuming; a `warning` can lose or delay records."""
-
-    level: Literal["error", "warning"]
-    topic: str
-    message: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TopicReport:
-    """What is there: partitions of each topic that exists, and the findings."""
-
-    partitions: Mapping[str, int]
-    findings: tuple[Finding, ...]
-
-    @property
-    def ok(self) -> bool:
-        return not any(finding.level == "error" for finding in self.findings)
-
-
 async def create(
     admin: AIOKafkaAdminClient, topics: Topics, *, partitions: int, replication_factor: int = -1
 ) -> tuple[str, ...]:
@@ -115,88 +87,3 @@ async def create(
         if code != 0 and error is not TopicAlreadyExistsError:
             raise error(f"topic {name}: {rest[0] if rest else ''}")
     return tuple(missing)
-
-
-async def describe(admin: AIOKafkaAdminClient, topics: Topics) -> dict[str, int]:
-    """Partitions of each of our topics that exists."""
-    existing = set(await admin.list_topics())
-    wanted = [name for name in (*topics.required, *topics.classes) if name in existing]
-    if not wanted:
-        return {}
-    found = await admin.describe_topics(sorted(set(wanted)))
-    return {topic["topic"]: len(topic["partitions"]) for topic in found}
-
-
-async def check(admin: AIOKafkaAdminClient, topics: Topics, *, longest_deadline_ms: int = 0) -> TopicReport:
-    """Looks at what the broker has. `longest_deadline_ms` 0: not known, so retention is only compared with an hour."""
-    partitions = await describe(admin, topics)
-    unread: tuple[Finding, ...] = ()
-    configs: dict[str, dict[str, str]] = {}
-    try:
-        configs = await _configs(admin, tuple(partitions))
-    except IncompatibleBrokerVersion:
-        message = "this broker does not tell its topics' configuration: cleanup and retention are not checked"
-        unread = (Finding(level="warning", topic=topics.prompts, message=message),)
-    findings = judge(topics, partitions, configs, longest_deadline_ms=longest_deadline_ms)
-    return TopicReport(partitions=partitions, findings=(*findings, *unread))
-
-
-def judge(
-    topics: Topics,
-    partitions: Mapping[str, int],
-    configs: Mapping[str, Mapping[str, str]],
-    *,
-    longest_deadline_ms: int = 0,
-) -> tuple[Finding, ...]:
-    """The findings for topics with these partition counts and configurations; topics without a configuration are not judged by it."""
-    findings = [
-        Finding(level="error", topic=name, message="does not exist; `sluice topics create` makes it")
-        for name in topics.required
-        if name not in partitions
-    ]
-    own = {name: partitions[name] for name in (*topics.classes, topics.results, topics.chunks) if name in partitions}
-    wanted = partitions.get(topics.prompts)
-    findings += [
-        Finding(
-            level="error", topic=name, message=f"has {count} partitions where {topics.prompts} has {wanted}; they must be equal"
-        )
-        for name, count in own.items()
-        if wanted is not None and count != wanted
-    ]
-    for name in partitions:
-        if name in configs:
-            findings += _judge_config(topics, name, configs[name], max(longest_deadline_ms, _HOUR_MS))
-    return tuple(findings)
-
-
-def _judge_config(topics: Topics, name: str, config: Mapping[str, str], needed_ms: int) -> list[Finding]:
-    findings = []
-    policy = {word.strip() for word in config.get("cleanup.policy", "delete").split(",")}
-    if name != topics.results and "compact" in policy:
-        # Compaction keeps one record a key: of prompts that share a conversation, or of a request's chunks, all but the last go.
-        findings.append(
-            Finding(level="error", topic=name, message="is compacted, which drops records; set cleanup.policy=delete")
-        )
-    retention = config.get("retention.ms", "-1")
-    if name in topics.classes and "delete" in policy and retention.isdigit() and int(retention) < needed_ms:
-        findings.append(
-            Finding(
-                level="warning",
-                topic=name,
-                message=f"keeps records for {retention} ms; prompts may wait for {needed_ms} ms and would be lost unread",
-            )
-        )
-    return findings
-
-
-async def _configs(admin: AIOKafkaAdminClient, names: tuple[str, ...]) -> dict[str, dict[str, str]]:
-    if not names:
-        return {}
-    asked = [ConfigResource(ConfigResourceType.TOPIC, name, {"cleanup.policy": None, "retention.ms": None}) for name in names]
-    configs: dict[str, dict[str, str]] = {}
-    for response in await admin.describe_configs(asked):
-        for resource in response.resources:
-            code, name, entries = resource[0], resource[3], resource[4]
-            if code == 0:
-                configs[name] = {entry[0]: entry[1] for entry in entries}
-    return configs

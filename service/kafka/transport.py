@@ -30,6 +30,7 @@ from service.kafka.live import LiveRequests
 from service.kafka.output import REQUEST_OVERHEAD_BYTES, ProducerOutput
 from service.kafka.ownership import Partitions
 from service.kafka.records import TopicPartition
+from service.kafka.topic_check import check
 from service.kafka.topics import Topics
 from service.telemetry import names, tracing
 from service.telemetry.metrics import KafkaMetrics
@@ -238,11 +239,11 @@ class KafkaTransport:
             )
             if made:
                 _log.info("topics were created", topics=list(made))
-        report = await topic_tools.check(admin, self._topics)
+        report = await check(admin, self._connection, self._section)
         for finding in report.findings:
             # The embedded broker has said already that it keeps nothing.
             if finding.level == "warning" and not self._section.embedded:
-                _log.warning("a topic may lose prompts", topic=finding.topic, reason=finding.message)
+                _log.warning("a topic does not fit", topic=finding.topic, reason=finding.message)
         if not report.ok:
             faults = "; ".join(f"{finding.topic} {finding.message}" for finding in report.findings if finding.level == "error")
             raise SetupError(faults, exit_code=3)
