@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.servers.kafka import KafkaServer, ServerError, _free_port, keep_log
+from tests.servers.kafka import KafkaServer, ServerError, free_port, keep_log
 
 USER, PASSWORD = "sluice", "correct horse battery=staple"
 
@@ -56,10 +56,13 @@ class Certificates:
 class SecureKafka(KafkaServer):
     """One such broker."""
 
+    # Started for a few tests beside everything else: the quick compiler and one collector thread are enough.
+    jvm_flags = ("-Xmx512m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1")
+
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)
         self.certificates = Certificates(directory / "certificates")
-        self._sasl_port, self._tls_port = _free_port(), _free_port()
+        self._sasl_port, self._tls_port = free_port(), free_port()
         self.sasl_bootstrap = f"127.0.0.1:{self._sasl_port}"
         self.tls_bootstrap = f"127.0.0.1:{self._tls_port}"
 
@@ -108,7 +111,7 @@ class SecureKafka(KafkaServer):
             ),
             encoding="utf-8",
         )
-        tool = ["java", "-cp", f"{libs}/*", "kafka.tools.StorageTool"]
+        tool = ["java", *self.jvm_flags, "-cp", f"{libs}/*", "kafka.tools.StorageTool"]
         cluster = subprocess.run([*tool, "random-uuid"], capture_output=True, text=True, check=True).stdout.strip()
         users = [
             argument
