@@ -2,8 +2,9 @@
 
 Same face as `Engine`, so the worker and its supervisor cannot tell the difference: what fault and throughput tests of the
 service run on. Guarantees: tokens do not depend on load, pace, restarts or tokens already said; each choice ends in one
-terminal output; limits, minimum and maximum lengths, stop ids, aborts and resumption behave as in the real engine. It never
-says an end-of-sequence token, keeps no prefix cache, and one token a choice a step is the most that it says.
+terminal output; with a pace sequences speak in step, as a model's do; limits, minimum and maximum lengths, stop ids, aborts and
+resumption behave as in the real engine. It never says an end-of-sequence token, keeps no prefix cache, and one token a choice a step
+is the most that it says.
 
 `SLUICE_STAND_IN_FAULT` makes it misbehave on purpose (`Fault`).
 """
@@ -170,7 +171,7 @@ class StandInEngine:
                 token = next(t % vocab_size for t in range(token, token + vocab_size) if t % vocab_size not in choice.stops)
         if reason is None and choice.said >= sampling.max_tokens:
             reason = "length"
-        choice.due_ns = max(choice.due_ns + self._gap_ns, now - self._gap_ns)
+        choice.due_ns = self._next_step(max(choice.due_ns + self._gap_ns, now - self._gap_ns))
         choice.last_token_ns = now
         choice.num_steps += 1
         self._used_tokens += 1
@@ -195,6 +196,10 @@ class StandInEngine:
             )
         )
         return False
+
+    def _next_step(self, due_ns: int) -> int:
+        """The last instant until `due_ns` at which all sequences speak: a model's step says a token for each of them."""
+        return due_ns - due_ns % self._gap_ns if self._gap_ns else due_ns
 
     def _end(self, choice: Choice, tokens: tuple[int, ...], reason: FinishReason, stop: int | None) -> None:
         if tokens and not choice.first_token_ns:

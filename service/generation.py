@@ -255,7 +255,7 @@ class Generation:
         ended = tuple(choice for choice in choices if choice.finish_reason is not None)
         context = RunContext(
             engine=self._engine,
-            inbox=self._streams.open(request_id),
+            inbox=self._streams.open(request_id, eager=bool(resolved.stop)),
             ticket=ticket,
             trace=trace,
             metrics=self._metrics,

@@ -6,7 +6,6 @@ forward compatibility: an older service serves a newer client's prompt without t
 Knows no transport: headers, metadata and status codes are theirs.
 """
 
-from google.protobuf import json_format
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -15,6 +14,7 @@ from service import contract
 from service.contract import PromptRequest, SamplingFields
 from service.errors import RequestError
 from service.wire_json import prompt_from_json
+from service.wire_json_out import message_to_json
 from service.wire_limits import check
 
 JSON = "application/json"
@@ -284,6 +284,4 @@ def to_bytes(message: Message, kind: str = JSON) -> bytes:
     """`message` as `kind` (`JSON` or `PROTOBUF`). JSON: the canonical mapping in snake_case (64-bit integers are strings)."""
     if kind == PROTOBUF:
         return message.SerializeToString()
-    return json_format.MessageToJson(
-        message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True, indent=None
-    ).encode("utf-8")
+    return message_to_json(message)

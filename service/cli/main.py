@@ -13,7 +13,7 @@ import typer
 from rich.markup import escape
 
 from engine import EngineError
-from service.cli import config, demo, doctor, generate, kafka, model, serve, stream, topics
+from service.cli import bench, config, demo, doctor, generate, kafka, model, serve, stream, topics
 from service.cli.output import err
 from service.errors import RequestError, SetupError
 
@@ -30,6 +30,7 @@ app.command("generate")(generate.generate)
 app.command("publish")(kafka.publish)
 app.command("tail")(kafka.tail)
 app.command("stream")(stream.stream)
+app.command("bench")(bench.bench)
 app.command("doctor")(doctor.doctor)
 app.add_typer(model.app, name="model")
 app.add_typer(topics.app, name="topics")

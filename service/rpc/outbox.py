@@ -81,6 +81,11 @@ class Outbox:
         """Returns once less than `max_bytes` wait."""
         await self._room.wait()
 
+    @property
+    def filled(self) -> bool:
+        """Whether something waits, or no more will come."""
+        return self._filled.is_set()
+
     async def wait(self) -> None:
         """Returns once something waits, or no more will come."""
         await self._filled.wait()

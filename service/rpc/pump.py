@@ -1,4 +1,4 @@
-"""Moves one generation's events into one gRPC stream: first token at once, then what gathers in `coalesce_ms` or behind a write.
+"""Moves one generation's events into one gRPC stream: first token at once, then one in `coalesce_ms`, or what gathers behind a write.
 
 Guarantees: at most `stream_buffer_bytes` wait here; a reader that takes nothing for `slow_reader_timeout_s` ends the stream with
 `SlowReader`; a silent stream gets a heartbeat each `heartbeat_s`; the generation is never made to wait for longer than its own
@@ -16,6 +16,9 @@ from service.contract import Delta, Event, Failed, Finished, Started
 from service.rpc.outbox import Outbox
 
 Write = Callable[[inference_pb2.StreamEvent], Awaitable[None]]
+
+_SOON_S = 0.002
+"""Less is not worth a timer: tokens come in paces already (`service/streams.py`)."""
 
 
 class SlowReader(Exception):
@@ -35,6 +38,8 @@ class Pump:
         self._write = write
         self._outbox = Outbox(section.stream_buffer_bytes)
         self._written = 0
+        self._loop = asyncio.get_running_loop()
+        self._sent_s = 0.0
         self.num_messages = 0
         self.num_heartbeats = 0
 
@@ -87,16 +92,16 @@ class Pump:
 
     async def _something(self) -> None:
         """Returns when there is something to send and it has had its time to gather; heartbeats meanwhile."""
-        while True:
+        while not self._outbox.filled:
             try:
                 async with asyncio.timeout(self._section.heartbeat_s):
                     await self._outbox.wait()
-                break
             except TimeoutError:
                 await self._send_heartbeat()
-        if self._written and self._section.coalesce_ms:
+        gather_s = self._sent_s + self._section.coalesce_ms / 1e3 - self._loop.time()
+        if self._written and gather_s > _SOON_S:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._section.coalesce_ms / 1e3):
+                async with asyncio.timeout(gather_s):
                     await self._outbox.wait_urgent()
 
     async def _send_waiting(self) -> Finished | Failed | None:
@@ -107,6 +112,7 @@ class Pump:
             elif not isinstance(event, Started):
                 return event
         self._outbox.sent()
+        self._sent_s = self._loop.time()
         return None
 
     async def _send_reset(self) -> None:

@@ -1,0 +1,1 @@
+"""Load against a running endpoint, and what it measured: the engine room of `sluice bench`. Knows no terminal."""

@@ -1,0 +1,110 @@
+"""Runs one after another against one target: a closed loop, an open one, or a closed one and then open ones at shares of its rate.
+
+What has been measured is in `Bench.runs` and `Bench.current` at any moment, for whoever shows progress or interrupts it.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+from service.bench.drive import Drive, Limits, warm_up
+from service.bench.lengths import Draw
+from service.bench.summary import Summary, Targets, summarize
+from service.bench.target import Target
+from service.bench.workload import Workload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What to run. `rate` (requests a second) opens the loop; `loads` are shares of what the closed loop reached."""
+
+    workload: Workload
+    limits: Limits
+    concurrency: int = 16
+    rate: float = 0.0
+    loads: tuple[float, ...] = ()
+    warm_up: int = 0
+    targets: Targets = field(default_factory=Targets)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One run's figures. `concurrency` of a closed loop, else 0; `rate` of an open one, `load` its share of the closed one's."""
+
+    name: str
+    summary: Summary
+    concurrency: int = 0
+    rate: float = 0.0
+    load: float = 0.0
+
+
+class Bench:
+    """`execute` runs the plan; `new_draw` gives the uniform draws of a named stream, the same each time."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        target: Target,
+        *,
+        new_draw: Callable[[str], Draw],
+        clock: Callable[[], float],
+        sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
+    ) -> None:
+        self._plan, self._target = plan, target
+        self._new_draw, self._clock, self._sleep = new_draw, clock, sleep
+        self.runs: list[Run] = []
+        self.current: Drive | None = None
+        self.current_name = ""
+
+    @property
+    def num_runs(self) -> int:
+        """Of the whole plan."""
+        return len(self._plan.loads) + 1
+
+    async def execute(self) -> None:
+        """Raises `TargetError` when the warm-up fails; requests that fail later are counted."""
+        plan = self._plan
+        self.current_name = "warm-up"
+        await warm_up(self._target, plan.workload.requests(self._new_draw("warm-up")), plan.warm_up, plan.limits.timeout_s)
+        if plan.rate:
+            await self._open(f"{plan.rate:g} a second", plan.rate, 0.0)
+            return
+        closed = await self._closed()
+        for load in plan.loads:
+            rate = load * closed.summary.steady_requests_per_s
+            if rate <= 0:
+                return
+            await self._open(f"{load:.0%} load", rate, load)
+
+    def interrupted(self) -> Run | None:
+        """The run under way, with what has ended so far; None where nothing has."""
+        drive, self.current = self.current, None
+        if drive is None or not drive.samples:
+            return None
+        return Run(name=f"{self.current_name} (interrupted)", summary=self._summary(drive))
+
+    async def _closed(self) -> Run:
+        concurrency = self._plan.concurrency
+        drive = self._begin(f"{concurrency} in flight", "closed")
+        await drive.closed(concurrency)
+        return self._end(drive, concurrency=concurrency)
+
+    async def _open(self, name: str, rate: float, load: float) -> None:
+        drive = self._begin(name, name)
+        await drive.open(rate, self._new_draw(f"arrivals {name}"))
+        self._end(drive, rate=rate, load=load)
+
+    def _begin(self, name: str, stream: str) -> Drive:
+        requests = self._plan.workload.requests(self._new_draw(f"requests {stream}"))
+        self.current_name = name
+        self.current = Drive(self._target, requests, self._plan.limits, clock=self._clock, sleep=self._sleep)
+        return self.current
+
+    def _end(self, drive: Drive, *, concurrency: int = 0, rate: float = 0.0, load: float = 0.0) -> Run:
+        run = Run(name=self.current_name, summary=self._summary(drive), concurrency=concurrency, rate=rate, load=load)
+        self.runs.append(run)
+        self.current = None
+        return run
+
+    def _summary(self, drive: Drive) -> Summary:
+        return summarize(drive.samples, drive.started_s, self._plan.targets)
