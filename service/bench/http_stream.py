@@ -45,13 +45,10 @@ class HttpClient:
     async def request(self, method: str, path: str, body: bytes = b"") -> AsyncIterator[Response]:
         """Raises `HttpError`. Leaving the block early closes the connection, which ends the request at the other side."""
         connection = await self._send(method, path, body)
-        finished = False
         try:
-            response = await connection.response()
-            yield response
-            finished = connection.reusable
+            yield await connection.response()
         finally:
-            if finished:
+            if connection.reusable:
                 connection.protocol.start_next_cycle()
                 self._idle.append(connection)
             else:

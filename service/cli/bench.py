@@ -163,10 +163,10 @@ def bench(
         report.show(interrupted=True)
         raise
     except TargetError as error:
-        raise SetupError(f"the warm-up failed: {error.code}: {error}") from error
+        raise SetupError(f"the warm-up failed: {error.code}: {error}", exit_code=1) from error
     report.show()
     if not any(run.summary.num_finished for run in work.runs):
-        raise SetupError("no request ended well")
+        raise SetupError("no request ended well", exit_code=1)
 
 
 async def _run(target: Target, work: Bench, report: bench_view.Report) -> None:

@@ -1,0 +1,106 @@
+"""Closed and open loops on a virtual clock."""
+
+import asyncio
+import itertools
+import random
+
+import pytest
+
+from service.bench.drive import TIMEOUT, Drive, Limits, warm_up
+from service.bench.lengths import Lengths
+from service.bench.summary import Targets, summarize
+from service.bench.target import TargetError
+from service.bench.workload import Workload
+from tests.service.bench.fakes import FakeTarget, VirtualTime
+
+WORKLOAD = Workload(lengths=Lengths(shape="fixed", prompt_tokens=5, output_tokens=4))
+
+
+def requests():
+    return WORKLOAD.requests(random.Random(0).random)
+
+
+def drive(target: FakeTarget, time: VirtualTime, **limits: float) -> Drive:
+    return Drive(target, requests(), Limits(**limits), clock=time, sleep=time.sleep)  # type: ignore[arg-type]
+
+
+async def test_a_closed_loop_keeps_so_many_in_flight_until_all_are_sent() -> None:
+    time = VirtualTime()
+    target = FakeTarget(time)
+    run = drive(target, time, max_requests=10)
+    await time.run(run.closed(4))
+    assert (len(run.samples), target.most_at_once, time.now) == (10, 4, 3.0)
+    assert [planned.index for planned in target.asked] == list(range(10))
+
+
+async def test_a_duration_ends_the_sending_and_waits_for_what_was_sent() -> None:
+    time = VirtualTime()
+    run = drive(FakeTarget(time), time, duration_s=2.5)
+    await time.run(run.closed(2))
+    assert (len(run.samples), time.now) == (6, 3.0)
+
+
+async def test_an_open_loop_sends_on_time_whatever_the_endpoint_does() -> None:
+    time = VirtualTime()
+    target = FakeTarget(time, places=1, seconds=5.0)
+    run = drive(target, time, max_requests=20)
+    await time.run(run.open(10.0, itertools.repeat(0.5).__next__))
+    gap_s = run.samples[0].due_s
+    assert [sample.due_s for sample in run.samples] == pytest.approx([gap_s * (i + 1) for i in range(20)])
+    assert [sample.sent_s for sample in run.samples] == pytest.approx([sample.due_s for sample in run.samples])
+
+
+async def test_a_stall_counts_for_every_request_that_was_due_meanwhile() -> None:
+    """One place, 0.1 s each, due every 0.2 s; the first stalls for 2 s. Measured from sending one by one, only one would be slow."""
+    time = VirtualTime()
+    target = FakeTarget(time, places=1, seconds=0.1, stalls={0: 2.0})
+    run = drive(target, time, max_requests=30)
+    await time.run(run.open(5.0, lambda: 1 - 2.718281828459045**-1))
+    slow = [sample for sample in run.samples if sample.ended_s - sample.due_s > 0.3]
+    assert len(slow) > 10
+
+
+async def test_a_request_that_fails_is_counted_by_its_code_and_the_run_goes_on() -> None:
+    time = VirtualTime()
+    run = drive(FakeTarget(time, failing={1: "overloaded", 3: "overloaded", 4: "internal"}), time, max_requests=6)
+    await time.run(run.closed(1))
+    summary = summarize(run.samples, run.started_s, Targets())
+    assert (summary.num_requests, summary.num_finished) == (6, 3)
+    assert summary.errors == {"internal": 1, "overloaded": 2}
+
+
+async def test_a_request_that_never_ends_is_a_timeout() -> None:
+    class Silent(FakeTarget):
+        async def ask(self, planned, on_tokens):
+            await asyncio.Event().wait()
+
+    time = VirtualTime()
+    run = drive(Silent(time), time, max_requests=2, timeout_s=0.01)
+    await run.closed(2)
+    assert [sample.code for sample in run.samples] == [TIMEOUT, TIMEOUT]
+
+
+async def test_what_ended_before_an_interruption_is_kept() -> None:
+    class FallsSilent(FakeTarget):
+        silent = asyncio.Event()
+
+        async def ask(self, planned, on_tokens):
+            if planned.index == 3:
+                self.silent.set()
+                await asyncio.Event().wait()
+            return await super().ask(planned, on_tokens)
+
+    time = VirtualTime()
+    target = FallsSilent(time)
+    run = drive(target, time, max_requests=1_000)
+    running = asyncio.create_task(time.run(run.closed(1)))
+    await target.silent.wait()
+    running.cancel()
+    await asyncio.wait({running})
+    assert [sample.ended_s for sample in run.samples] == [1.0, 2.0, 3.0]
+
+
+async def test_a_warm_up_that_fails_says_so() -> None:
+    time = VirtualTime()
+    with pytest.raises(TargetError, match="unknown_model"):
+        await time.run(warm_up(FakeTarget(time, failing={2: "unknown_model"}), requests(), 4, 10.0))
