@@ -21,6 +21,7 @@ from service.bench.workload import Planned
 from service.contract import PromptRequest, SamplingFields
 from service.errors import SetupError
 from service.kafka import Topics
+from service.kafka.connection import Connection
 
 _CONNECT_S = 10.0
 _MAX_EARLY = 4_096
@@ -33,10 +34,12 @@ class _Waiting:
 
 
 class KafkaTarget:
-    """`brokers`: comma-separated host:port."""
+    """`connection`: how the brokers are reached."""
 
-    def __init__(self, brokers: str, *, topic_prefix: str = "sluice.", model: str = "", ignore_eos: bool = True) -> None:
-        self._brokers = brokers
+    def __init__(
+        self, connection: Connection, *, topic_prefix: str = "sluice.", model: str = "", ignore_eos: bool = True
+    ) -> None:
+        self._connection = connection
         self._topics = Topics(topic_prefix)
         self._model = model
         self._ignore_eos = ignore_eos
@@ -53,12 +56,12 @@ class KafkaTarget:
         consumer = self._consumer = AIOKafkaConsumer(
             chunks,
             results,
-            bootstrap_servers=self._brokers,
+            **self._connection.aiokafka(),
             auto_offset_reset="latest",
             isolation_level="read_committed",
             enable_auto_commit=False,
         )
-        self._producer = AIOKafkaProducer(bootstrap_servers=self._brokers)
+        self._producer = AIOKafkaProducer(**self._connection.aiokafka())
         try:
             async with asyncio.timeout(_CONNECT_S):
                 await self._producer.start()
@@ -71,13 +74,14 @@ class KafkaTarget:
                     await consumer.position(partition)
         except (KafkaError, TimeoutError, OSError) as error:
             raise SetupError(
-                f"no Kafka broker answers at {self._brokers} ({str(error) or type(error).__name__}); start one (`make serve` "
-                "brings one), or name yours with --brokers host:port",
+                f"no Kafka broker serves at {self._connection.bootstrap} "
+                f"({await self._connection.explain() or str(error) or type(error).__name__}); start one (`make serve` brings one), "
+                "or name yours with --brokers host:port",
                 exit_code=3,
             ) from error
         self._reading = asyncio.create_task(self._read(consumer), name="bench results")
         partitions = consumer.partitions_for_topic(results) or ()
-        return {"target": f"kafka://{self._brokers}", "topic": self._topics.prompts, "partitions": len(partitions)}
+        return {"target": f"kafka://{self._connection.bootstrap}", "topic": self._topics.prompts, "partitions": len(partitions)}
 
     async def ask(self, planned: Planned, on_tokens: OnTokens) -> Answer:
         assert self._producer is not None

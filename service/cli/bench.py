@@ -23,6 +23,7 @@ from service.cli import bench_view
 from service.cli.options import ConfigFile, Json, Overrides, settings_from
 from service.config import Settings
 from service.errors import SetupError
+from service.kafka.connection import Connection
 
 Known = TypeVar("Known", bound=str)
 
@@ -138,7 +139,7 @@ def bench(
     request was due, so a stall shows in full. Ctrl-C prints what was measured so far. Prompts are generated from --seed; OPENAI_API_KEY is
     sent to --url where it is set.
     """
-    settings = settings_from(config, overrides)
+    settings = settings_from(config, overrides, {"kafka": {"bootstrap_servers": brokers or None}})
     plan = Plan(
         workload=Workload(
             lengths=Lengths(
@@ -195,7 +196,9 @@ def _target(settings: Settings, url: str, address: str, brokers: str, *, model: 
             ignore_eos=ignore_eos,
         )
     if brokers:
-        return KafkaTarget(brokers, topic_prefix=settings.kafka.topic_prefix, model=model, ignore_eos=ignore_eos)
+        return KafkaTarget(
+            Connection(settings.kafka), topic_prefix=settings.kafka.topic_prefix, model=model, ignore_eos=ignore_eos
+        )
     return GrpcTarget(address or f"{settings.grpc.host}:{settings.grpc.port}", model=model, ignore_eos=ignore_eos)
 
 
