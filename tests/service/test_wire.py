@@ -207,4 +207,4 @@ def test_json_out_is_snake_case_with_zeroes_shown() -> None:
         contract.Delta(choice=0, seq=0, token_ids=(), text="", text_offset=0), request_id="r", time_ns=0
     )
     assert b'"text_offset":"0"' in wire.to_bytes(chunk)
-    assert b'"token_ids": []' in wire.to_bytes(chunk)
+    assert b'"token_ids":[]' in wire.to_bytes(chunk)
