@@ -40,8 +40,10 @@ class Choice:
         self._text_length = 0
         self._logprobs: list[LogprobEntry] | None = [] if with_logprobs else None
 
-    def replay(self, said: Sequence[int]) -> None:
+    def replay(self, said: Sequence[int], logprobs: Sequence[LogprobEntry] = ()) -> None:
         """Takes tokens that an earlier attempt said; its deltas had their texts, so none are given. They may end the choice."""
+        if self._logprobs is not None:
+            self._logprobs += logprobs
         reason: FinishReason | None = None
         for token_id in said:
             count = len(self.token_ids) + 1

@@ -23,6 +23,14 @@ class KafkaSection(Section):
     group_id: str = "sluice"
     """Consumer group: replicas with the same group share the prompts."""
 
+    instance_id: str = Field(default="", max_length=200)
+    """A name that this replica keeps over restarts (a StatefulSet's pod name): back within session_timeout_ms it has its partitions
+    again, and no other replica is disturbed. Empty: partitions are shared out anew at once when it stops."""
+
+    delivery: Literal["auto", "exactly_once", "at_least_once"] = "auto"
+    """`auto` tries at start whether the broker fences producers and hides aborted records, and says what it found. `at_least_once`
+    needs no transactions: a crash may repeat a terminal record."""
+
     topic_prefix: str = "sluice."
     """Topics are <prefix>prompts, results, chunks, dlq and control."""
 

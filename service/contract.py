@@ -65,12 +65,22 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LogprobEntry:
+    """One token with its text; `top` holds (token id, text, logprob), best first."""
+
+    token_id: int
+    token: str
+    logprob: float
+    top: tuple[tuple[int, str, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
     """How it is asked: who, through which transport, by when, and what was said before.
 
     `parent` is the trace context that the `chat` span hangs on (the transport's own span). `deadline_ns` is CLOCK_MONOTONIC,
     0 for none. `waits`: wait for room at admission (Kafka, which holds back by itself) instead of being refused with
-    `overloaded`. `said` and `seed` continue an earlier attempt.
+    `overloaded`. `said` and `seed` continue an earlier attempt; `said_logprobs`, one a token or none, come back in the result.
     """
 
     request_id: str
@@ -83,17 +93,8 @@ class Call:
     epoch: int = 0
     attempt: int = 1
     said: tuple[tuple[int, ...], ...] = ()
+    said_logprobs: tuple[tuple[LogprobEntry, ...], ...] = ()
     seed: int | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LogprobEntry:
-    """One token with its text; `top` holds (token id, text, logprob), best first."""
-
-    token_id: int
-    token: str
-    logprob: float
-    top: tuple[tuple[int, str, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

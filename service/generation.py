@@ -10,7 +10,7 @@ import asyncio
 import secrets
 import time
 import weakref
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from types import TracebackType
 
@@ -204,7 +204,7 @@ class Generation:
             ids = await encode_prompt(prompt, self._tokenization, facts, self._limits)
             self._check_entering(call.request_id)
             resolved = resolve(prompt, call, ids, self._tokenization, facts, self._limits, self._draw_seed)
-            choices = self._choices(resolved, call.said, facts)
+            choices = self._choices(resolved, call, facts)
             trace.accepted(resolved.request.sampling, len(ids), sum(len(said) for said in call.said))
             self._report_admission()
             ticket = await self._admission.enter(
@@ -225,7 +225,7 @@ class Generation:
         if (code := self._entering[request_id]) is not None:
             raise RequestError(code, CODES[code].meaning)
 
-    def _choices(self, resolved: Resolved, said: Sequence[Sequence[int]], facts: EngineFacts) -> tuple[Choice, ...]:
+    def _choices(self, resolved: Resolved, call: Call, facts: EngineFacts) -> tuple[Choice, ...]:
         sampling = resolved.request.sampling
         rules = EndRules(
             stop=resolved.stop,
@@ -235,8 +235,9 @@ class Generation:
         )
         with_logprobs = sampling.logprobs is not None
         choices = tuple(Choice(i, self._tokenization, rules, with_logprobs=with_logprobs) for i in range(sampling.n))
-        for choice, ids in zip(choices, said, strict=False):
-            choice.replay(ids)
+        entries = call.said_logprobs or ((),) * len(choices)
+        for choice, said, logprobs in zip(choices, call.said, entries, strict=False):
+            choice.replay(said, logprobs)
         return choices
 
     async def _launch(

@@ -6,6 +6,8 @@ forward compatibility: an older service serves a newer client's prompt without t
 Knows no transport: headers, metadata and status codes are theirs.
 """
 
+from collections.abc import Iterable
+
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -118,6 +120,19 @@ def logprobs_to_proto(entries: tuple[contract.LogprobEntry, ...] | None) -> list
         )
         for entry in entries or ()
     ]
+
+
+def logprobs_from_proto(entries: Iterable[inference_pb2.TokenLogprobs]) -> tuple[contract.LogprobEntry, ...]:
+    """What `logprobs_to_proto` had said."""
+    return tuple(
+        contract.LogprobEntry(
+            token_id=entry.token_id,
+            token=entry.token,
+            logprob=entry.logprob,
+            top=tuple((top.token_id, top.token, top.logprob) for top in entry.top),
+        )
+        for entry in entries
+    )
 
 
 def usage_to_proto(usage: contract.Usage) -> inference_pb2.Usage:

@@ -1,22 +1,24 @@
-"""From an assignment to open partitions: read what was committed, keep or begin anew, commit this owner's epoch, seek, open.
+"""From an assignment to an open partition: fence, read what was committed, keep or begin anew, commit this owner's epoch, seek, open.
 
 Guarantees: a partition that is still this owner's (its committed epoch is the one held here) keeps its tracker and its running
 generations; any other begins with the epoch after the committed one, which is committed before the first record is taken, so that
-no epoch is ever used by two owners. Offsets committed as done are not handed out again.
+no epoch is ever used by two owners. Whoever wrote for it before is fenced first. Offsets committed as done are not handed out again;
+those that are not come with what earlier owners had said of them.
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable
 
 import structlog
 from aiokafka import AIOKafkaConsumer
 from aiokafka import TopicPartition as ClientPartition
-from aiokafka.admin import AIOKafkaAdminClient
-from aiokafka.errors import GroupCoordinatorNotAvailableError, IllegalStateError, KafkaError
+from aiokafka.errors import IllegalStateError, KafkaError
+from aiokafka.structs import OffsetAndMetadata
 
-from service.kafka.committer import Committer
+from service.kafka.completion import Commits
 from service.kafka.ownership import OwnedPartition, Partitions
 from service.kafka.records import TopicPartition
+from service.kafka.resume import ChunkReading
 from service.kafka.tracker import PartitionTracker, Progress, decode
 
 _log = structlog.get_logger(__name__)
@@ -25,78 +27,69 @@ _RETRY_MIN_S, _RETRY_MAX_S = 0.1, 5.0
 
 
 class Assignment:
-    """One assignment of the group; `open` is its task, cancelled when the next rebalance begins."""
+    """How partitions of one connection are opened; each `open` is a task, cancelled when the next rebalance begins."""
 
     def __init__(
         self,
         *,
         consumer: AIOKafkaConsumer,
-        admin: AIOKafkaAdminClient,
+        progress: Callable[[TopicPartition], Awaitable[OffsetAndMetadata]],
         partitions: Partitions,
-        committer: Committer,
-        group_id: str,
+        commits: Commits,
+        reading: ChunkReading,
         window: int,
     ) -> None:
-        self._consumer, self._admin = consumer, admin
-        self._partitions, self._committer = partitions, committer
-        self._group_id, self._window = group_id, window
+        """`progress`: what is committed for a partition, as `membership.progress` reads it."""
+        self._consumer, self._progress = consumer, progress
+        self._partitions, self._commits, self._reading = partitions, commits, reading
+        self._window = window
 
-    async def open(self, assigned: Sequence[TopicPartition]) -> None:
-        """Opens all of `assigned`, retrying until it has or is cancelled."""
+    async def open(self, partition: TopicPartition) -> None:
+        """Opens `partition`, retrying until it has or is cancelled."""
         pause_s = _RETRY_MIN_S
-        while assigned:
+        while True:
             try:
-                await self._open(assigned)
-            except (KafkaError, IllegalStateError, TimeoutError) as error:
-                _log.info("assigned partitions are not open yet", error=type(error).__name__)
+                await self._open(ClientPartition(*partition))
+            except (KafkaError, IllegalStateError, OSError, TimeoutError) as error:
+                _log.info(
+                    "a partition is not open yet", partition=f"{partition.topic}-{partition.partition}", error=repr(error)
+                )
                 await asyncio.sleep(pause_s)
                 pause_s = min(pause_s * 2, _RETRY_MAX_S)
             else:
                 return
 
-    async def _open(self, assigned: Sequence[TopicPartition]) -> None:
-        asked = [ClientPartition(*partition) for partition in assigned]
-        # The consumer's own `committed()` drops the metadata.
-        committed = await self._admin.list_consumer_group_offsets(self._group_id, partitions=asked)
-        if missing := [partition for partition in asked if partition not in committed]:
-            # Asked for by name, a partition without a commit comes back as -1. The client drops the answer's own error (the
-            # coordinator moves, or loads): taken for "never committed", it would hand the whole log out again.
-            raise GroupCoordinatorNotAvailableError(f"the group's progress was not told for {len(missing)} partitions")
-        begins = await self._consumer.beginning_offsets(asked)
-        ends = await self._consumer.end_offsets(asked)
-        opened: list[OwnedPartition] = []
-        fresh: dict[ClientPartition, tuple[int, str]] = {}
-        for partition in asked:
-            point = committed[partition]
-            low, progress = point.offset, decode(point.metadata)
-            held = self._partitions.get(TopicPartition(*partition))
-            if held is not None and low >= 0 and held.epoch == progress.epoch and held.tracker.next_offset <= ends[partition]:
-                opened.append(held)
-                continue
-            owned = self._begin(partition, low, progress, begins[partition], ends[partition])
-            fresh[partition] = owned.tracker.commit_point()
-            opened.append(owned)
-        if fresh:
-            await self._consumer.commit(fresh)
-        for owned in opened:
-            self._admit(owned)
+    async def _open(self, partition: ClientPartition) -> None:
+        name = TopicPartition(*partition)
+        held = self._partitions.get(name)
+        if held is not None:
+            point = await self._progress(name)
+            end = (await self._consumer.end_offsets([partition]))[partition]
+            if point.offset >= 0 and held.epoch == decode(point.metadata).epoch and held.tracker.next_offset <= end:
+                self._admit(held)
+                return
+            self._partitions.lose(name)
+        # Who wrote last may have a transaction open: what it ends as is known only once it is fenced.
+        await self._commits.fence(name)
+        owned = await self._begin(partition, await self._progress(name))
+        await self._consumer.commit({partition: owned.tracker.commit_point()})
+        owned.tracker.committed()
+        self._admit(owned)
 
-    def _begin(self, partition: ClientPartition, low: int, progress: Progress, begin: int, end: int) -> OwnedPartition:
-        done = progress.done
-        if low > end:
-            _log.warning(
-                "the log ends before the committed offset: the topic was made anew",
-                topic=partition.topic,
-                committed=low,
-                end=end,
-            )
-            low, done = begin, 0
-        elif low < begin:
-            # Retention has removed what lies before: gone by configuration, or there never was a commit.
-            done = done >> (begin - low) if low >= 0 else 0
-            low = begin
-        tracker = PartitionTracker(low=low, epoch=progress.epoch + 1, done=done, window=self._window)
-        return OwnedPartition(TopicPartition(*partition), tracker, redelivered_below=min(progress.next_offset, end))
+    async def _begin(self, partition: ClientPartition, point: OffsetAndMetadata) -> OwnedPartition:
+        name, chunks = TopicPartition(*partition), self._reading.partition(TopicPartition(*partition))
+        progress = decode(point.metadata)
+        begin = (await self._consumer.beginning_offsets([partition]))[partition]
+        ends = await self._consumer.end_offsets([partition, chunks])
+        low, done = _bounded(partition, point.offset, progress, begin, ends[partition])
+        tracker = PartitionTracker(low=low, epoch=progress.epoch + 1, done=done, window=self._window, chunk_end=ends[chunks])
+        said, chunk_end = await self._reading.unfinished(
+            name, tracker.is_done, begin=progress.chunk_low if progress.chunk_low >= 0 else ends[chunks], end=ends[chunks]
+        )
+        tracker.chunks_written(chunk_end)
+        for offset, was in said.items():
+            tracker.has_chunks(offset, was.first_offset)
+        return OwnedPartition(name, tracker, redelivered_below=min(progress.next_offset, ends[partition]), said=said)
 
     def _admit(self, owned: OwnedPartition) -> None:
         partition = ClientPartition(*owned.partition)
@@ -105,4 +98,20 @@ class Assignment:
             self._partitions.put(owned)
         owned.open()
         self._consumer.resume(partition)
-        self._committer.reopened(owned)
+        self._commits.opened(owned)
+
+
+def _bounded(partition: ClientPartition, low: int, progress: Progress, begin: int, end: int) -> tuple[int, int]:
+    """The committed offset and done-bits as the log holds them."""
+    if low > end:
+        _log.warning(
+            "the log ends before the committed offset: the topic was made anew",
+            topic=partition.topic,
+            committed=low,
+            end=end,
+        )
+        return begin, 0
+    if low < begin:
+        # Retention has removed what lies before: gone by configuration, or there never was a commit.
+        return begin, progress.done >> (begin - low) if low >= 0 else 0
+    return low, progress.done

@@ -3,22 +3,22 @@
 Guarantees: an offset is done only after every terminal record of its prompt is acknowledged; `(low, metadata)` is committed every
 `interval_s` while there is something new, at once when idle; nothing is written or committed for a partition that is not `open`.
 A crash between the acknowledgement and the commit redelivers the prompt: its terminal record may then come twice, with the same
-request id. A transaction a partition would go here, and nowhere else.
+request id. For brokers without transactions; with them: `transactional.py`.
 Bounded by the intake: a record's tokens are released only once it is durable.
 """
 
 import asyncio
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Protocol
 
 import structlog
 from aiokafka.errors import IllegalStateError, KafkaError
 
 from service.errors import RequestError
+from service.kafka.completion import Completion
 from service.kafka.output import Output
 from service.kafka.ownership import OwnedPartition
-from service.kafka.records import OutRecord, TopicPartition
+from service.kafka.records import TopicPartition
 
 _log = structlog.get_logger(__name__)
 
@@ -35,24 +35,8 @@ class Offsets(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Completion:
-    """A prompt that has ended. `records`: its terminal records, empty for a tombstone.
-
-    `replacement` is asked when one of these is refused for its size: told how many are durable by then, it gives what to write in
-    place of the rest. `settled` is called once: True when the records are durable and the offset is done, False when the partition
-    was lost before.
-    """
-
-    owned: OwnedPartition
-    offset: int
-    records: tuple[OutRecord, ...]
-    replacement: Callable[[int], tuple[OutRecord, ...]]
-    settled: Callable[[bool], None]
-
-
 class Committer:
-    """Writes completions and commits offsets. `run` is its task; `flush` ends a drain."""
+    """`Commits` without transactions. `run` is its task; `flush` ends a drain."""
 
     def __init__(
         self,
@@ -60,7 +44,7 @@ class Committer:
         offsets: Offsets,
         *,
         interval_s: float,
-        on_commit: Callable[[Mapping[TopicPartition, tuple[int, str]], bool], None] = lambda points, ok: None,
+        on_commit: Callable[[tuple[Completion, ...], bool], None] = lambda batch, ok: None,
     ) -> None:
         """`on_commit` hears of each commit, and whether it was taken."""
         self._output = output
@@ -68,7 +52,7 @@ class Committer:
         self._interval_s = interval_s
         self._on_commit = on_commit
         self._writes: set[asyncio.Task[None]] = set()
-        self._dirty: dict[OwnedPartition, None] = {}
+        self._dirty: dict[OwnedPartition, list[Completion]] = {}
         self._wake = asyncio.Event()
         self._commit_lock = asyncio.Lock()
 
@@ -83,53 +67,63 @@ class Committer:
         self._writes.add(task)
         task.add_done_callback(self._writes.discard)
 
+    async def fence(self, partition: TopicPartition) -> None:
+        """Nothing is to be fenced: the group's generation is all that tells an old owner's commit from a new one's."""
+
+    def opened(self, owned: OwnedPartition) -> None:
+        """What was done while its owner was being decided is to be committed."""
+        self._dirty.setdefault(owned, [])
+        self._wake.set()
+
     async def run(self) -> None:
         """Commits until cancelled."""
         pause_s = self._interval_s
-        while True:
-            await self._wake.wait()
-            self._wake.clear()
-            if await self.commit():
-                pause_s = self._interval_s
-            else:
-                pause_s = min(max(pause_s, _RETRY_S) * 2, _RETRY_MAX_S)
-                self._wake.set()
-            await asyncio.sleep(pause_s)
+        try:
+            while True:
+                await self._wake.wait()
+                self._wake.clear()
+                if await self.commit():
+                    pause_s = self._interval_s
+                else:
+                    pause_s = min(max(pause_s, _RETRY_S) * 2, _RETRY_MAX_S)
+                    self._wake.set()
+                await asyncio.sleep(pause_s)
+        finally:
+            for task in self._writes:
+                task.cancel()
+            await asyncio.gather(*self._writes, return_exceptions=True)
 
     async def commit(self, timeout_s: float = COMMIT_TIMEOUT_S) -> bool:
         """Commits what is done now; False when the broker did not take it (it stays to be committed)."""
         async with self._commit_lock:
-            chosen = [owned for owned in self._dirty if owned.state == "open"]
+            chosen = {owned: batch for owned, batch in self._dirty.items() if owned.state == "open"}
             # What is lost is its new owner's to commit; what is tentative waits for its state.
-            self._dirty = {owned: None for owned in self._dirty if owned.state in ("opening", "tentative")}
+            self._dirty = {owned: batch for owned, batch in self._dirty.items() if owned.state in ("opening", "tentative")}
             if not chosen:
                 return True
             points = {owned.partition: owned.tracker.commit_point() for owned in chosen}
             taken = await self._attempt(points, timeout_s)
-            if not taken:
-                self._dirty.update(dict.fromkeys(chosen))
-            self._on_commit(points, taken)
+            for owned, batch in chosen.items():
+                if taken:
+                    owned.tracker.committed()
+                else:
+                    self._dirty[owned] = batch + self._dirty.get(owned, [])
+            self._on_commit(tuple(completion for batch in chosen.values() for completion in batch), taken)
             return taken
 
-    async def flush(self) -> None:
-        """Returns once everything submitted is durable and committed, or another's. Bound it by cancelling it."""
-        while True:
-            if self._writes:
-                await asyncio.wait(self._writes)
-            # A commit under way is waited for, too.
-            if await self.commit() and not (self._writes or self._dirty):
-                return
-            await asyncio.sleep(_RETRY_S)
-
-    def reopened(self, owned: OwnedPartition) -> None:
-        """A tentative partition is open again: what was done meanwhile is to be committed."""
-        self._mark(owned)
-
-    async def abandon(self) -> None:
-        """Ends the writes that are left: their prompts come again."""
-        for task in self._writes:
-            task.cancel()
-        await asyncio.gather(*self._writes, return_exceptions=True)
+    async def flush(self, timeout_s: float) -> bool:
+        """True once everything submitted is durable and committed, or another's."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while True:
+                    if self._writes:
+                        await asyncio.wait(self._writes)
+                    # A commit under way is waited for, too.
+                    if await self.commit() and not (self._writes or self._dirty):
+                        return True
+                    await asyncio.sleep(_RETRY_S)
+        except TimeoutError:
+            return False
 
     async def _attempt(self, points: Mapping[TopicPartition, tuple[int, str]], timeout_s: float) -> bool:
         try:
@@ -146,7 +140,8 @@ class Committer:
         finally:
             if durable:
                 completion.owned.tracker.complete(completion.offset)
-                self._mark(completion.owned)
+                self._dirty.setdefault(completion.owned, []).append(completion)
+                self._wake.set()
             completion.settled(durable)
 
     async def _until_durable(self, completion: Completion) -> bool:
@@ -170,7 +165,3 @@ class Committer:
             else:
                 return True
         return False
-
-    def _mark(self, owned: OwnedPartition) -> None:
-        self._dirty[owned] = None
-        self._wake.set()

@@ -16,15 +16,18 @@ from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener
 from aiokafka import TopicPartition as ClientPartition
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaConnectionError, KafkaError
+from aiokafka.structs import OffsetAndMetadata
 
 from service.config import KafkaSection
 from service.errors import SetupError
+from service.kafka import membership
 from service.kafka.assignment import Assignment
 from service.kafka.budget import IntakeBudget, estimate
-from service.kafka.committer import Committer
+from service.kafka.completion import Commits
 from service.kafka.handler import PromptHandler
 from service.kafka.ownership import OwnedPartition, Partitions
 from service.kafka.records import InRecord, TopicPartition
+from service.kafka.resume import ChunkReading
 from service.kafka.topics import WEIGHTS, Topics
 from service.kafka.unreadable import UNREADABLE, Unreadable
 from service.telemetry.metrics import KafkaMetrics
@@ -55,32 +58,33 @@ class PromptConsumer(ConsumerRebalanceListener):
         make_admin: Callable[[], AIOKafkaAdminClient],
         prepare: Callable[[AIOKafkaAdminClient], Awaitable[Sequence[str]]],
         explain: Callable[[], Awaitable[str]],
+        reading: ChunkReading,
         engine_alive: Callable[[], bool],
         on_state: Callable[[bool, str], None],
     ) -> None:
-        """`prepare` looks at the topics and gives those to read; `explain` says why no broker lets us in.
+        """`prepare` looks at the topics, gives those to read and calls `attach`; `explain` says why no broker lets us in.
 
         `on_state` hears whether the broker is served, and why not.
         """
         self._section, self._topics = section, topics
         self._partitions, self._budget, self._metrics = partitions, budget, metrics
         self._make_consumer, self._make_admin, self._prepare = make_consumer, make_admin, prepare
-        self._explain = explain
+        self._explain, self._reading = explain, reading
         self._engine_alive, self._on_state = engine_alive, on_state
-        self._committer: Committer | None = None
+        self._commits: Commits | None = None
         self._handler: PromptHandler | None = None
         self._consumer: AIOKafkaConsumer | None = None
         self._admin: AIOKafkaAdminClient | None = None
-        self._opening: asyncio.Task[None] | None = None
+        self._opening: dict[TopicPartition, asyncio.Task[None]] = {}
         self._committing: asyncio.Task[None] | None = None
         self._paused: set[TopicPartition] = set()
         self._unreadable = Unreadable()
         self._polling = True
         self._joined = False
 
-    def attach(self, committer: Committer, handler: PromptHandler) -> None:
+    def attach(self, commits: Commits, handler: PromptHandler) -> None:
         """The two that need this consumer's `commit` to be made themselves."""
-        self._committer, self._handler = committer, handler
+        self._commits, self._handler = commits, handler
 
     @property
     def paused(self) -> frozenset[TopicPartition]:
@@ -121,13 +125,29 @@ class PromptConsumer(ConsumerRebalanceListener):
             raise CommitFailedError("a rebalance has begun")
         task.result()
 
+    async def progress(self, partition: TopicPartition) -> OffsetAndMetadata:
+        """What is committed for a partition. Raises `KafkaError`, `TimeoutError`."""
+        if self._admin is None:
+            raise KafkaConnectionError("there is no connection to the group now")
+        return await membership.progress(self._admin, self._section.group_id, partition)
+
+    async def in_good_standing(self) -> bool:
+        """Whether the group answers, now, that this replica is a member."""
+        return self._consumer is not None and await membership.in_good_standing(self._consumer)
+
+    def reopen(self, partition: TopicPartition) -> None:
+        """Another owner had `partition` meanwhile: it begins anew, if it is still assigned."""
+        owned = self._partitions.get(partition)
+        if owned is not None and owned.state == "open" and self._consumer is not None:
+            self._lose(owned)
+            self._consumer.pause(ClientPartition(*partition))
+            self._open(self._consumer, partition)
+
     async def on_partitions_revoked(self, revoked: "set[ClientPartition]") -> None:
         """Tentative: what runs goes on; what is done is committed while this member still may."""
         self._cancel_opening()
-        if revoked and self._committer is not None:
-            try:
-                await asyncio.wait_for(self._committer.commit(_REVOKE_COMMIT_S), _REVOKE_COMMIT_S)
-            except TimeoutError:
+        if revoked and self._commits is not None:
+            if not await self._commits.flush(_REVOKE_COMMIT_S):
                 _log.info("the commit before a rebalance took too long")
             if self._committing is not None:
                 # The client would try again under the next generation, when the partition may have another owner.
@@ -135,26 +155,36 @@ class PromptConsumer(ConsumerRebalanceListener):
         self._revoke_all()
 
     async def on_partitions_assigned(self, assigned: "set[ClientPartition]") -> None:
-        """Lost partitions end; assigned ones stay closed until a task has read their progress."""
-        consumer, admin = self._consumer, self._admin
-        if consumer is None or admin is None or self._committer is None:
+        """Lost partitions end; each assigned one stays closed until a task of its own has read its progress."""
+        consumer = self._consumer
+        if consumer is None or self._commits is None:
             return
         self._metrics.rebalanced()
         wanted = {TopicPartition(*partition) for partition in assigned}
         for owned in self._partitions:
             if owned.partition not in wanted:
-                self._partitions.lose(owned.partition)
-                self._metrics.forget(*owned.partition)
+                self._lose(owned)
         if assigned:
             consumer.pause(*assigned)
-        assignment = Assignment(
-            consumer=consumer, admin=admin, partitions=self._partitions, committer=self._committer,
-            group_id=self._section.group_id, window=self._section.window_offsets,
-        )  # fmt: skip
         self._cancel_opening()
-        self._opening = asyncio.create_task(assignment.open(sorted(wanted)), name="open partitions")
+        for partition in sorted(wanted):
+            self._open(consumer, partition)
         self._joined = True
         self._report(True, self._unreadable.reason)
+
+    def _open(self, consumer: AIOKafkaConsumer, partition: TopicPartition) -> None:
+        assert self._commits is not None
+        assignment = Assignment(
+            consumer=consumer, progress=self.progress, partitions=self._partitions, commits=self._commits,
+            reading=self._reading, window=self._section.window_offsets,
+        )  # fmt: skip
+        name = f"open {partition.topic}-{partition.partition}"
+        self._opening[partition] = asyncio.create_task(assignment.open(partition), name=name)
+
+    def _lose(self, owned: OwnedPartition) -> None:
+        self._partitions.lose(owned.partition)
+        self._paused.discard(owned.partition)
+        self._metrics.forget(*owned.partition)
 
     def _revoke_all(self) -> None:
         self._partitions.revoke_all()
@@ -162,9 +192,9 @@ class PromptConsumer(ConsumerRebalanceListener):
         self._unreadable.forget()
 
     def _cancel_opening(self) -> None:
-        if self._opening is not None:
-            self._opening.cancel()
-            self._opening = None
+        for task in self._opening.values():
+            task.cancel()
+        self._opening.clear()
 
     async def _session(self) -> None:
         """One connection's life. Raises what ended it."""
@@ -301,7 +331,7 @@ class PromptConsumer(ConsumerRebalanceListener):
             if owned.tracker.take(record.offset):
                 self._run(owned, record)
             else:
-                self._metrics.redelivered(skipped=True)
+                self._metrics.redelivered("skipped")
         self._metrics.records(partition.topic, len(records))
         return len(records)
 
@@ -312,12 +342,12 @@ class PromptConsumer(ConsumerRebalanceListener):
     def _run(self, owned: OwnedPartition, record: InRecord) -> None:
         assert self._handler is not None
         cost = estimate(record.value, sum(len(value or b"") for _, value in record.headers))
-        again = record.offset < owned.redelivered_below
-        if again:
-            self._metrics.redelivered(skipped=False)
+        said = owned.said.pop(record.offset, None)
+        if said is not None or record.offset < owned.redelivered_below:
+            self._metrics.redelivered("resumed" if said is not None and said.num_tokens else "repeated")
         self._budget.hold(cost)
         release = functools.partial(self._budget.release, cost)
-        owned.run(record.offset, self._handler.handle(record, owned, attempt=2 if again else 1, release=release))
+        owned.run(record.offset, self._handler.handle(record, owned, said, release=release))
 
     def _report(self, served: bool, reason: str) -> None:
         self._metrics.connected(served)

@@ -8,24 +8,24 @@ The span `process prompts` covers all of it and ends when the terminal record is
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
-from dataclasses import dataclass
 from typing import Protocol
 
 import structlog
 from opentelemetry.trace import Span, SpanKind
 
-from schemas.v1 import inference_pb2
 from service import wire
 from service.config import KafkaSection
-from service.contract import Call, Delta, Event, Failed, Finished, PromptRequest, Started
+from service.contract import Call, Delta, Event, Failed, PromptRequest, Started
 from service.errors import CODES, RequestError
 from service.kafka.cancels import Cancels
+from service.kafka.chunk_records import Said
 from service.kafka.chunks import ChunkStream, ChunkWriter
-from service.kafka.codec import Envelope, read_prompt, result_record, too_large, without_logprobs
-from service.kafka.committer import Committer, Completion
-from service.kafka.dead_letter import Stage, dead_letter
+from service.kafka.codec import Envelope, ReadPrompt, read_prompt
+from service.kafka.completion import Commits, Completion
+from service.kafka.dead_letter import Stage
 from service.kafka.ownership import OwnedPartition
-from service.kafka.records import Headers, InRecord, OutRecord
+from service.kafka.records import InRecord
+from service.kafka.terminal import Ending, Taken, Terminals
 from service.kafka.topics import Topics
 from service.telemetry import names, tracing
 from service.telemetry.metrics import KafkaMetrics
@@ -56,17 +56,6 @@ class Generates(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ending:
-    """How a prompt ended: with an event of a generation, or (`event` None) with an error before there was one."""
-
-    event: Finished | Failed | None
-    error: RequestError | None
-    stage: Stage
-    label: str = ""
-    model: str = ""
-
-
 class PromptHandler:
     """Handles records of every partition; keeps no state between them."""
 
@@ -74,7 +63,7 @@ class PromptHandler:
         self,
         *,
         generation: Generates,
-        committer: Committer,
+        commits: Commits,
         chunks: ChunkWriter | None,
         cancels: Cancels,
         topics: Topics,
@@ -85,28 +74,34 @@ class PromptHandler:
         monotonic_ns: Callable[[], int],
     ) -> None:
         self._generation = generation
-        self._committer = committer
+        self._commits = commits
         self._chunks = chunks
         self._cancels = cancels
-        self._topics = topics
         self._section = section
+        listener = None if chunks is None else chunks.listener
+        self._terminals = Terminals(
+            topics, max_bytes=section.max_result_bytes, spans=spans, metrics=metrics, wall_ns=wall_ns, listener=listener
+        )
         self._spans = spans
         self._metrics = metrics
         self._wall_ns, self._monotonic_ns = wall_ns, monotonic_ns
 
-    async def handle(self, record: InRecord, owned: OwnedPartition, *, attempt: int, release: Callable[[], None]) -> None:
-        """The whole life of a record that `owned.tracker` has handed out."""
-        envelope = Envelope.of(record)
-        span = self._start_span(record, envelope, owned.epoch, attempt)
+    async def handle(
+        self, record: InRecord, owned: OwnedPartition, said: Said | None = None, *, release: Callable[[], None]
+    ) -> None:
+        """The whole life of a record that `owned.tracker` has handed out. `said`: what earlier owners had said of it."""
+        attempt = said.attempt + 1 if said is not None else 2 if record.offset < owned.redelivered_below else 1
+        taken = Taken(record=record, envelope=Envelope.of(record), owned=owned, attempt=attempt)
+        span = self._start_span(taken, said)
         completion: Completion | None = None
         self._cancels.cover(record.timestamp)
         try:
             if record.value is None:
-                completion = self._completion(owned, record, (), lambda num_durable: (), lambda durable: None, span, release)
+                completion = self._terminals.tombstone(taken, span, release)
             else:
-                ending = await self._run(record, envelope, owned, attempt, span)
+                ending = await self._run(taken, said, span)
                 if ending is not None:
-                    completion = self._ended(record, envelope, owned, attempt, span, ending, release)
+                    completion = self._ended(taken, span, ending, release)
         finally:
             if completion is None:
                 # Lost, stopping, or cancelled: nothing is written here, and the record comes again to whoever owns it.
@@ -114,15 +109,19 @@ class PromptHandler:
                 self._spans.end(span)
                 release()
         if completion is not None:
-            self._committer.submit(completion)
+            self._commits.submit(completion)
 
-    def _start_span(self, record: InRecord, envelope: Envelope, epoch: int, attempt: int) -> Span:
+    def _start_span(self, taken: Taken, said: Said | None) -> Span:
+        record, envelope = taken.record, taken.envelope
         creator = tracing.extract(list(record.headers))
+        links = tracing.link_to(creator, is_parent=True)
+        if said is not None:
+            links += tracing.link_to(tracing.extract([("traceparent", said.traceparent)]))
         return self._spans.start(
             names.SPAN_PROCESS,
             kind=SpanKind.CONSUMER,
             parent=creator,
-            links=tracing.link_to(creator, is_parent=True),
+            links=links,
             attributes={
                 names.MESSAGING_SYSTEM: names.SYSTEM_KAFKA,
                 names.MESSAGING_OPERATION_NAME: "process",
@@ -135,43 +134,53 @@ class PromptHandler:
                 names.MESSAGING_MESSAGE_BODY_SIZE: len(record.value or b""),
                 names.REQUEST_ID: envelope.request_id,
                 names.LABEL: envelope.label,
-                names.EPOCH: epoch,
-                names.ATTEMPT: attempt,
+                names.EPOCH: taken.owned.epoch,
+                names.ATTEMPT: taken.attempt,
             },
         )
 
-    async def _run(
-        self, record: InRecord, envelope: Envelope, owned: OwnedPartition, attempt: int, span: Span
-    ) -> Ending | None:
+    async def _run(self, taken: Taken, said: Said | None, span: Span) -> Ending | None:
         """The ending; None when the record is to be given back."""
         stage: Stage = "decode"
-        label = envelope.label
+        label = taken.envelope.label
         try:
-            read = read_prompt(record, trust_tenant=self._section.trusted_tenant_header)
+            read = read_prompt(taken.record, trust_tenant=self._section.trusted_tenant_header)
             label = read.prompt.label
             if read.conversation_id:
                 span.set_attribute(names.MESSAGING_MESSAGE_CONVERSATION_ID, read.conversation_id)
             stage = "admit"
-            call = Call(
-                request_id=envelope.request_id,
-                transport=TRANSPORT,
-                parent=tracing.context_of(span),
-                tenant=read.tenant,
-                deadline_ns=self._deadline_ns(read.deadline_wall_ns),
-                waits=True,
-                source=envelope.source,
-                epoch=owned.epoch,
-                attempt=attempt,
-            )
+            call = self._call(taken, read, said, span)
             stream = await self._start(read.prompt, call)
             stage = "generate"
-            return await self._follow(stream, envelope, owned, call, label, span)
+            return await self._follow(stream, taken, read.prompt, call, span)
         except RequestError as error:
             return None if error.code == "draining" else Ending(event=None, error=error, stage=stage, label=label)
         except Exception as error:  # noqa: BLE001 - the per-message boundary: one record never ends the transport
-            _log.error("a record failed", request_id=envelope.request_id, error=type(error).__name__, where=_where(error))
+            _log.error("a record failed", request_id=taken.request_id, error=type(error).__name__, where=_where(error))
             fault = RequestError("internal", "a fault of Sluice; the log has this request")
             return Ending(event=None, error=fault, stage=stage, label=label)
+
+    def _call(self, taken: Taken, read: ReadPrompt, said: Said | None, span: Span) -> Call:
+        """How the prompt is asked for: a continuation where something had been said. Raises `RequestError`."""
+        deadline_ns = self._deadline_ns(read.deadline_wall_ns)
+        if said is not None and said.crash_loop:
+            raise RequestError("crash_loop", "each replica that started this prompt ended before it did")
+        num_choices = read.prompt.sampling.n or 1
+        resumed = said if said is not None and said.num_tokens and len(said.token_ids) == num_choices else None
+        return Call(
+            request_id=taken.request_id,
+            transport=TRANSPORT,
+            parent=tracing.context_of(span),
+            tenant=read.tenant,
+            deadline_ns=deadline_ns,
+            waits=True,
+            source=taken.envelope.source,
+            epoch=taken.owned.epoch,
+            attempt=taken.attempt,
+            said=() if resumed is None else tuple(map(tuple, resumed.token_ids)),
+            said_logprobs=() if resumed is None else tuple(map(wire.logprobs_from_proto, resumed.logprobs)),
+            seed=None if resumed is None else resumed.seed,
+        )
 
     def _deadline_ns(self, deadline_wall_ns: int) -> int:
         if not deadline_wall_ns:
@@ -194,10 +203,9 @@ class PromptHandler:
                     raise
                 await asyncio.sleep(min(max(error.retry_after_s, _RETRY_MIN_S), _RETRY_MAX_S))
 
-    async def _follow(
-        self, stream: EventStream, envelope: Envelope, owned: OwnedPartition, call: Call, label: str, span: Span
-    ) -> Ending | None:
-        chunks = self._open_chunks(envelope, owned, call, span)
+    async def _follow(self, stream: EventStream, taken: Taken, prompt: PromptRequest, call: Call, span: Span) -> Ending | None:
+        chunks = self._open_chunks(taken, prompt, call, span)
+        label = prompt.label
         model = ""
         try:
             async with aclosing(stream):
@@ -212,16 +220,14 @@ class PromptHandler:
                     else:
                         error = event.error if isinstance(event, Failed) else None
                         if error is not None and error.code == "draining":
-                            if chunks is not None:
-                                chunks.hand_over()
+                            self._hand_over(chunks)
                             return None
                         if chunks is not None:
                             await chunks.finish()
                             span.set_attribute(names.CHUNKS_WRITTEN, chunks.num_written)
                         return Ending(event=event, error=error, stage="generate", label=label, model=model)
         except asyncio.CancelledError:
-            if chunks is not None:
-                chunks.hand_over()
+            self._hand_over(chunks)
             raise
         except BaseException:
             if chunks is not None:
@@ -229,162 +235,31 @@ class PromptHandler:
             raise
         raise RuntimeError("a generation ended without a terminal event")
 
-    def _open_chunks(self, envelope: Envelope, owned: OwnedPartition, call: Call, span: Span) -> ChunkStream | None:
+    def _hand_over(self, chunks: ChunkStream | None) -> None:
+        self._metrics.handed_over()
+        if chunks is not None:
+            chunks.hand_over()
+
+    def _open_chunks(self, taken: Taken, prompt: PromptRequest, call: Call, span: Span) -> ChunkStream | None:
         if self._chunks is None:
             return None
         return self._chunks.open(
-            envelope.source,
-            media_type=envelope.media_type,
+            taken.envelope.source,
+            media_type=taken.envelope.media_type,
             epoch=call.epoch,
             attempt=call.attempt,
             traceparent=tracing.traceparent(span),
-            written=owned.tracker.chunks_written,
+            resume_from=tuple(map(len, call.said)) or (0,) * (prompt.sampling.n or 1),
+            written=taken.owned.tracker.chunks_written,
         )
 
-    def _ended(
-        self,
-        record: InRecord,
-        envelope: Envelope,
-        owned: OwnedPartition,
-        attempt: int,
-        span: Span,
-        ending: Ending,
-        release: Callable[[], None],
-    ) -> Completion:
+    def _ended(self, taken: Taken, span: Span, ending: Ending, release: Callable[[], None]) -> Completion:
         try:
-            return self._terminal(record, envelope, owned, attempt, span, ending, release)
+            return self._terminals.completion(taken, span, ending, release)
         except Exception as error:  # noqa: BLE001 - the per-message boundary: given back, the record would hold its partition for ever
-            _log.error("a result failed", request_id=envelope.request_id, error=type(error).__name__, where=_where(error))
+            _log.error("a result failed", request_id=taken.request_id, error=type(error).__name__, where=_where(error))
             fault = RequestError("internal", "a fault of Sluice; the log has this request")
-            return self._terminal(
-                record, envelope, owned, attempt, span, Ending(event=None, error=fault, stage="write"), release
-            )
-
-    def _terminal(
-        self,
-        record: InRecord,
-        envelope: Envelope,
-        owned: OwnedPartition,
-        attempt: int,
-        span: Span,
-        ending: Ending,
-        release: Callable[[], None],
-    ) -> Completion:
-        send = self._spans.start(
-            names.SPAN_SEND_RESULTS,
-            kind=SpanKind.PRODUCER,
-            parent=tracing.context_of(span),
-            attributes={
-                names.MESSAGING_SYSTEM: names.SYSTEM_KAFKA,
-                names.MESSAGING_OPERATION_NAME: "send",
-                names.MESSAGING_OPERATION_TYPE: "send",
-                names.MESSAGING_DESTINATION_NAME: self._topics.results,
-                names.MESSAGING_DESTINATION_PARTITION_ID: str(record.partition),
-            },
-        )
-        trace_headers: Headers = tuple((name, value.encode()) for name, value in tracing.inject(send))
-        result = self._result(envelope, owned.epoch, attempt, ending, tracing.trace_id(span))
-        written, result, misfit = self._fitting(envelope, result, trace_headers)
-        error = misfit or ending.error
-        stage = ending.stage if misfit is None else "write"
-
-        def letter(max_bytes: int) -> tuple[OutRecord, ...]:
-            if error is None or not error.info.dead_letter:
-                return ()
-            return (
-                dead_letter(
-                    self._topics.dead_letters,
-                    record,
-                    error,
-                    stage=stage,
-                    attempts=attempt,
-                    time_ns=self._wall_ns(),
-                    max_bytes=max_bytes,
-                    trace_headers=trace_headers,
-                ),
-            )
-
-        def smaller(num_durable: int) -> tuple[OutRecord, ...]:
-            nonlocal error, stage, result
-            if num_durable:
-                # The result stands; its letter is what the broker does not take.
-                return letter(0)
-            result, error = too_large(result)
-            stage = "write"
-            return (
-                result_record(self._topics.results, envelope, result, trace_headers),
-                *letter(self._section.max_result_bytes),
-            )
-
-        def settled(durable: bool) -> None:
-            if durable and self._chunks is not None and self._chunks.listener is not None:
-                self._chunks.listener.ended(envelope.source, result)
-            self._spans.end(send)
-            if durable and error is not None:
-                tracing.record_error(span, error.code)
-                if error.info.dead_letter:
-                    self._metrics.dead_letter(error.code)
-
-        records = (written, *letter(self._section.max_result_bytes))
-        return self._completion(owned, record, records, smaller, settled, span, release)
-
-    def _result(self, envelope: Envelope, epoch: int, attempt: int, ending: Ending, trace_id: str) -> inference_pb2.Result:
-        if ending.event is not None:
-            return wire.result_to_proto(
-                ending.event,
-                request_id=envelope.request_id,
-                time_ns=self._wall_ns(),
-                label=ending.label,
-                model=ending.model,
-                source=envelope.source,
-                epoch=epoch,
-                attempt=attempt,
-            )
-        assert ending.error is not None
-        return wire.refusal_to_proto(
-            ending.error,
-            request_id=envelope.request_id,
-            time_ns=self._wall_ns(),
-            label=ending.label,
-            model=ending.model,
-            trace_id=trace_id,
-            source=envelope.source,
-            epoch=epoch,
-            attempt=attempt,
-        )
-
-    def _fitting(
-        self, envelope: Envelope, result: inference_pb2.Result, trace_headers: Headers
-    ) -> tuple[OutRecord, inference_pb2.Result, RequestError | None]:
-        """The result within the limit and its record: whole, without logprobs, or as `result_too_large`."""
-        for candidate in (result, without_logprobs(result)):
-            # Neither form is smaller than the binary one: what cannot fit is not spelled out, which would hold up the loop.
-            if candidate.ByteSize() > self._section.max_result_bytes:
-                continue
-            written = result_record(self._topics.results, envelope, candidate, trace_headers)
-            if written.num_bytes <= self._section.max_result_bytes:
-                return written, candidate, None
-        shrunk, error = too_large(result)
-        return result_record(self._topics.results, envelope, shrunk, trace_headers), shrunk, error
-
-    def _completion(
-        self,
-        owned: OwnedPartition,
-        record: InRecord,
-        records: tuple[OutRecord, ...],
-        replacement: Callable[[int], tuple[OutRecord, ...]],
-        settled: Callable[[bool], None],
-        span: Span,
-        release: Callable[[], None],
-    ) -> Completion:
-        def end(durable: bool) -> None:
-            if not durable:
-                owned.tracker.release(record.offset)
-            settled(durable)
-            self._spans.end(span)
-            release()
-
-        return Completion(owned=owned, offset=record.offset, records=records, replacement=replacement, settled=end)
+            return self._terminals.completion(taken, span, Ending(event=None, error=fault, stage="write"), release)
 
 
 def _where(error: BaseException) -> str:

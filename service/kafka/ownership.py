@@ -7,9 +7,11 @@ Owner of the trackers and of the tasks that run a partition's records.
 """
 
 import asyncio
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, Literal
 
+from service.kafka.chunk_records import Said
 from service.kafka.records import TopicPartition
 from service.kafka.tracker import PartitionTracker
 
@@ -19,14 +21,23 @@ State = Literal["opening", "open", "tentative", "lost"]
 class OwnedPartition:
     """One partition, from the moment that its progress was read until it is lost."""
 
-    def __init__(self, partition: TopicPartition, tracker: PartitionTracker, *, redelivered_below: int = 0) -> None:
-        """`redelivered_below`: offsets below it were taken by an earlier owner already."""
+    def __init__(
+        self,
+        partition: TopicPartition,
+        tracker: PartitionTracker,
+        *,
+        redelivered_below: int = 0,
+        said: Mapping[int, Said] = MappingProxyType({}),
+    ) -> None:
+        """`redelivered_below`: offsets below it were taken by an earlier owner already. `said`: what they had said of which."""
         self.partition = partition
         self.tracker = tracker
         self.redelivered_below = redelivered_below
+        self.said = dict(said)
         self.state: State = "opening"
         self._settled = asyncio.Event()
         self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._kept: list[asyncio.Task[None]] = []
 
     @property
     def epoch(self) -> int:
@@ -52,7 +63,7 @@ class OwnedPartition:
         """It is another's: everything running here is cancelled."""
         self.state = "lost"
         self._settled.set()
-        for task in self._tasks.values():
+        for task in (*self._tasks.values(), *self._kept):
             task.cancel()
 
     async def may_write(self) -> bool:
@@ -72,6 +83,10 @@ class OwnedPartition:
                 done.get_loop().call_exception_handler({"message": "a record's task failed", "exception": error, "task": done})
 
         task.add_done_callback(ended)
+
+    def keep(self, task: "asyncio.Task[None]") -> None:
+        """Ties a task of another's to this partition: it is cancelled once the partition is lost."""
+        self._kept.append(task)
 
     def tasks(self) -> tuple["asyncio.Task[None]", ...]:
         """The running tasks."""

@@ -153,6 +153,10 @@ class PartitionTracker:
         )
         return low, encode(progress)
 
+    def committed(self) -> None:
+        """A commit has landed."""
+        self.commits += 1
+
     def _mark(self, start: int, end: int) -> None:
         start = max(start, self._low)
         if end > start:

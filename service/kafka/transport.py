@@ -1,19 +1,19 @@
 """Kafka as a transport: one object that the application starts and drains.
 
 It never keeps the rest of the service from running: with the broker away at start or later it reports itself unserved and tries
-again. Delivery is at least once (see `committer.py`). Constructs the parts of this package; knows no gRPC or HTTP.
+again. Delivery is exactly once where the broker can (`delivery.py`), else at least once. Constructs the parts of this package;
+knows no gRPC or HTTP.
 """
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import structlog
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient
-from aiokafka.coordinator.assignors.sticky.sticky_assignor import StickyPartitionAssignor
 from opentelemetry.trace import SpanKind
 
 from service.config import KafkaSection
@@ -22,33 +22,44 @@ from service.kafka import topics as topic_tools
 from service.kafka.budget import IntakeBudget
 from service.kafka.cancels import Cancels
 from service.kafka.chunks import ChunkWriter
+from service.kafka.clients import Clients
 from service.kafka.committer import Committer
+from service.kafka.completion import Commits, Completion
 from service.kafka.connection import Connection
 from service.kafka.consumer import PromptConsumer
+from service.kafka.delivery import Delivery, choose, transactional_id
 from service.kafka.handler import Generates, PromptHandler
 from service.kafka.live import LiveRequests
-from service.kafka.output import REQUEST_OVERHEAD_BYTES, ProducerOutput
+from service.kafka.output import ProducerOutput
 from service.kafka.ownership import Partitions
 from service.kafka.records import TopicPartition
+from service.kafka.resume import ChunkReading
 from service.kafka.topic_check import check
 from service.kafka.topics import Topics
+from service.kafka.transactional import TransactionalCommitter
+from service.kafka.transactions import Transactions
 from service.telemetry import names, tracing
 from service.telemetry.metrics import KafkaMetrics
 
 _log = structlog.get_logger(__name__)
 
-_REBALANCE_TIMEOUT_MS = 30_000
 _FLUSH_S = 10.0
+_MAX_LINKS = 64
+"""Of a commit's span to the prompts in it; the SDK keeps 128."""
 
 State = Literal["stopped", "connecting", "serving", "unreachable", "draining"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KafkaStatus:
-    """A moment of the transport. `reason` says why it is not serving, or which partitions it serves not."""
+    """A moment of the transport. `reason` says why it is not serving, or which partitions it serves not.
+
+    `delivery` is empty until the broker was tried.
+    """
 
     state: State
     reason: str = ""
+    delivery: Literal["", "exactly_once", "at_least_once"] = ""
     partitions: int = 0
     running: int = 0
     intake_tokens: int = 0
@@ -88,7 +99,8 @@ class KafkaTransport:
         self._budget = IntakeBudget(
             high=section.intake_high_tokens, low=min(section.intake_low_tokens, section.intake_high_tokens)
         )
-        self._output = ProducerOutput(self._make_producer)
+        self._clients = Clients(section, self._connection.aiokafka)
+        self._output = ProducerOutput(self._clients.producer)
         self._live = LiveRequests()
         self._cancels = Cancels(since_ms=wall_ns() // 1_000_000, on_cancel=generation.cancel)
         self._metrics = metrics
@@ -98,15 +110,13 @@ class KafkaTransport:
             partitions=self._partitions,
             budget=self._budget,
             metrics=metrics,
-            make_consumer=self._make_consumer,
-            make_admin=self._make_admin,
+            make_consumer=self._clients.consumer,
+            make_admin=self._clients.admin,
             prepare=self._prepare,
             explain=self._connection.explain,
+            reading=ChunkReading(self._clients.reader, self._topics.chunks),
             engine_alive=engine_alive,
             on_state=self._changed,
-        )
-        self._committer = Committer(
-            self._output, self._consumer, interval_s=section.commit_interval_ms / 1_000, on_commit=self._committed
         )
         self._chunks = ChunkWriter(
             self._output,
@@ -116,31 +126,16 @@ class KafkaTransport:
             wall_ns=wall_ns,
             listener=self._live,
         )
-        handler = PromptHandler(
-            generation=generation,
-            committer=self._committer,
-            chunks=self._chunks if section.chunks_enabled else None,
-            cancels=self._cancels,
-            topics=self._topics,
-            section=section,
-            spans=spans,
-            metrics=metrics,
-            wall_ns=wall_ns,
-            monotonic_ns=monotonic_ns,
-        )
-        self._consumer.attach(self._committer, handler)
+        self._delivery: Delivery | None = None
+        self._commits: Commits | None = None
+        self._generation = generation
+        self._wall_ns, self._monotonic_ns = wall_ns, monotonic_ns
 
     async def start(self) -> None:
         """Begins to connect; whether it has is told by `status` and `on_state`."""
         self._state = "connecting"
-        for work, name in (
-            (self._consumer.run(), "kafka consumer"),
-            (self._committer.run(), "kafka committer"),
-            (self._chunks.run(), "kafka chunks"),
-        ):
-            task = asyncio.create_task(work, name=name)
-            self._tasks.add(task)
-            task.add_done_callback(self._part_ended)
+        self._run(self._consumer.run(), "kafka consumer")
+        self._run(self._chunks.run(), "kafka chunks")
 
     async def drain(self, grace_s: float) -> bool:
         """Stops taking prompts, lets running ones finish for `grace_s`, writes and commits, leaves the group; idempotent.
@@ -158,13 +153,10 @@ class KafkaTransport:
         for task in late:
             task.cancel()
         await asyncio.gather(*late, return_exceptions=True)
-        try:
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_FLUSH_S):
                 await self._chunks.flush()
-                await self._committer.flush()
-            flushed = True
-        except TimeoutError:
-            flushed = False
+        flushed = self._commits is None or await self._commits.flush(_FLUSH_S)
         await self._stop()
         return flushed and not late
 
@@ -176,6 +168,7 @@ class KafkaTransport:
         """Now."""
         return KafkaStatus(
             state=self._state,
+            delivery="" if self._delivery is None else self._delivery.mode,
             reason=self._reason,
             partitions=sum(owned.state == "open" for owned in self._partitions),
             running=self._partitions.num_running,
@@ -189,11 +182,15 @@ class KafkaTransport:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await self._committer.abandon()
         for owned in self._partitions:
             self._partitions.lose(owned.partition)
             self._metrics.forget(*owned.partition)
         await self._output.close()
+
+    def _run(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._part_ended)
 
     def _part_ended(self, task: "asyncio.Task[None]") -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
@@ -212,19 +209,21 @@ class KafkaTransport:
             self._state, self._reason = state, reason
             self._listener(served and not reason, reason)
 
-    def _committed(self, points: Mapping[TopicPartition, tuple[int, str]], ok: bool) -> None:
+    def _committed(self, batch: tuple[Completion, ...], ok: bool) -> None:
         self._metrics.committed(ok=ok)
         if not self._spans.enabled:
             return
+        links = [link for completion in batch[:_MAX_LINKS] for link in completion.links]
         span = self._spans.start(
             names.SPAN_COMMIT,
             kind=SpanKind.CLIENT,
+            links=links,
             attributes={
                 names.MESSAGING_SYSTEM: names.SYSTEM_KAFKA,
                 names.MESSAGING_OPERATION_NAME: "commit",
                 names.MESSAGING_OPERATION_TYPE: "settle",
                 names.MESSAGING_CONSUMER_GROUP_NAME: self._section.group_id,
-                names.MESSAGING_BATCH_MESSAGE_COUNT: len(points),
+                names.MESSAGING_BATCH_MESSAGE_COUNT: len(batch),
             },
         )
         if not ok:
@@ -247,35 +246,37 @@ class KafkaTransport:
         if not report.ok:
             faults = "; ".join(f"{finding.topic} {finding.message}" for finding in report.findings if finding.level == "error")
             raise SetupError(faults, exit_code=3)
+        if self._delivery is None:
+            self._delivery = await choose(self._section, self._clients, self._topics)
+            _log.info("delivery", mode=self._delivery.mode, reason=self._delivery.reason)
+            self._commits = self._make_commits(self._delivery)
+            self._consumer.attach(self._commits, self._make_handler(self._commits))
+            self._run(self._commits.run(), "kafka commits")
         return [name for name in self._topics.classes if name in report.partitions]
 
-    def _make_consumer(self) -> AIOKafkaConsumer:
-        section = self._section
+    def _make_commits(self, delivery: Delivery) -> Commits:
+        interval_s = self._section.commit_interval_ms / 1_000
+        if delivery.mode == "at_least_once":
+            return Committer(self._output, self._consumer, interval_s=interval_s, on_commit=self._committed)
 
-        class Assignor(StickyPartitionAssignor):
-            """aiokafka keeps the sticky assignor's memory on its class: each consumer has its own."""
+        def transactions(partition: TopicPartition) -> Transactions:
+            name = transactional_id(self._section, partition)
+            return Transactions(lambda: self._clients.transactional(name), group_id=self._section.group_id)
 
-        return AIOKafkaConsumer(
-            **self._connection.aiokafka(),
-            group_id=section.group_id,
-            enable_auto_commit=False,
-            auto_offset_reset="earliest",
-            isolation_level="read_committed",
-            # Exactly one: aiokafka joins once an assignor, which breaks the join.
-            partition_assignment_strategy=(Assignor,),
-            session_timeout_ms=section.session_timeout_ms,
-            heartbeat_interval_ms=section.heartbeat_interval_ms,
-            rebalance_timeout_ms=_REBALANCE_TIMEOUT_MS,
-            max_partition_fetch_bytes=section.max_partition_fetch_bytes,
+        return TransactionalCommitter(
+            transactions, self._consumer, interval_s=interval_s, metrics=self._metrics, on_commit=self._committed
         )
 
-    def _make_producer(self) -> AIOKafkaProducer:
-        return AIOKafkaProducer(
-            **self._connection.aiokafka(),
-            enable_idempotence=True,
-            acks="all",
-            max_request_size=self._section.max_result_bytes + REQUEST_OVERHEAD_BYTES,
+    def _make_handler(self, commits: Commits) -> PromptHandler:
+        return PromptHandler(
+            generation=self._generation,
+            commits=commits,
+            chunks=self._chunks if self._section.chunks_enabled else None,
+            cancels=self._cancels,
+            topics=self._topics,
+            section=self._section,
+            spans=self._spans,
+            metrics=self._metrics,
+            wall_ns=self._wall_ns,
+            monotonic_ns=self._monotonic_ns,
         )
-
-    def _make_admin(self) -> AIOKafkaAdminClient:
-        return AIOKafkaAdminClient(**self._connection.aiokafka())

@@ -5,6 +5,8 @@ served model, owned partitions), so that a caller cannot grow the registry. Hist
 as an exemplar, which shows in the OpenMetrics exposition. One observation a request or step, never one a token.
 """
 
+from typing import Literal
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import choose_encoder
 
@@ -153,12 +155,20 @@ class KafkaMetrics:
         self._paused = Gauge(names.METRIC_KAFKA_PAUSED, "Partitions held back", registry=registry)
         self._connected = Gauge(names.METRIC_KAFKA_CONNECTED, "1 while the broker answers", registry=registry)
         self._records = Counter(names.METRIC_KAFKA_RECORDS, "Prompt records taken", ("topic",), registry=registry)
-        self._commits = Counter(names.METRIC_KAFKA_COMMITS, "Offset commits", ("outcome",), registry=registry)
+        self._commits = Counter(
+            names.METRIC_KAFKA_COMMITS, "Offset commits (transactions, where there are any)", ("outcome",), registry=registry
+        )
         self._dead = Counter(names.METRIC_KAFKA_DEAD_LETTERS, "Dead letters, by code", (names.LOG_CODE,), registry=registry)
         self._again = Counter(
             names.METRIC_KAFKA_REDELIVERIES, "Records seen again, by what was done", ("outcome",), registry=registry
         )
         self._rebalances = Counter(names.METRIC_KAFKA_REBALANCES, "Assignments received", registry=registry)
+        self._fenced = Counter(
+            names.METRIC_KAFKA_FENCED, "Transactions that another owner of the partition fenced", registry=registry
+        )
+        self._handed_over = Counter(
+            names.METRIC_KAFKA_HANDOVERS, "Running prompts given up for another owner to go on", registry=registry
+        )
 
     def lag(self, topic: str, partition: int, records: int) -> None:
         """Records between the position and the end of an owned partition."""
@@ -194,9 +204,17 @@ class KafkaMetrics:
         """A dead letter was written."""
         self._dead.labels(code).inc()
 
-    def redelivered(self, *, skipped: bool) -> None:
-        """A record came again: skipped since its done-bit is set, or taken again."""
-        self._again.labels("skipped" if skipped else "repeated").inc()
+    def redelivered(self, outcome: Literal["skipped", "repeated", "resumed"]) -> None:
+        """A record came again: skipped since its done-bit is set, begun again, or continued where an earlier owner stopped."""
+        self._again.labels(outcome).inc()
+
+    def fenced(self) -> None:
+        """Another owner's producer took over in the middle of a transaction."""
+        self._fenced.inc()
+
+    def handed_over(self) -> None:
+        """A prompt that ran was given up: its partition was lost, or this replica stops."""
+        self._handed_over.inc()
 
     def rebalanced(self) -> None:
         """The group gave a new assignment."""

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition
+from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
 
 from service.config import KafkaSection, TracingSection
@@ -65,30 +65,31 @@ class Broker:
 
     def _read_all(self, topic: str) -> list[Any]:
         consumer = Consumer(
-            {"bootstrap.servers": self.bootstrap, "group.id": "unused", "enable.auto.commit": False, "log_level": 0}
+            {
+                "bootstrap.servers": self.bootstrap,
+                "group.id": "unused",
+                "enable.auto.commit": False,
+                "isolation.level": "read_committed",
+                "enable.partition.eof": True,
+                "log_level": 0,
+            }
         )
         found: list[Any] = []
+        unread = set(range(self.partitions))
         try:
-            wanted = {}
-            for partition in range(self.partitions):
-                try:
-                    low, high = consumer.get_watermark_offsets(TopicPartition(topic, partition), timeout=5)
-                except KafkaException as error:
-                    if not error.args[0].retriable():
-                        raise
-                    # A topic this young may have no leader yet.
-                    return []
-                if high > low:
-                    wanted[partition] = (low, high)
-            consumer.assign([TopicPartition(topic, partition, low) for partition, (low, _) in wanted.items()])
-            missing = sum(high - low for low, high in wanted.values())
-            while missing > 0:
+            consumer.assign([TopicPartition(topic, partition, OFFSET_BEGINNING) for partition in unread])
+            while unread:
                 record = consumer.poll(5.0)
                 if record is None:
                     break
-                assert record.error() is None
-                found.append(record)
-                missing -= 1
+                if record.error() is None:
+                    found.append(record)
+                elif record.error().code() == KafkaError._PARTITION_EOF:
+                    unread.discard(record.partition())
+                else:
+                    # A topic this young may have no leader yet.
+                    assert record.error().retriable() or record.error().code() == KafkaError.UNKNOWN_TOPIC_OR_PART
+                    return []
         finally:
             consumer.close()
         return found

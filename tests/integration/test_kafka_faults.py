@@ -65,7 +65,8 @@ async def test_offsets_done_out_of_order_are_committed_and_skipped_after_a_resta
 
 async def test_a_restarted_owner_has_a_higher_epoch(broker: Broker) -> None:
     for expected in (1, 2):
-        async with serving(broker.section(), FakeGeneration()):
+        async with serving(broker.section(), FakeGeneration()) as transport:
+            await eventually(lambda: transport.status().partitions == 2)
             assert decode((await committed(broker))[1]).epoch == expected
 
 

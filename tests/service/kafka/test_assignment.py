@@ -1,34 +1,34 @@
 """What an assignment does with what the group's coordinator says, and with what it does not say."""
 
-import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from aiokafka import TopicPartition as ClientPartition
+from aiokafka.errors import KafkaConnectionError
 from aiokafka.structs import OffsetAndMetadata
 
 from service.kafka.assignment import Assignment
-from service.kafka.committer import Committer
-from service.kafka.ownership import Partitions
+from service.kafka.chunk_records import Said
+from service.kafka.ownership import OwnedPartition, Partitions
 from service.kafka.records import TopicPartition
 from service.kafka.tracker import Progress, decode, encode
-from tests.service.kafka.fakes import FakeOutput, until
 
 PARTITION = TopicPartition("t", 0)
 
 
 class FakeGroup:
-    """Consumer and admin client in one: a log of 100 records, and what the coordinator answers, one answer a question."""
+    """Consumer and coordinator in one: a log of 100 records, what was committed, and what happened in which order."""
 
-    def __init__(self, *answers: Mapping[ClientPartition, OffsetAndMetadata]) -> None:
-        self.answers = list(answers)
+    def __init__(self, *committed: OffsetAndMetadata) -> None:
+        self.committed = list(committed)
         self.commits: list[tuple[int, str]] = []
         self.position = -1
+        self.said: dict[int, Said] = {}
+        self.events: list[str] = []
 
-    async def list_consumer_group_offsets(
-        self, group_id: str, partitions: Sequence[ClientPartition]
-    ) -> Mapping[ClientPartition, OffsetAndMetadata]:
-        return self.answers.pop(0)
+    async def progress(self, partition: TopicPartition) -> OffsetAndMetadata:
+        self.events.append("progress")
+        return self.committed.pop(0)
 
     async def beginning_offsets(self, partitions: Sequence[ClientPartition]) -> dict[ClientPartition, int]:
         return dict.fromkeys(partitions, 0)
@@ -37,37 +37,98 @@ class FakeGroup:
         return dict.fromkeys(partitions, 100)
 
     async def commit(self, points: Any) -> None:
+        self.events.append("commit")
         self.commits += points.values()
 
     def seek(self, partition: ClientPartition, offset: int) -> None:
+        self.events.append("seek")
         self.position = offset
 
     def resume(self, partition: ClientPartition) -> None:
-        pass
+        self.events.append("resume")
+
+    async def fence(self, partition: TopicPartition) -> None:
+        self.events.append("fence")
+
+    def opened(self, owned: OwnedPartition) -> None:
+        self.events.append("opened")
+
+    def partition(self, of: TopicPartition) -> ClientPartition:
+        return ClientPartition("chunks", of.partition)
+
+    async def unfinished(
+        self, of: TopicPartition, is_done: Callable[[int], bool], *, begin: int, end: int
+    ) -> tuple[dict[int, Said], int]:
+        self.events.append(f"read chunks {begin}-{end}")
+        return self.said, end
 
 
-async def opened(group: FakeGroup) -> Partitions:
-    partitions = Partitions()
-    committer = Committer(FakeOutput(), group, interval_s=0.001)
-    consumer: Any = group
+async def opened(group: FakeGroup, partitions: Partitions | None = None) -> Partitions:
+    partitions = partitions or Partitions()
+    anything: Any = group
     assignment = Assignment(
-        consumer=consumer, admin=consumer, partitions=partitions, committer=committer, group_id="g", window=64
+        consumer=anything, progress=group.progress, partitions=partitions, commits=anything, reading=anything, window=64
     )
-    task = asyncio.create_task(assignment.open([PARTITION]))
-    await until(lambda: len(partitions) == 1)
-    await task
+    await assignment.open(PARTITION)
     return partitions
 
 
-async def test_an_answer_without_the_partition_is_no_word_that_it_was_never_committed() -> None:
-    said = OffsetAndMetadata(40, encode(Progress(epoch=3, next_offset=50, done=0b10)))
-    group = FakeGroup({}, {ClientPartition(*PARTITION): said})
+def point(low: int, **progress: int) -> OffsetAndMetadata:
+    return OffsetAndMetadata(low, encode(Progress(**progress)))
+
+
+async def test_a_new_owner_fences_reads_commits_its_epoch_and_only_then_opens() -> None:
+    group = FakeGroup(point(40, epoch=3, next_offset=50, done=0b10, chunk_low=7))
     (owned,) = await opened(group)
-    assert (owned.tracker.low, owned.epoch, group.position) == (40, 4, 40)
+    assert group.events == ["fence", "progress", "read chunks 7-100", "commit", "seek", "resume", "opened"]
+    assert (owned.tracker.low, owned.epoch, owned.tracker.commits, group.position) == (40, 4, 1, 40)
     assert [(low, decode(metadata).epoch) for low, metadata in group.commits] == [(40, 4)]
 
 
 async def test_a_partition_without_a_commit_begins_at_its_logs_beginning() -> None:
-    group = FakeGroup({ClientPartition(*PARTITION): OffsetAndMetadata(-1, "")})
+    group = FakeGroup(OffsetAndMetadata(-1, ""))
     (owned,) = await opened(group)
     assert (owned.tracker.low, owned.epoch) == (0, 1)
+    assert decode(group.commits[0][1]).chunk_low == 100
+
+
+async def test_a_partition_whose_epoch_is_still_ours_is_kept_with_what_runs() -> None:
+    group = FakeGroup(point(40, epoch=3), point(40, epoch=4))
+    partitions = await opened(group)
+    (owned,) = partitions
+    owned.revoke()
+    group.events.clear()
+    await opened(group, partitions)
+    assert (tuple(partitions), owned.state) == ((owned,), "open")
+    assert group.events == ["progress", "seek", "resume", "opened"]
+
+
+async def test_a_partition_that_another_had_meanwhile_is_lost_and_begins_anew() -> None:
+    group = FakeGroup(point(40, epoch=3), point(45, epoch=5), point(46, epoch=5))
+    partitions = await opened(group)
+    (first,) = partitions
+    first.revoke()
+    await opened(group, partitions)
+    (second,) = partitions
+    assert (first.state, second.epoch, second.tracker.low) == ("lost", 6, 46)
+
+
+async def test_chunks_of_unfinished_prompts_are_held_by_the_first_commit() -> None:
+    group = FakeGroup(point(40, epoch=3, next_offset=50, chunk_low=7))
+    group.said = {42: Said(first_offset=31), 44: Said(first_offset=20)}
+    (owned,) = await opened(group)
+    assert decode(group.commits[0][1]).chunk_low == 20
+    assert owned.said == group.said
+
+
+async def test_what_may_pass_is_tried_again() -> None:
+    group = FakeGroup(point(1, epoch=1), point(1, epoch=1))
+    failures = [KafkaConnectionError("away")]
+
+    async def fence(partition: TopicPartition) -> None:
+        if failures:
+            raise failures.pop()
+
+    group.fence = fence  # type: ignore[method-assign]
+    (owned,) = await opened(group)
+    assert owned.state == "open"

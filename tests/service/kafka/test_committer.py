@@ -7,7 +7,8 @@ from contextlib import asynccontextmanager
 from aiokafka.errors import CommitFailedError, KafkaConnectionError
 
 from service.errors import RequestError
-from service.kafka.committer import Committer, Completion
+from service.kafka.committer import Committer
+from service.kafka.completion import Completion
 from service.kafka.ownership import OwnedPartition
 from service.kafka.records import OutRecord, TopicPartition
 from service.kafka.tracker import PartitionTracker
@@ -68,7 +69,6 @@ async def running() -> AsyncIterator[Bench]:
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-        await bench.committer.abandon()
 
 
 async def test_an_offset_is_committed_only_after_its_result_is_acknowledged() -> None:
@@ -153,7 +153,7 @@ async def test_flush_waits_for_writes_and_commits() -> None:
     bench = Bench()
     for offset in (2, 0, 1):
         bench.submit(offset, RESULT)
-    await bench.committer.flush()
+    assert await bench.committer.flush(10)
     assert bench.offsets.lows() == [3]
 
 
@@ -161,7 +161,7 @@ async def test_flush_commits_again_what_was_refused() -> None:
     bench = Bench()
     bench.offsets.refuse = [CommitFailedError("rebalanced")]
     bench.submit(0, RESULT)
-    await bench.committer.flush()
+    assert await bench.committer.flush(10)
     assert bench.offsets.lows() == [1]
 
 
@@ -170,7 +170,7 @@ async def test_flush_waits_for_the_owner_of_a_tentative_partition() -> None:
     bench.submit(0, RESULT)
     await until(lambda: bench.settled == [(0, True)])
     bench.owned.revoke()
-    flushing = asyncio.create_task(bench.committer.flush())
+    flushing = asyncio.create_task(bench.committer.flush(20))
     await until(lambda: not bench.committer.num_unwritten)
     assert not flushing.done()
     bench.owned.open()

@@ -12,6 +12,7 @@ from service.kafka.committer import Committer
 from service.kafka.consumer import PromptConsumer
 from service.kafka.ownership import Partitions
 from service.kafka.records import TopicPartition
+from service.kafka.resume import ChunkReading
 from service.kafka.topics import Topics
 from service.telemetry.metrics import Metrics
 from tests.service.kafka.fakes import FakeOutput, until
@@ -35,13 +36,17 @@ def consumer_of(group: Any) -> PromptConsumer:
     async def no_topics(admin: Any) -> tuple[str, ...]:
         return ()
 
+    async def no_reason() -> str:
+        return ""
+
     consumer = PromptConsumer(
         section=KafkaSection(), topics=Topics("t."), partitions=Partitions(), budget=IntakeBudget(high=10, low=1),
         metrics=Metrics().kafka, make_consumer=lambda: group, make_admin=lambda: group, prepare=no_topics,
-        engine_alive=lambda: True, on_state=lambda served, reason: None,
+        explain=no_reason, reading=ChunkReading(lambda: group, "t.chunks"), engine_alive=lambda: True,
+        on_state=lambda served, reason: None,
     )  # fmt: skip
     consumer._consumer = group
-    consumer._committer = Committer(FakeOutput(), consumer, interval_s=0.001)
+    consumer._commits = Committer(FakeOutput(), consumer, interval_s=0.001)
     return consumer
 
 

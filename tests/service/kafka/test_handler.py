@@ -43,14 +43,14 @@ class Bench:
         self.released = 0
         self.cancels = Cancels(since_ms=2_000_000_000_000)
         self.handler = PromptHandler(
-            generation=self.generation, committer=self.committer, chunks=None, cancels=self.cancels,
+            generation=self.generation, commits=self.committer, chunks=None, cancels=self.cancels,
             topics=TOPICS, section=KafkaSection(),
             spans=Tracing(TracingSection()), metrics=Metrics().kafka, wall_ns=lambda: 1, monotonic_ns=lambda: 1,
         )  # fmt: skip
 
     async def handle(self, record: FakeRecord) -> None:
         assert self.owned.tracker.take(record.offset)
-        await self.handler.handle(record, self.owned, attempt=1, release=self._release)
+        await self.handler.handle(record, self.owned, release=self._release)
 
     def _release(self) -> None:
         self.released += 1
@@ -65,7 +65,6 @@ async def running() -> AsyncIterator[Bench]:
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-        await bench.committer.abandon()
 
 
 async def test_a_result_that_cannot_be_encoded_ends_as_internal_and_does_not_hold_its_partition() -> None:
