@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV := $(BIN)/uv
 
-.PHONY: help setup setup-dev servers demo serve test test-fast lint lock proto bench kernels gpu-check clean
+.PHONY: help setup setup-dev servers demo serve test test-fast lint lock proto bench chaos mutants kernels gpu-check clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -50,6 +50,13 @@ lint: setup-dev  ## style, types, import contracts, generated code
 
 bench: setup-dev  ## the benchmarks, as JSON on standard output
 	@$(BIN)/python -m tests.bench
+
+CHAOS ?=
+chaos: servers  ## replicas and brokers killed, stopped and cut off by plan, what is left judged; CHAOS="--prompts 20000 --seed 3 …"
+	@$(BIN)/python -m tests.chaos $(CHAOS)
+
+mutants: servers  ## faults planted in the commit protocol, which the judge of `make chaos` must find
+	@$(BIN)/python -m tests.chaos.hunt
 
 kernels: setup-dev  ## compile every Triton kernel for sm_80, sm_90 and sm_100; registers, spills, shared memory
 	@$(BIN)/python -m tests.bench.compile_report

@@ -46,14 +46,23 @@ class ServerError(RuntimeError):
 class KafkaServer:
     """One broker with its own ports and log directory; it keeps both over `stop` and `start`."""
 
+    jvm_flags: tuple[str, ...] = ("-Xmx512m",)
+
     def __init__(self, directory: Path) -> None:
-        self.port = _free_port()
+        self.port = free_port()
         self.bootstrap = f"127.0.0.1:{self.port}"
         self.log = directory / "broker.log"
-        self._controller_port = _free_port()
+        self._controller_port = free_port()
         self._directory = directory
         self._properties = directory / "server.properties"
         self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int:
+        """Of the running broker. Raises `ServerError` when there is none."""
+        if self._process is None:
+            raise ServerError("the broker does not run")
+        return self._process.pid
 
     def start(self) -> None:
         """Returns once clients are served. Raises `ServerError` with the end of the broker's log."""
@@ -62,7 +71,7 @@ class KafkaServer:
             self._format(libs)
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                ["java", "-Xmx512m", "-cp", f"{libs}/*", "kafka.Kafka", str(self._properties)],
+                ["java", *self.jvm_flags, "-cp", f"{libs}/*", "kafka.Kafka", str(self._properties)],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
@@ -183,7 +192,8 @@ def _fetch(root: Path, libs: Path) -> None:
     partial.rename(libs)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port on the loopback that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -1,0 +1,151 @@
+"""A Sluice replica as a real process: started, killed, stopped, continued, terminated; its engine child can be killed alone."""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+START_TIMEOUT_S = 90.0
+STOP_TIMEOUT_S = 60.0
+
+
+class ReplicaError(RuntimeError):
+    """A replica did not do what it was asked; the message has the end of its log."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Settings:
+    """How replicas are started.
+
+    `flags` are `sluice serve`'s own; `mutant` is planted first (planted.py), "" for none. `static_members`: slots with an even number
+    have a name in the group that stays.
+    """
+
+    flags: tuple[str, ...]
+    directory: Path
+    mutant: str = ""
+    static_members: bool = True
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+class Replica:
+    """One slot: a process at a time, with a number that stays over restarts."""
+
+    def __init__(self, number: int, settings: Settings) -> None:
+        self.number = number
+        self._settings = settings
+        self._process: asyncio.subprocess.Process | None = None
+        self._starts = 0
+        self.is_paused = False
+        self.grpc = self.admin = ""
+
+    @property
+    def alive(self) -> bool:
+        """Whether its process runs (a stopped one does)."""
+        return self._process is not None and self._process.returncode is None
+
+    @property
+    def pid(self) -> int:
+        """Of the running process. Raises `ReplicaError` when there is none."""
+        if self._process is None:
+            raise ReplicaError(f"replica {self.number} was never started")
+        return self._process.pid
+
+    @property
+    def log(self) -> Path:
+        """Standard error of every process of this slot."""
+        return self._settings.directory / f"replica-{self.number}.log"
+
+    async def start(self) -> None:
+        """Returns once it says that it serves. Raises `ReplicaError`."""
+        self._starts += 1
+        with self.log.open("ab") as log:
+            log.write(f"--- start {self._starts}\n".encode())
+            log.flush()
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "tests.chaos.planted",
+                self._settings.mutant or "none",
+                "serve",
+                "--json",
+                *self._settings.flags,
+                *self._name(),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=log,
+                env={**os.environ, "OMP_NUM_THREADS": "1", **self._settings.environment},
+            )
+        self.is_paused = False
+        assert self._process.stdout is not None
+        try:
+            line = await asyncio.wait_for(self._process.stdout.readline(), START_TIMEOUT_S)
+        except TimeoutError:
+            line = b""
+        if not line:
+            raise ReplicaError(f"replica {self.number} did not start:\n{self.tail()}")
+        facts = json.loads(line)
+        self.grpc, self.admin = facts["grpc"], facts["admin"]
+
+    def _name(self) -> tuple[str, ...]:
+        is_static = self._settings.static_members and self.number % 2 == 0
+        return ("--set", f'kafka.instance_id="replica-{self.number}"') if is_static else ()
+
+    def tail(self, num_bytes: int = 3_000) -> str:
+        """The end of its log."""
+        return self.log.read_bytes()[-num_bytes:].decode("utf-8", "replace")
+
+    async def kill(self) -> None:
+        """SIGKILL; returns once it has ended. Its child dies with it."""
+        await self._end(signal.SIGKILL)
+
+    async def terminate(self) -> int:
+        """SIGTERM; its exit status once it has drained. One that takes too long is killed: `ReplicaError`."""
+        return await self._end(signal.SIGTERM)
+
+    def pause(self) -> None:
+        """SIGSTOP."""
+        if self.alive:
+            self.is_paused = True
+            self._send(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        """SIGCONT."""
+        if self.alive:
+            self._send(signal.SIGCONT)
+        self.is_paused = False
+
+    def kill_engine(self) -> bool:
+        """SIGKILL to the engine child; False when there is none now."""
+        with contextlib.suppress(psutil.Error):
+            for child in psutil.Process(self.pid).children():
+                if "engine.worker" in child.cmdline():
+                    child.kill()
+                    return True
+        return False
+
+    async def _end(self, number: signal.Signals) -> int:
+        process = self._process
+        if process is None:
+            return 0
+        if self.is_paused and number != signal.SIGKILL:
+            self.go_on()
+        self._send(number)
+        try:
+            return await asyncio.wait_for(process.wait(), STOP_TIMEOUT_S)
+        except TimeoutError:
+            self._send(signal.SIGKILL)
+            await process.wait()
+            raise ReplicaError(
+                f"replica {self.number} did not end within {STOP_TIMEOUT_S:g} s of {number.name}:\n{self.tail()}"
+            ) from None
+
+    def _send(self, number: signal.Signals) -> None:
+        if self._process is not None and self._process.returncode is None:
+            self._process.send_signal(number)
