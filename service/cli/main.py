@@ -13,7 +13,7 @@ import typer
 from rich.markup import escape
 
 from engine import EngineError
-from service.cli import bench, config, demo, doctor, generate, kafka, model, serve, stream, topics
+from service.cli import bench, config, demo, dlq, doctor, generate, kafka, model, offsets, serve, stream, topics
 from service.cli.output import err
 from service.errors import RequestError, SetupError
 
@@ -34,6 +34,8 @@ app.command("bench")(bench.bench)
 app.command("doctor")(doctor.doctor)
 app.add_typer(model.app, name="model")
 app.add_typer(topics.app, name="topics")
+app.add_typer(offsets.app, name="offsets")
+app.add_typer(dlq.app, name="dlq")
 app.add_typer(config.app, name="config")
 
 

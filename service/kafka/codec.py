@@ -20,6 +20,7 @@ from service.kafka.records import (
     HEADER_CORRELATION,
     HEADER_DEADLINE,
     HEADER_LABEL,
+    HEADER_REPLAY_OF,
     HEADER_REPLY_TO,
     HEADER_TENANT,
     HEADER_TTL,
@@ -42,6 +43,7 @@ class Envelope:
     source: Source
     label: str = ""
     correlation_id: bytes | None = None
+    replay_of: bytes | None = None
     media_type: str = wire.JSON
 
     @classmethod
@@ -52,7 +54,16 @@ class Envelope:
         correlation = headers.get(HEADER_CORRELATION)
         if correlation is not None and len(correlation) > MAX_HEADER_BYTES:
             correlation = None
-        return cls(source=source, label=_label(headers), correlation_id=correlation, media_type=_media_type(headers))
+        replay_of = headers.get(HEADER_REPLAY_OF)
+        if replay_of is not None and len(replay_of) > MAX_HEADER_BYTES:
+            replay_of = None
+        return cls(
+            source=source,
+            label=_label(headers),
+            correlation_id=correlation,
+            replay_of=replay_of,
+            media_type=_media_type(headers),
+        )
 
     @property
     def request_id(self) -> str:
@@ -110,6 +121,8 @@ def result_record(topic: str, envelope: Envelope, result: inference_pb2.Result, 
         headers.append((HEADER_LABEL, result.label.encode()))
     if envelope.correlation_id is not None:
         headers.append((HEADER_CORRELATION, envelope.correlation_id))
+    if envelope.replay_of is not None:
+        headers.append((HEADER_REPLAY_OF, envelope.replay_of))
     return OutRecord(
         topic=topic,
         key=envelope.request_id.encode(),

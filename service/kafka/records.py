@@ -15,6 +15,7 @@ HEADER_TTL = "sluice-ttl-ms"
 HEADER_REPLY_TO = "sluice-reply-to"
 HEADER_CORRELATION = "correlation-id"
 HEADER_CONVERSATION = "sluice-conversation-id"
+HEADER_REPLAY_OF = "sluice-replay-of"
 
 
 class TopicPartition(NamedTuple):

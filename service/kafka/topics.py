@@ -1,5 +1,6 @@
 """Topic names, their settings, and their creation. Whether a cluster's topics fit together: `topic_check.py`."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
@@ -87,3 +88,10 @@ async def create(
         if code != 0 and error is not TopicAlreadyExistsError:
             raise error(f"topic {name}: {rest[0] if rest else ''}")
     return tuple(missing)
+
+
+async def count_partitions(admin: AIOKafkaAdminClient, names: Iterable[str]) -> dict[str, int]:
+    """Partitions of each of `names` that exists and may be seen."""
+    existing = set(await admin.list_topics())
+    wanted = sorted({name for name in names if name in existing})
+    return {topic["topic"]: len(topic["partitions"]) for topic in await admin.describe_topics(wanted)} if wanted else {}
