@@ -51,6 +51,10 @@ class PromptRequest:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
 
+def _is_count(digits: str) -> bool:
+    return digits.isascii() and digits.isdigit() and len(digits) <= 18
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
     """Where a durable prompt record stands."""
@@ -62,6 +66,14 @@ class Source:
     @property
     def request_id(self) -> str:
         return f"{self.topic}-{self.partition}-{self.offset}"
+
+    @classmethod
+    def of(cls, request_id: str) -> "Source | None":
+        """What a request id names; None for one of another form."""
+        topic, *numbers = request_id.rsplit("-", 2)
+        if len(numbers) != 2 or not topic or not all(_is_count(number) for number in numbers):
+            return None
+        return cls(topic=topic, partition=int(numbers[0]), offset=int(numbers[1]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,6 +148,7 @@ class Started:
     seed: int
     prompt_tokens: int
     trace_id: str
+    epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,3 +191,16 @@ class Failed:
 
 
 Event = Started | Delta | Finished | Failed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reset:
+    """A durable request goes on under another owner, of this epoch. Tokens from `resume_from` on (one number a choice) that were given
+    before are void, and come anew: none, where the number is how many were given."""
+
+    epoch: int
+    resume_from: tuple[int, ...]
+
+
+ReaderEvent = Event | Reset
+"""What a reader of a durable request gets."""

@@ -5,7 +5,8 @@ silence; `said` and `seed` are what another attempt needs. Pure: no gRPC call, n
 """
 
 from schemas.v1 import inference_pb2
-from service.contract import ChoiceResult, Delta, Finished, LogprobEntry, Started, Timings, Usage
+from service.contract import ChoiceResult, Delta, Finished, LogprobEntry, Started
+from service.wire_results import logprobs_of, timings_of, usage_of
 
 
 class ProtocolError(Exception):
@@ -73,7 +74,7 @@ class StreamFold:
         if known_tokens < 0 or known_text < 0:
             raise ProtocolError(f"choice {delta.choice} lacks tokens before {seq} or text before {delta.text_offset}")
         token_ids, text = tuple(delta.token_ids[known_tokens:]), delta.text[known_text:]
-        logprobs = tuple(_entry(item) for item in delta.logprobs[known_tokens:]) if delta.logprobs else None
+        logprobs = logprobs_of(delta.logprobs[known_tokens:]) if delta.logprobs else None
         reason = inference_pb2.FinishReason.Name(delta.finish_reason) if delta.finish_reason else None
         if not token_ids and not text and reason is None:
             return None
@@ -98,17 +99,8 @@ class StreamFold:
             raise ProtocolError(f"{len(finished.choices)} of {len(self._choices)} choices have ended")
         return Finished(
             choices=tuple(self._result(end) for end in finished.choices),
-            usage=Usage(
-                prompt_tokens=finished.usage.prompt_tokens,
-                cached_prompt_tokens=finished.usage.cached_prompt_tokens,
-                completion_tokens=finished.usage.completion_tokens,
-            ),
-            timings=Timings(
-                queue_ms=finished.timings.queue_ms,
-                ttft_ms=finished.timings.ttft_ms,
-                tpot_ms=finished.timings.tpot_ms,
-                total_ms=finished.timings.total_ms,
-            ),
+            usage=usage_of(finished.usage),
+            timings=timings_of(finished.timings),
             seed=finished.seed,
             trace_id=finished.trace_id,
         )
@@ -124,12 +116,3 @@ class StreamFold:
             finish_reason=inference_pb2.FinishReason.Name(end.finish_reason),  # type: ignore[arg-type]
             logprobs=None if choice.logprobs is None else tuple(choice.logprobs),
         )
-
-
-def _entry(message: inference_pb2.TokenLogprobs) -> LogprobEntry:
-    return LogprobEntry(
-        token_id=message.token_id,
-        token=message.token,
-        logprob=message.logprob,
-        top=tuple((item.token_id, item.token, item.logprob) for item in message.top),
-    )
