@@ -6,24 +6,29 @@ this replica gave the request up. Bounded: a request's own chunks, kept while it
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 from schemas.v1 import events_pb2, inference_pb2
 from service.contract import Source
 from service.kafka.chunk_records import ChunkMessage
+from service.kafka.reader_fold import Terminal
 
 
 class LiveRequest:
     """One request under way."""
 
     def __init__(self) -> None:
-        self._messages: list[ChunkMessage | inference_pb2.Result] = []
+        self._messages: list[ChunkMessage | Terminal] = []
         self._over = False
+        self.traceparent = ""
+        """Of the latest attempt."""
         self._changed = asyncio.Event()
 
-    def add(self, message: ChunkMessage | inference_pb2.Result) -> None:
+    def add(self, message: ChunkMessage | Terminal) -> None:
         """The next message."""
         self._messages.append(message)
+        if isinstance(message, events_pb2.Started):
+            self.traceparent = message.traceparent
         self._notify()
 
     def end(self) -> None:
@@ -31,8 +36,8 @@ class LiveRequest:
         self._over = True
         self._notify()
 
-    async def messages(self) -> AsyncIterator[ChunkMessage | inference_pb2.Result]:
-        """All of them from the first on, as they come; a `Result` is the last. Ends without one when the request went elsewhere."""
+    async def messages(self) -> AsyncIterator[ChunkMessage | Terminal]:
+        """All of them from the first on, as they come; a `Terminal` is the last. Ends without one when the request went elsewhere."""
         taken = 0
         while True:
             changed = self._changed
@@ -52,7 +57,9 @@ class LiveRequest:
 class LiveRequests:
     """All of them, by request id: the chunk writer's `LiveListener`."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_end: Callable[[Terminal], None] = lambda terminal: None) -> None:
+        """`on_end` hears of each durable result."""
+        self._on_end = on_end
         self._running: dict[str, LiveRequest] = {}
 
     def __len__(self) -> int:
@@ -77,6 +84,8 @@ class LiveRequests:
     def ended(self, source: Source, result: inference_pb2.Result) -> None:
         """Its terminal record is durable."""
         running = self._running.pop(source.request_id, None)
+        terminal = Terminal(result=result, traceparent="" if running is None else running.traceparent)
+        self._on_end(terminal)
         if running is not None:
-            running.add(result)
+            running.add(terminal)
             running.end()

@@ -6,6 +6,7 @@ from schemas.v1 import events_pb2, inference_pb2
 from service.contract import Source
 from service.kafka.cancels import Cancels
 from service.kafka.live import LiveRequests
+from service.kafka.reader_fold import Terminal
 
 SOURCE = Source(topic="t.prompts", partition=0, offset=1)
 ID = SOURCE.request_id
@@ -26,7 +27,7 @@ async def test_each_reader_gets_everything_in_order_whenever_it_comes() -> None:
     late = asyncio.create_task(all_of(running.messages()))
     await asyncio.sleep(0)
     live.ended(SOURCE, RESULT)
-    assert await early == await late == [STARTED, CHUNK, RESULT]
+    assert await early == await late == [STARTED, CHUNK, Terminal(result=RESULT)]
     assert live.get(ID) is None
 
 

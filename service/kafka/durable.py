@@ -1,0 +1,120 @@
+"""Durable requests for the other transports: submit, get, attach and cancel, on any replica, wherever the request runs or ran.
+
+Guarantees: a submitted prompt is acknowledged after the Kafka write; an attached reader is given each token once (`ReaderFold`), from
+memory while the request runs here and from the topics otherwise, changing over when it goes elsewhere; leaving a reader ends nothing.
+Knows no gRPC.
+"""
+
+from collections.abc import AsyncIterator, Callable, Sequence
+
+from schemas.v1 import inference_pb2
+from service import wire
+from service.contract import PromptRequest, ReaderEvent, Source
+from service.kafka.cancels import Cancels
+from service.kafka.control import cancel_record
+from service.kafka.live import LiveRequests
+from service.kafka.reader_fold import ReaderFold
+from service.kafka.records import HEADER_CONTENT_TYPE, Headers, OutRecord
+from service.kafka.request_log import Place, RequestLog
+from service.kafka.submission import Submission, affinity_key
+from service.kafka.topics import Topics
+
+
+class AttachedRequest:
+    """One reader's events, ended by `Finished` or `Failed`; closing it early leaves the request as it is."""
+
+    def __init__(self, request_id: str, fold: ReaderFold, events: AsyncIterator[ReaderEvent]) -> None:
+        self.request_id = request_id
+        self._fold = fold
+        self._events = events
+
+    @property
+    def traceparent(self) -> str:
+        """The W3C context of the generation that is read, "" while it is not known."""
+        return self._fold.traceparent
+
+    def __aiter__(self) -> AsyncIterator[ReaderEvent]:
+        return self._events
+
+    async def aclose(self) -> None:
+        """Ends the reading; idempotent."""
+        await self._events.aclose()  # type: ignore[attr-defined]
+
+
+class DurableRequests:
+    """The requests of one Kafka group, as any replica sees them."""
+
+    def __init__(
+        self,
+        *,
+        log: RequestLog,
+        live: LiveRequests,
+        cancels: Cancels,
+        submission: Submission,
+        topics: Topics,
+        wall_ns: Callable[[], int],
+    ) -> None:
+        self._log, self._live, self._cancels = log, live, cancels
+        self._submission, self._topics = submission, topics
+        self._wall_ns = wall_ns
+
+    def owns(self, request_id: str) -> bool:
+        """Whether an id is that of a durable request, by its form."""
+        return self._log.owns(request_id)
+
+    async def submit(self, prompt: PromptRequest, *, key: str = "", conversation_id: str = "", headers: Headers = ()) -> Source:
+        """Writes the prompt and tells where it stands. `headers` go with the record. Raises `RequestError`."""
+        return await self._submission.write(
+            OutRecord(
+                topic=self._topics.prompts,
+                key=affinity_key(prompt, key, conversation_id).encode(),
+                value=wire.to_bytes(wire.prompt_to_proto(prompt)),
+                headers=((HEADER_CONTENT_TYPE, wire.JSON.encode()), *headers),
+            )
+        )
+
+    async def get(self, request_id: str) -> inference_pb2.Result:
+        """The terminal record; one with status `pending` while there is none. Raises `RequestError`."""
+        if (terminal := self._log.remembered(request_id)) is not None:
+            return terminal.result
+        place = await self._log.place(request_id)
+        if place.ended:
+            return (await self._log.result(place)).result
+        return inference_pb2.Result(
+            request_id=request_id, status=inference_pb2.Result.pending, source=wire.source_to_proto(place.source)
+        )
+
+    async def attach(self, request_id: str, after: Sequence[int] = ()) -> AttachedRequest:
+        """The events from `after` (tokens that the reader has, one number a choice) on. Raises `RequestError`."""
+        fold = ReaderFold(request_id, after)
+        place = None
+        if self._live.get(request_id) is None and self._log.remembered(request_id) is None:
+            place = await self._log.place(request_id)
+        return AttachedRequest(request_id, fold, self._events(request_id, fold, place))
+
+    async def cancel(self, request_id: str) -> bool:
+        """Ends it wherever it runs or waits; False when it had ended. Idempotent. Raises `RequestError`."""
+        if self._log.remembered(request_id) is not None:
+            return False
+        place = await self._log.place(request_id)
+        if place.ended:
+            return False
+        await self._submission.write(cancel_record(self._topics.control, request_id, time_ns=self._wall_ns()))
+        self._cancels.add(request_id)
+        return True
+
+    async def _events(self, request_id: str, fold: ReaderFold, place: Place | None) -> AsyncIterator[ReaderEvent]:
+        live = self._live.get(request_id) if place is None else None
+        if live is not None:
+            async for message in live.messages():
+                for event in fold.take(message):
+                    yield event
+        elif place is None and (terminal := self._log.remembered(request_id)) is not None:
+            for event in fold.take(terminal):
+                yield event
+        if fold.ended:
+            return
+        # Past, elsewhere, or gone from here while it was read.
+        async for message in self._log.messages(place or await self._log.place(request_id)):
+            for event in fold.take(message):
+                yield event
