@@ -160,6 +160,8 @@ class App:
         kafka = asyncio.create_task(self._kafka.drain(grace)) if self._kafka is not None else None
         await asyncio.gather(*work)
         clean = await kafka if kafka is not None else True
+        if self._kafka is not None:
+            await self._kafka.readers.close()
         self._kafka = self._rpc = None
         await core.stop()
         if self._lag is not None:
@@ -184,6 +186,7 @@ class App:
         admin_port = await self._admin.start()
         bootstrap = await self._start_broker(settings.kafka)
         await core.start()
+        kafka = self._make_kafka(bootstrap) if settings.kafka.enabled else None
         inference = Inference(
             settings.grpc,
             core.generation,
@@ -191,25 +194,30 @@ class App:
             metrics=core.metrics,
             models=self._models,
             new_request_id=new_request_id,
+            durable=None if kafka is None else kafka.readers.durable,
         )
         self._rpc = RpcServer(settings.grpc, inference, core.health)
         grpc_port = await self._rpc.start()
-        if settings.kafka.enabled:
+        if kafka is not None:
             core.health.degrade(_KAFKA_PART, f"connecting to {bootstrap}")
-            self._kafka = KafkaTransport(
-                settings.kafka,
-                core.generation,
-                spans=core.tracing,
-                metrics=core.metrics.kafka,
-                bootstrap=bootstrap,
-                engine_alive=lambda: core.engine.status.alive,
-                on_state=self._kafka_changed,
-            )
-            await self._kafka.start()
+            self._kafka = kafka
+            await kafka.start()
         return Endpoints(
             grpc=f"{settings.grpc.host}:{grpc_port}",
             admin=f"{settings.admin.host}:{admin_port}",
             kafka=bootstrap if settings.kafka.enabled else "",
+        )
+
+    def _make_kafka(self, bootstrap: str) -> KafkaTransport:
+        core = self.core
+        return KafkaTransport(
+            self.settings.kafka,
+            core.generation,
+            spans=core.tracing,
+            metrics=core.metrics.kafka,
+            bootstrap=bootstrap,
+            engine_alive=lambda: core.engine.status.alive,
+            on_state=self._kafka_changed,
         )
 
     async def _start_broker(self, kafka: KafkaSection) -> str:

@@ -134,6 +134,22 @@ def resolve(
     return Resolved(request=request, stop=fields.stop, cost_tokens=len(ids) + sampling.n * max_tokens)
 
 
+def check_sampling(fields: SamplingFields) -> None:
+    """Raises `RequestError` (`invalid_field`) for what no model takes; for prompts that are resolved elsewhere, later."""
+    given = {name: value for name in _PLAIN if (value := getattr(fields, name)) is not None}
+    max_tokens = max(1, fields.min_tokens or 0) if fields.max_tokens is None else fields.max_tokens
+    try:
+        SamplingParams(
+            max_tokens=max_tokens,
+            seed=fields.seed or 0,
+            logit_bias=fields.logit_bias,
+            stop_token_ids=fields.stop_token_ids,
+            **given,
+        )
+    except InvalidFieldError as error:
+        raise RequestError("invalid_field", error.message, field=error.field) from error
+
+
 def _sampling_arguments(fields: SamplingFields, tokenization: Tokenization) -> dict[str, Any]:
     arguments: dict[str, Any] = {"logit_bias": fields.logit_bias, "stop_token_ids": fields.stop_token_ids}
     for name in _PLAIN:

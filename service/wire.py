@@ -163,7 +163,7 @@ def delta_to_proto(delta: contract.Delta) -> inference_pb2.Delta:
     )
 
 
-def event_to_proto(request_id: str, event: contract.Event, *, said: int = 0, epoch: int = 0) -> inference_pb2.StreamEvent:
+def event_to_proto(request_id: str, event: contract.ReaderEvent, *, said: int = 0, epoch: int = 0) -> inference_pb2.StreamEvent:
     """One event of a stream. `said`: tokens said so far over all choices, the `seq` of events that are no delta."""
     message = inference_pb2.StreamEvent(request_id=request_id, seq=said, epoch=epoch)
     if isinstance(event, contract.Started):
@@ -175,6 +175,8 @@ def event_to_proto(request_id: str, event: contract.Event, *, said: int = 0, epo
     elif isinstance(event, contract.Delta):
         message.seq = event.seq
         message.delta.CopyFrom(delta_to_proto(event))
+    elif isinstance(event, contract.Reset):
+        message.reset.resume_from.extend(event.resume_from)
     elif isinstance(event, contract.Finished):
         message.finished.CopyFrom(
             inference_pb2.Finished(

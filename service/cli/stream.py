@@ -7,9 +7,9 @@ import typer
 
 from service.cli import output, prompts
 from service.cli.options import ConfigFile, Json, Overrides, settings_from
-from service.contract import Delta, Finished, PromptRequest, Started
+from service.contract import Delta, Finished, PromptRequest, Reset
 from service.errors import SetupError
-from service.rpc.client import SluiceClient
+from service.rpc.client import SluiceClient, StreamItem
 from service.rpc.client_errors import SluiceError
 
 
@@ -62,18 +62,28 @@ async def _stream(address: str, request: PromptRequest, as_json: bool) -> None:
         await client.health()
         async with client.stream(request) as events:
             async for event in events:
-                _show(event, as_json)
+                show(event, as_json)
 
 
-def _show(event: Started | Delta | Finished, as_json: bool) -> None:
+def show(event: StreamItem, as_json: bool) -> None:
+    """One event of a stream, as a person or a program reads it."""
     if isinstance(event, Finished):
         _end(event, as_json)
     elif isinstance(event, Delta) and not as_json:
         output.write(event.text)
     elif isinstance(event, Delta):
         output.print_json({"seq": event.seq, "token_ids": list(event.token_ids), "text": event.text})
+    elif isinstance(event, Reset):
+        _voided(event, as_json)
     elif as_json:
         output.print_json({"started": {"request_id": event.request_id, "seed": event.seed, "trace_id": event.trace_id}})
+
+
+def _voided(event: Reset, as_json: bool) -> None:
+    if as_json:
+        output.print_json({"reset": {"epoch": event.epoch, "resume_from": list(event.resume_from)}})
+    else:
+        output.err.print(f"\n[yellow]a new owner says other tokens from {list(event.resume_from)} on[/]")
 
 
 def _end(event: Finished, as_json: bool) -> None:

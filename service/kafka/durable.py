@@ -23,15 +23,23 @@ from service.kafka.topics import Topics
 class AttachedRequest:
     """One reader's events, ended by `Finished` or `Failed`; closing it early leaves the request as it is."""
 
-    def __init__(self, request_id: str, fold: ReaderFold, events: AsyncIterator[ReaderEvent]) -> None:
+    def __init__(
+        self, request_id: str, fold: ReaderFold, events: AsyncIterator[ReaderEvent], is_here: Callable[[], bool]
+    ) -> None:
         self.request_id = request_id
         self._fold = fold
         self._events = events
+        self._is_here = is_here
 
     @property
     def traceparent(self) -> str:
         """The W3C context of the generation that is read, "" while it is not known."""
         return self._fold.traceparent
+
+    @property
+    def here(self) -> bool:
+        """Whether the request runs on this replica."""
+        return self._is_here()
 
     def __aiter__(self) -> AsyncIterator[ReaderEvent]:
         return self._events
@@ -90,7 +98,12 @@ class DurableRequests:
         place = None
         if self._live.get(request_id) is None and self._log.remembered(request_id) is None:
             place = await self._log.place(request_id)
-        return AttachedRequest(request_id, fold, self._events(request_id, fold, place))
+        return AttachedRequest(
+            request_id,
+            fold,
+            self._events(request_id, fold, place),
+            lambda: self._live.get(request_id) is not None,
+        )
 
     async def cancel(self, request_id: str) -> bool:
         """Ends it wherever it runs or waits; False when it had ended. Idempotent. Raises `RequestError`."""

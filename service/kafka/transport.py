@@ -20,7 +20,6 @@ from service.config import KafkaSection
 from service.errors import SetupError
 from service.kafka import topics as topic_tools
 from service.kafka.budget import IntakeBudget
-from service.kafka.cancels import Cancels
 from service.kafka.chunks import ChunkWriter
 from service.kafka.clients import Clients
 from service.kafka.committer import Committer
@@ -29,9 +28,9 @@ from service.kafka.connection import Connection
 from service.kafka.consumer import PromptConsumer
 from service.kafka.delivery import Delivery, choose, transactional_id
 from service.kafka.handler import Generates, PromptHandler
-from service.kafka.live import LiveRequests
 from service.kafka.output import ProducerOutput
 from service.kafka.ownership import Partitions
+from service.kafka.readers import Readers
 from service.kafka.records import TopicPartition
 from service.kafka.resume import ChunkReading
 from service.kafka.topic_check import check
@@ -101,8 +100,8 @@ class KafkaTransport:
         )
         self._clients = Clients(section, self._connection.aiokafka)
         self._output = ProducerOutput(self._clients.producer)
-        self._live = LiveRequests()
-        self._cancels = Cancels(since_ms=wall_ns() // 1_000_000, on_cancel=generation.cancel)
+        self.readers = Readers(section, self._clients, on_cancel=generation.cancel, wall_ns=wall_ns)
+        """For the other transports; `close` it after they have ended."""
         self._metrics = metrics
         self._consumer = PromptConsumer(
             section=section,
@@ -124,7 +123,7 @@ class KafkaTransport:
             interval_s=section.chunk_interval_ms / 1_000,
             max_tokens=section.chunk_max_tokens,
             wall_ns=wall_ns,
-            listener=self._live,
+            listener=self.readers.live,
         )
         self._delivery: Delivery | None = None
         self._commits: Commits | None = None
@@ -136,6 +135,7 @@ class KafkaTransport:
         self._state = "connecting"
         self._run(self._consumer.run(), "kafka consumer")
         self._run(self._chunks.run(), "kafka chunks")
+        self._run(self.readers.run(), "kafka control")
 
     async def drain(self, grace_s: float) -> bool:
         """Stops taking prompts, lets running ones finish for `grace_s`, writes and commits, leaves the group; idempotent.
@@ -272,7 +272,7 @@ class KafkaTransport:
             generation=self._generation,
             commits=commits,
             chunks=self._chunks if self._section.chunks_enabled else None,
-            cancels=self._cancels,
+            cancels=self.readers.cancels,
             topics=self._topics,
             section=self._section,
             spans=self._spans,

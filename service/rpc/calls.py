@@ -26,6 +26,7 @@ TTL_MS = "sluice-ttl-ms"
 DEADLINE = "sluice-deadline"
 CONVERSATION_ID = "sluice-conversation-id"
 CORRELATION_ID = "correlation-id"
+IDEMPOTENCY_KEY = "sluice-idempotency-key"
 REQUEST_ID = "sluice-request-id"
 TRACE_ID = "sluice-trace-id"
 
@@ -44,7 +45,7 @@ def parse(kind: type[M], value: bytes) -> M:
 
 def text_headers(metadata: Iterable[tuple[str, str | bytes]] | None) -> dict[str, str]:
     """The metadata keys that Sluice knows, the last of each. Raises `RequestError` naming a key whose value is too long."""
-    known = (TENANT, LABEL, TTL_MS, DEADLINE, CONVERSATION_ID, CORRELATION_ID)
+    known = (TENANT, LABEL, TTL_MS, DEADLINE, CONVERSATION_ID, CORRELATION_ID, IDEMPOTENCY_KEY)
     found = {key: value for key, value in metadata or () if key in known and isinstance(value, str)}
     for key, value in found.items():
         check_text(key, value, MAX_HEADER_BYTES)
@@ -71,15 +72,9 @@ def build(
     said: tuple[tuple[int, ...], ...] = (),
 ) -> Call:
     """The call. `remaining_s`: what is left of gRPC's own deadline, None without one. Raises `RequestError`."""
-    limits = []
+    limits = _limits_ns(prompt, headers, wall_ns)
     if remaining_s is not None:
         limits.append(remaining_s * 1e9)
-    if prompt.ttl_ms:
-        limits.append(prompt.ttl_ms * 1e6)
-    if TTL_MS in headers:
-        limits.append(_ttl_ms(headers[TTL_MS]) * 1e6)
-    if DEADLINE in headers:
-        limits.append(_deadline_ns(headers[DEADLINE]) - wall_ns)
     left_ns = int(min(limits)) if limits else 0
     if limits and left_ns <= 0:
         raise RequestError("deadline_exceeded", "the deadline passed before the request arrived")
@@ -92,6 +87,29 @@ def build(
         said=said,
         seed=prompt.sampling.seed if said else None,
     )
+
+
+def record_headers(
+    prompt: PromptRequest, headers: dict[str, str], *, trusted_tenant: bool, wall_ns: int
+) -> tuple[tuple[str, bytes], ...]:
+    """What goes on with a prompt record of these metadata. Raises `RequestError`, also for a deadline that has passed."""
+    if min(_limits_ns(prompt, headers, wall_ns), default=1) <= 0:
+        raise RequestError("deadline_exceeded", "the deadline passed before the request arrived")
+    passed_on = [key for key in (TTL_MS, DEADLINE, CONVERSATION_ID, CORRELATION_ID, IDEMPOTENCY_KEY) if key in headers]
+    if trusted_tenant and TENANT in headers:
+        passed_on.append(TENANT)
+    return tuple((key, headers[key].encode()) for key in passed_on)
+
+
+def _limits_ns(prompt: PromptRequest, headers: dict[str, str], wall_ns: int) -> list[float]:
+    limits: list[float] = []
+    if prompt.ttl_ms:
+        limits.append(prompt.ttl_ms * 1e6)
+    if TTL_MS in headers:
+        limits.append(_ttl_ms(headers[TTL_MS]) * 1e6)
+    if DEADLINE in headers:
+        limits.append(_deadline_ns(headers[DEADLINE]) - wall_ns)
+    return limits
 
 
 def continuation(request: inference_pb2.StreamRequest, prompt: PromptRequest) -> tuple[tuple[int, ...], ...]:

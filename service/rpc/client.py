@@ -1,15 +1,16 @@
 """A small asyncio client: one call for an answer, one iterator for its tokens, whatever happens to the replica meanwhile.
 
-Guarantees: `stream` gives each token of each choice once and in order, also when the replica is drained, restarted or killed: the
-prompt is sent again with the tokens and the seed received, and the reader sees a pause. Attempts without progress are bounded.
-What ends a call is a `SluiceError` with the code that the service gave. Closing a stream (or leaving its block) ends the request.
+Guarantees: `stream` and `attach` give each token of each choice once and in order, also when replicas are drained, restarted or
+killed: a direct stream is sent again with the tokens and the seed received, a durable one is attached again after them, on the
+replica that answers; the reader sees a pause. Attempts without progress are bounded. What ends a call is a `SluiceError` with the
+code that the service gave. Leaving a stream ends a direct request; a durable one goes on.
 """
 
 import asyncio
-import contextlib
 import dataclasses
 import random
 import time
+import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -20,17 +21,15 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from schemas.v1 import inference_pb2, inference_pb2_grpc
 from service import wire
-from service.contract import Delta, Finished, PromptRequest, SamplingFields, Started
+from service.contract import PromptRequest, SamplingFields
 from service.rpc import calls
 from service.rpc.client_errors import SluiceError, as_error, interrupted
-from service.rpc.client_fold import ProtocolError, StreamFold
+from service.rpc.client_fold import StreamFold
+from service.rpc.client_stream import Attempts, Backoff, StreamItem, TokenStream
 
-__all__ = ["Backoff", "CallOptions", "SluiceClient", "SluiceError", "TokenStream"]
+__all__ = ["Backoff", "CallOptions", "SluiceClient", "SluiceError", "StreamItem", "TokenStream"]
 
 Prompt = PromptRequest | str | Sequence[tuple[str, str]]
-StreamItem = Started | Delta | Finished
-
-_SETTLE_S = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,27 +41,24 @@ class CallOptions:
     conversation_id: str = ""
     correlation_id: str = ""
     traceparent: str = ""
+    idempotency_key: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Backoff:
-    """Waits between attempts: doubling from `first_s` to `most_s`, each drawn from its upper half; `attempts` without progress end it."""
+class _Endpoint:
+    """One replica's channel."""
 
-    first_s: float = 0.1
-    most_s: float = 5.0
-    attempts: int = 10
-
-    def wait_s(self, failures: int, draw: float) -> float:
-        """Seconds before attempt `failures` + 1; `draw` in [0, 1)."""
-        return float(min(self.most_s, self.first_s * 2 ** (failures - 1))) * (0.5 + draw / 2)
+    def __init__(self, target: str, max_message_bytes: int) -> None:
+        self.channel = grpc.aio.insecure_channel(target, options=_options(max_message_bytes))
+        self.stub = inference_pb2_grpc.InferenceStub(self.channel)
+        self.health = health_pb2_grpc.HealthStub(self.channel)
 
 
 class SluiceClient:
-    """One channel to `target` (host:port). Use as an async context manager, or `close` it."""
+    """Channels to `targets` (host:port, or several replicas' of one group). Use as an async context manager, or `close` it."""
 
     def __init__(
         self,
-        target: str,
+        targets: str | Sequence[str],
         *,
         backoff: Backoff | None = None,
         max_message_bytes: int = 4_194_304,
@@ -70,11 +66,18 @@ class SluiceClient:
         draw: Callable[[], float] = random.random,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._channel = grpc.aio.insecure_channel(target, options=_options(max_message_bytes))
-        self.stub = inference_pb2_grpc.InferenceStub(self._channel)
-        self._health = health_pb2_grpc.HealthStub(self._channel)
+        names = [targets] if isinstance(targets, str) else list(targets)
+        if not names:
+            raise ValueError("at least one target is needed")
+        self._endpoints = [_Endpoint(name, max_message_bytes) for name in names]
+        self._current = 0
         self.backoff = Backoff() if backoff is None else backoff
         self.sleep, self.draw, self.clock = sleep, draw, clock
+
+    @property
+    def stub(self) -> Any:
+        """The stub of the replica that is spoken to now."""
+        return self._endpoints[self._current].stub
 
     async def __aenter__(self) -> "SluiceClient":
         return self
@@ -85,8 +88,9 @@ class SluiceClient:
         await self.close()
 
     async def close(self) -> None:
-        """Closes the channel; open calls end."""
-        await self._channel.close()
+        """Closes the channels; open calls end."""
+        for endpoint in self._endpoints:
+            await endpoint.channel.close()
 
     async def generate(
         self, prompt: Prompt, *, sampling: SamplingFields | None = None, options: CallOptions | None = None
@@ -102,135 +106,144 @@ class SluiceClient:
 
     def stream(
         self, prompt: Prompt, *, sampling: SamplingFields | None = None, options: CallOptions | None = None
-    ) -> "TokenStream":
+    ) -> TokenStream:
         """The tokens as they come: `async with client.stream(…) as events: async for event in events`."""
-        return TokenStream(self, as_request(prompt, sampling), options or CallOptions())
+        asked, options, route = as_request(prompt, sampling), options or CallOptions(), _Route(self)
+
+        def open_call(fold: StreamFold, left_s: float | None) -> Any:
+            again, said = asked, fold.said
+            if fold.seed is not None:
+                again = dataclasses.replace(asked, sampling=dataclasses.replace(asked.sampling, seed=fold.seed))
+            request = inference_pb2.StreamRequest(
+                prompt=wire.prompt_to_proto(again),
+                output_token_ids=[inference_pb2.TokenIds(ids=ids) for ids in said] if any(said) else (),
+            )
+            return route.stub().Stream(request, timeout=left_s, metadata=metadata(options))
+
+        fold = StreamFold(asked.sampling.n or 1)
+        return TokenStream(self.attempts(route, lambda error, fold: interrupted(error)), fold, open_call, options.timeout_s)
+
+    async def submit(
+        self,
+        prompt: Prompt,
+        *,
+        sampling: SamplingFields | None = None,
+        key: str = "",
+        options: CallOptions | None = None,
+    ) -> str:
+        """The request id of a durable prompt, once it is written to Kafka. Raises `SluiceError`.
+
+        `key`: the record's; without one the conversation id, the label, or the prompt's beginning keep what shares a prefix together.
+        Where another replica is asked after a failure the prompt may be written twice: the idempotency key, which is drawn where
+        none is given, says that it is the same.
+        """
+        options = options or CallOptions()
+        if not options.idempotency_key and len(self._endpoints) > 1:
+            options = dataclasses.replace(options, idempotency_key=uuid.uuid4().hex)
+        request = inference_pb2.SubmitRequest(prompt=wire.prompt_to_proto(as_request(prompt, sampling)), key=key)
+        answer = await self._ask("Submit", request, options)
+        return str(answer.request_id)
+
+    def attach(self, request_id: str, after_seq: Sequence[int] = (), *, options: CallOptions | None = None) -> TokenStream:
+        """A durable request's tokens from `after_seq` (tokens already read, one number a choice) on, live or past, on any replica.
+
+        The text of the first delta may begin before its tokens; `text_offset` says where. `Finished` holds what was read here.
+        """
+        options, route = options or CallOptions(), _Route(self)
+
+        def open_call(fold: StreamFold, left_s: float | None) -> Any:
+            request = inference_pb2.AttachRequest(request_id=request_id, after_seq=fold.counts)
+            return route.stub().Attach(request, timeout=left_s, metadata=metadata(options))
+
+        def outlives(error: grpc.aio.AioRpcError, fold: StreamFold) -> bool:
+            # What the request itself ended with is final; that this call could not go on is not.
+            return not fold.failed and (interrupted(error) or as_error(error).retriable)
+
+        return TokenStream(self.attempts(route, outlives), StreamFold(None, after_seq), open_call, options.timeout_s)
+
+    async def get(self, request_id: str, *, options: CallOptions | None = None) -> Any:
+        """The terminal record of a durable request; one with status `pending` while there is none. Raises `SluiceError`."""
+        return await self._ask("Get", inference_pb2.GetRequest(request_id=request_id), options or CallOptions())
 
     async def cancel(self, request_id: str) -> bool:
-        """Ends a request; False when it had ended or is not known. Raises `SluiceError`."""
-        try:
-            answer = await self.stub.Cancel(inference_pb2.CancelRequest(request_id=request_id))
-        except grpc.aio.AioRpcError as error:
-            raise as_error(error) from None
+        """Ends a request; False when it had ended. A durable one from any replica. Raises `SluiceError`."""
+        answer = await self._ask("Cancel", inference_pb2.CancelRequest(request_id=request_id), CallOptions())
         return bool(answer.was_running)
 
     async def models(self) -> tuple[inference_pb2.Model, ...]:
         """What the replica serves. Raises `SluiceError`."""
-        try:
-            answer = await self.stub.Models(inference_pb2.ModelsRequest())
-        except grpc.aio.AioRpcError as error:
-            raise as_error(error) from None
+        answer = await self._ask("Models", inference_pb2.ModelsRequest(), CallOptions())
         return tuple(answer.models)
 
     async def health(self) -> bool:
-        """Whether the replica takes requests. Raises `SluiceError` when it does not answer."""
-        try:
-            answer = await self._health.Check(health_pb2.HealthCheckRequest(service="sluice.v1.Inference"))
-        except grpc.aio.AioRpcError as error:
-            raise as_error(error) from None
-        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
-
-
-class TokenStream:
-    """An async iterator of `Started`, `Delta`s and, last, `Finished`. One reader. Raises `SluiceError`."""
-
-    def __init__(self, client: SluiceClient, prompt: PromptRequest, options: CallOptions) -> None:
-        self._client = client
-        self._prompt = prompt
-        self._options = options
-        self._fold = StreamFold(prompt.sampling.n or 1)
-        self._call: Any = None
-        self._failures = 0
-        self._until = client.clock() + options.timeout_s if options.timeout_s else 0.0
-        self._ended = False
-        self.num_resumes = 0
-        """How often the stream was taken up again."""
-
-    @property
-    def request_id(self) -> str:
-        """The id that the service gave the present attempt; "" before it was accepted. What `cancel` takes."""
-        return self._fold.request_id
-
-    def __aiter__(self) -> "TokenStream":
-        return self
-
-    async def __anext__(self) -> StreamItem:
-        while not self._ended:
+        """Whether a replica takes requests; the first that does is spoken to from then on. Raises `SluiceError` when none answers."""
+        answered, failure = False, None
+        for _ in self._endpoints:
+            index = self._current
             try:
-                if self._call is None:
-                    self._call = self._open()
-                message = await self._call.read()
-                if message is grpc.aio.EOF:
-                    # A stream that ends well has said so before; read() has raised for one that ends otherwise.
-                    raise SluiceError("internal", "the stream ended without a result", retriable=True)
-                item = self._fold.take(message)
-            except ProtocolError as error:
-                await self.aclose()
-                raise SluiceError("internal", str(error)) from None
+                request = health_pb2.HealthCheckRequest(service="sluice.v1.Inference")
+                answer = await self._endpoints[index].health.Check(request)
             except grpc.aio.AioRpcError as error:
-                await self._again_or_raise(error)
-                continue
-            except SluiceError:
-                await self.aclose()
-                raise
-            if item is None:
-                continue
-            self._failures = 0
-            if isinstance(item, Finished):
-                self._ended = True
-                await self._settle()
-            return item
-        raise StopAsyncIteration
+                failure = error
+            else:
+                answered = True
+                if answer.status == health_pb2.HealthCheckResponse.SERVING:
+                    return True
+            self.leave(index)
+        if failure is not None and not answered:
+            raise as_error(failure) from None
+        return False
 
-    async def _settle(self) -> None:
-        """Takes the status that follows the result: a call that is left before it counts as cancelled on the service's side."""
-        call, self._call = self._call, None
-        with contextlib.suppress(grpc.aio.AioRpcError, TimeoutError):
-            async with asyncio.timeout(_SETTLE_S):
-                await call.read()
+    async def _ask(self, method: str, request: Any, options: CallOptions) -> Any:
+        """One answer: of the replica that is spoken to now, else of the first other one that can give it."""
+        failure: grpc.aio.AioRpcError | None = None
+        for _ in self._endpoints:
+            index = self._current
+            call = getattr(self._endpoints[index].stub, method)
+            try:
+                return await call(request, timeout=options.timeout_s or None, metadata=metadata(options))
+            except grpc.aio.AioRpcError as error:
+                failure = error
+                if not interrupted(error):
+                    break
+                self.leave(index)
+        assert failure is not None
+        raise as_error(failure) from None
 
-    def _open(self) -> Any:
-        prompt, said = self._prompt, self._fold.said
-        resuming = any(said)
-        if self._fold.seed is not None:
-            prompt = dataclasses.replace(prompt, sampling=dataclasses.replace(prompt.sampling, seed=self._fold.seed))
-        request = inference_pb2.StreamRequest(
-            prompt=wire.prompt_to_proto(prompt),
-            output_token_ids=[inference_pb2.TokenIds(ids=ids) for ids in said] if resuming else (),
+    def attempts(self, route: "_Route", outlives: Callable[[grpc.aio.AioRpcError, StreamFold], bool]) -> Attempts:
+        """How a stream on this client is tried again."""
+        return Attempts(
+            backoff=self.backoff,
+            sleep=self.sleep,
+            draw=self.draw,
+            clock=self.clock,
+            failed=route.leave,
+            outlives=outlives,
         )
-        left = self._until - self._client.clock() if self._until else None
-        if left is not None and left <= 0:
-            raise SluiceError("deadline_exceeded", "the time for this call is over")
-        return self._client.stub.Stream(request, timeout=left, metadata=metadata(self._options))
 
-    async def _again_or_raise(self, error: grpc.aio.AioRpcError) -> None:
-        self._call = None
-        failure = as_error(error)
-        self._failures += 1
-        if not interrupted(error) or self._failures >= self._client.backoff.attempts:
-            self._ended = True
-            raise failure from None
-        wait_s = max(failure.retry_after_s, self._client.backoff.wait_s(self._failures, self._client.draw()))
-        if self._until and self._client.clock() + wait_s >= self._until:
-            self._ended = True
-            raise failure from None
-        self.num_resumes += 1
-        await self._client.sleep(wait_s)
+    def enter(self) -> tuple[int, Any]:
+        """The replica that is spoken to now: its number and stub."""
+        return self._current, self.stub
 
-    async def aclose(self) -> None:
-        """Ends the request if it still runs; idempotent."""
-        self._ended = True
-        call, self._call = self._call, None
-        if call is not None:
-            call.cancel()
+    def leave(self, index: int) -> None:
+        """Another replica is spoken to from now on, unless somebody has left this one already."""
+        if index == self._current:
+            self._current = (index + 1) % len(self._endpoints)
 
-    async def __aenter__(self) -> "TokenStream":
-        return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.aclose()
+class _Route:
+    """The way of one stream's attempts over the replicas: each fails for the one that it was made on."""
+
+    def __init__(self, client: SluiceClient) -> None:
+        self._client = client
+        self._index = 0
+
+    def stub(self) -> Any:
+        self._index, stub = self._client.enter()
+        return stub
+
+    def leave(self) -> None:
+        self._client.leave(self._index)
 
 
 def as_request(prompt: Prompt, sampling: SamplingFields | None) -> PromptRequest:
@@ -249,6 +262,7 @@ def metadata(options: CallOptions) -> tuple[tuple[str, str], ...]:
         (calls.TENANT, options.tenant),
         (calls.CONVERSATION_ID, options.conversation_id),
         (calls.CORRELATION_ID, options.correlation_id),
+        (calls.IDEMPOTENCY_KEY, options.idempotency_key),
     )
     return tuple((key, value) for key, value in pairs if value)
 

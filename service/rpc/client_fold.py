@@ -1,12 +1,17 @@
 """Folds the messages of one stream, over all its attempts, into what its reader sees: each token once, in order.
 
 Guarantees: tokens and text that were seen before are dropped, whichever attempt repeats them; a gap is a `ProtocolError`, never
-silence; `said` and `seed` are what another attempt needs. Pure: no gRPC call, no clock.
+silence; `said` and `seed`, or `counts`, are what another attempt needs. A `Reset` is given only where
+it voids what was seen. Pure: no gRPC call, no clock.
 """
 
+from collections.abc import Sequence
+
 from schemas.v1 import inference_pb2
-from service.contract import ChoiceResult, Delta, Finished, LogprobEntry, Started
+from service.contract import ChoiceResult, Delta, Finished, LogprobEntry, Reset, Started
 from service.wire_results import logprobs_of, timings_of, usage_of
+
+MAX_CHOICES = 16
 
 
 class ProtocolError(Exception):
@@ -14,28 +19,72 @@ class ProtocolError(Exception):
 
 
 class _Choice:
-    def __init__(self) -> None:
+    """`token_ids` are those from `base` on; `text` begins at `text_start` characters, None while no delta has told."""
+
+    def __init__(self, base: int) -> None:
+        self.base = base
         self.token_ids: list[int] = []
+        self.text_start: int | None = None if base else 0
         self.text = ""
         self.logprobs: list[LogprobEntry] | None = None
         self.ended = False
+        self.voided = False
+
+    @property
+    def count(self) -> int:
+        return self.base + len(self.token_ids)
+
+    def void(self, kept: int) -> None:
+        """Tokens from `kept` on come anew; their delta tells where the text is cut."""
+        del self.token_ids[max(0, kept - self.base) :]
+        if self.logprobs is not None:
+            del self.logprobs[len(self.token_ids) :]
+        self.base = min(self.base, kept)
+        self.ended, self.voided = False, True
+
+    def text_from(self, offset: int) -> int:
+        """Characters of a delta's text, which begins at `offset`, that are known already; below 0 when some are missing."""
+        if self.text_start is None:
+            self.text_start = offset
+        if self.voided:
+            self.voided = False
+            self.text = self.text[: max(0, offset - self.text_start)]
+        return self.text_start + len(self.text) - offset
 
 
 class StreamFold:
-    """The state of one stream of `num_choices` choices."""
+    """The state of one stream."""
 
-    def __init__(self, num_choices: int) -> None:
-        self._choices = [_Choice() for _ in range(num_choices)]
+    def __init__(self, num_choices: int | None, after: Sequence[int] = ()) -> None:
+        """`num_choices` None: as many as come. `after`: tokens that the reader has from before, one number a choice."""
+        self._after = tuple(after)
+        self._most = MAX_CHOICES if num_choices is None else num_choices
+        self._least = num_choices or 0
+        self._choices: list[_Choice] = []
+        self._choice(max(self._least, len(self._after)) - 1)
         self._announced = False
         self.request_id = ""
         self.seed: int | None = None
+        self.failed = False
+        """Whether the service has said that the request failed, which the call's status explains."""
 
     @property
     def said(self) -> tuple[tuple[int, ...], ...]:
         """The tokens received, one entry a choice."""
         return tuple(tuple(choice.token_ids) for choice in self._choices)
 
-    def take(self, message: inference_pb2.StreamEvent) -> Started | Delta | Finished | None:
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Tokens that the reader has, those from before included, one number a choice."""
+        return tuple(choice.count for choice in self._choices)
+
+    def _choice(self, index: int) -> _Choice | None:
+        while len(self._choices) <= index:
+            position = len(self._choices)
+            self._choices.append(_Choice(self._after[position] if position < len(self._after) else 0))
+        return self._choices[index] if index >= 0 else None
+
+    def take(self, message: inference_pb2.StreamEvent) -> Started | Delta | Reset | Finished | None:
         """What the reader is to see of `message`; None for nothing. Raises `ProtocolError`."""
         kind = message.WhichOneof("event")
         if kind == "started":
@@ -44,8 +93,20 @@ class StreamFold:
             return self._delta(message.seq, message.delta)
         if kind == "finished":
             return self._finished(message.finished)
-        # Heartbeats say nothing; `failed` and `reset` are followed by the call's status, which decides.
+        if kind == "reset":
+            return self._reset(message)
+        # Heartbeats say nothing; `failed` is followed by the call's status, which decides.
+        self.failed = self.failed or kind == "failed"
         return None
+
+    def _reset(self, message: inference_pb2.StreamEvent) -> Reset | None:
+        """Announces a hand-over; the reader hears of it only where tokens that it has seen are void."""
+        kept = message.reset.resume_from
+        voided = [choice for choice, count in zip(self._choices, kept, strict=False) if count < choice.count]
+        for choice, count in zip(self._choices, kept, strict=False):
+            if count < choice.count:
+                choice.void(count)
+        return Reset(epoch=message.epoch, resume_from=self.counts) if voided else None
 
     def _started(self, message: inference_pb2.StreamEvent) -> Started | None:
         started = message.started
@@ -65,12 +126,10 @@ class StreamFold:
         )
 
     def _delta(self, seq: int, delta: inference_pb2.Delta) -> Delta | None:
-        if delta.choice >= len(self._choices):
-            raise ProtocolError(f"choice {delta.choice} was not asked for")
-        choice = self._choices[delta.choice]
+        choice = self._asked(delta.choice)
         if choice.ended:
             return None
-        known_tokens, known_text = len(choice.token_ids) - seq, len(choice.text) - delta.text_offset
+        known_tokens, known_text = choice.count - seq, choice.text_from(delta.text_offset)
         if known_tokens < 0 or known_text < 0:
             raise ProtocolError(f"choice {delta.choice} lacks tokens before {seq} or text before {delta.text_offset}")
         token_ids, text = tuple(delta.token_ids[known_tokens:]), delta.text[known_text:]
@@ -80,10 +139,10 @@ class StreamFold:
             return None
         seen = Delta(
             choice=delta.choice,
-            seq=len(choice.token_ids),
+            seq=choice.count,
             token_ids=token_ids,
             text=text,
-            text_offset=len(choice.text),
+            text_offset=(choice.text_start or 0) + len(choice.text),
             logprobs=logprobs,
             finish_reason=reason,  # type: ignore[arg-type]
         )
@@ -94,9 +153,15 @@ class StreamFold:
             choice.logprobs = (choice.logprobs or []) + list(logprobs)
         return seen
 
+    def _asked(self, index: int) -> _Choice:
+        choice = self._choice(index) if index < self._most else None
+        if choice is None:
+            raise ProtocolError(f"choice {index} was not asked for")
+        return choice
+
     def _finished(self, finished: inference_pb2.Finished) -> Finished:
-        if len(finished.choices) != len(self._choices):
-            raise ProtocolError(f"{len(finished.choices)} of {len(self._choices)} choices have ended")
+        if len(finished.choices) < self._least:
+            raise ProtocolError(f"{len(finished.choices)} of {self._least} choices have ended")
         return Finished(
             choices=tuple(self._result(end) for end in finished.choices),
             usage=usage_of(finished.usage),
@@ -106,12 +171,10 @@ class StreamFold:
         )
 
     def _result(self, end: inference_pb2.ChoiceEnd) -> ChoiceResult:
-        if end.index >= len(self._choices):
-            raise ProtocolError(f"choice {end.index} was not asked for")
-        choice = self._choices[end.index]
+        choice = self._asked(end.index)
         return ChoiceResult(
             index=end.index,
-            text=choice.text[: end.text_length],
+            text=choice.text[: max(0, end.text_length - (choice.text_start or 0))],
             token_ids=tuple(choice.token_ids),
             finish_reason=inference_pb2.FinishReason.Name(end.finish_reason),  # type: ignore[arg-type]
             logprobs=None if choice.logprobs is None else tuple(choice.logprobs),

@@ -7,8 +7,9 @@ one taker, one event loop. Knows no gRPC.
 """
 
 import asyncio
+from collections.abc import Sequence
 
-from service.contract import Delta, Event, LogprobEntry, Started
+from service.contract import Delta, LogprobEntry, ReaderEvent, Reset, Started
 
 _TOKEN_BYTES = 4
 _ENTRY_BYTES = 48
@@ -17,13 +18,15 @@ _ENTRY_BYTES = 48
 class Outbox:
     """Pending events of one stream; see the module."""
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, max_bytes: int, after: Sequence[int] = ()) -> None:
+        """`after`: tokens that the reader has from before, one number a choice."""
         self._max_bytes = max_bytes
         self._bytes = 0
         self._sending_bytes = 0
         self._started: Started | None = None
+        self._before: list[ReaderEvent] = []
         self._deltas: dict[int, Delta] = {}
-        self._end: Event | None = None
+        self._end: ReaderEvent | None = None
         self._opened: set[int] = set()
         self._error: BaseException | None = None
         self._filled = asyncio.Event()
@@ -31,7 +34,7 @@ class Outbox:
         self._room = asyncio.Event()
         self._room.set()
         self.num_merges = 0
-        self.said: list[int] = []
+        self.said: list[int] = list(after)
         """Tokens said so far, one count a choice, sent or not."""
 
     @property
@@ -39,13 +42,18 @@ class Outbox:
         """About what the events that are not sent take, in memory and on the wire."""
         return self._bytes + self._sending_bytes
 
-    def put(self, event: Event) -> None:
+    def put(self, event: ReaderEvent) -> None:
         """Adds an event of the generation."""
         if isinstance(event, Started):
             self._started = event
             self._urgent.set()
         elif isinstance(event, Delta):
             self._put_delta(event)
+        elif isinstance(event, Reset):
+            # What was said before it leaves before it, unmerged with what follows.
+            self._before += [*self._deltas.values(), event]
+            self._deltas = {}
+            self.said = list(event.resume_from)
         else:
             self._end = event
             self._urgent.set()
@@ -94,16 +102,17 @@ class Outbox:
         """Returns once something waits that should not be held back for company."""
         await self._urgent.wait()
 
-    def take(self) -> list[Event]:
+    def take(self) -> list[ReaderEvent]:
         """All that waits, in the order to send it. It counts against the bound until `sent`."""
-        events: list[Event] = [] if self._started is None else [self._started]
+        events: list[ReaderEvent] = [] if self._started is None else [self._started]
+        events.extend(self._before)
         events.extend(self._deltas.values())
-        self._opened.update(self._deltas)
+        self._opened.update(event.choice for event in events if isinstance(event, Delta))
         if self._end is not None:
             events.append(self._end)
         self._sending_bytes += self._bytes
         self._started, self._end, self._bytes = None, None, 0
-        self._deltas = {}
+        self._before, self._deltas = [], {}
         self._filled.clear()
         self._urgent.clear()
         return events

@@ -7,12 +7,12 @@ buffer. Whatever ends the pump, its reading side is ended with it. Knows no stat
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 from schemas.v1 import inference_pb2
 from service import wire
 from service.config import GrpcSection
-from service.contract import Delta, Event, Failed, Finished, Started
+from service.contract import Delta, Failed, Finished, ReaderEvent, Reset, Started
 from service.rpc.outbox import Outbox
 
 Write = Callable[[inference_pb2.StreamEvent], Awaitable[None]]
@@ -32,12 +32,14 @@ class HandedOver(Exception):
 class Pump:
     """One stream. `run` returns the terminal event once it is written."""
 
-    def __init__(self, section: GrpcSection, request_id: str, write: Write) -> None:
+    def __init__(self, section: GrpcSection, request_id: str, write: Write, *, after: Sequence[int] = ()) -> None:
+        """`after`: tokens that the reader has from before, one number a choice."""
         self._section = section
         self._request_id = request_id
         self._write = write
-        self._outbox = Outbox(section.stream_buffer_bytes)
-        self._written = 0
+        self._outbox = Outbox(section.stream_buffer_bytes, after)
+        self._epoch = 0
+        self._written = self._before = sum(after)
         self._loop = asyncio.get_running_loop()
         self._sent_s = 0.0
         self.num_messages = 0
@@ -51,13 +53,13 @@ class Pump:
     @property
     def num_tokens_sent(self) -> int:
         """Tokens handed to the transport so far, over all choices."""
-        return self._written
+        return self._written - self._before
 
     def hand_over(self) -> None:
         """Makes `run` send what waits, tell the reader where to go on, and raise `HandedOver`."""
         self._outbox.close(HandedOver())
 
-    async def run(self, events: AsyncIterator[Event]) -> Finished | Failed:
+    async def run(self, events: AsyncIterator[ReaderEvent]) -> Finished | Failed:
         """Pumps until the terminal event. Raises `SlowReader`, `HandedOver`, and whatever `events` or the transport raise."""
         filling = asyncio.create_task(self._fill(events), name=f"stream-{self._request_id}")
         filling.add_done_callback(self._filled)
@@ -78,7 +80,7 @@ class Pump:
             # The generator must not be running when its owner closes it.
             await asyncio.wait({filling})
 
-    async def _fill(self, events: AsyncIterator[Event]) -> None:
+    async def _fill(self, events: AsyncIterator[ReaderEvent]) -> None:
         async for event in events:
             self._outbox.put(event)
             if isinstance(event, Finished | Failed):
@@ -99,30 +101,32 @@ class Pump:
             except TimeoutError:
                 await self._send_heartbeat()
         gather_s = self._sent_s + self._section.coalesce_ms / 1e3 - self._loop.time()
-        if self._written and gather_s > _SOON_S:
+        if self.num_tokens_sent and gather_s > _SOON_S:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(gather_s):
                     await self._outbox.wait_urgent()
 
     async def _send_waiting(self) -> Finished | Failed | None:
         for event in self._outbox.take():
-            await self._send(wire.event_to_proto(self._request_id, event, said=self._written))
+            if isinstance(event, Started | Reset):
+                self._epoch = event.epoch
+            await self._send(wire.event_to_proto(self._request_id, event, said=self._written, epoch=self._epoch))
             if isinstance(event, Delta):
                 self._written += len(event.token_ids)
-            elif not isinstance(event, Started):
+            elif isinstance(event, Finished | Failed):
                 return event
         self._outbox.sent()
         self._sent_s = self._loop.time()
         return None
 
     async def _send_reset(self) -> None:
-        message = inference_pb2.StreamEvent(request_id=self._request_id, seq=self._written)
+        message = inference_pb2.StreamEvent(request_id=self._request_id, seq=self._written, epoch=self._epoch)
         message.reset.resume_from.extend(self._outbox.said)
         await self._send(message)
 
     async def _send_heartbeat(self) -> None:
         self.num_heartbeats += 1
-        message = inference_pb2.StreamEvent(request_id=self._request_id, seq=self._written)
+        message = inference_pb2.StreamEvent(request_id=self._request_id, seq=self._written, epoch=self._epoch)
         message.heartbeat.SetInParent()
         await self._send(message)
 

@@ -18,9 +18,10 @@ from opentelemetry.trace import Span, SpanKind
 from schemas.v1 import inference_pb2
 from service import wire
 from service.config import GrpcSection
-from service.contract import Call, Event, Failed, Finished, PromptRequest, Started
+from service.contract import Call, Event, Failed, Finished, PromptRequest, ReaderEvent, Started
 from service.errors import CODES, RequestError
 from service.rpc import calls
+from service.rpc.durable_calls import Durable, DurableCalls, NotServed
 from service.rpc.pump import HandedOver, Pump, SlowReader
 from service.rpc.status import grpc_code, trailers
 from service.telemetry import names, tracing
@@ -32,11 +33,6 @@ _log = structlog.get_logger("service.rpc")
 
 Context = Any  # grpc.aio.ServicerContext[bytes, Message]; grpc ships no types
 Handler = Callable[[bytes, Context, Span], Awaitable[Message | None]]
-
-
-class _NotBuilt(Exception):
-    def __init__(self, instead: str) -> None:
-        self.instead = instead
 
 
 class EventStream(Protocol):
@@ -70,6 +66,7 @@ class Inference:
         metrics: Metrics,
         models: Callable[[], Sequence[inference_pb2.Model]],
         new_request_id: Callable[[], str],
+        durable: Durable | None = None,
         wall_ns: Callable[[], int] = time.time_ns,
         monotonic_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
@@ -81,6 +78,9 @@ class Inference:
         self._new_request_id = new_request_id
         self._wall_ns, self._monotonic_ns = wall_ns, monotonic_ns
         self._pumps: set[Pump] = set()
+        self._durable = DurableCalls(
+            section, durable, spans=spans, pumped=self._pumped, draining=lambda: self._draining, wall_ns=wall_ns
+        )
         self._detached: set[asyncio.Task[None]] = set()
         self._draining = False
         self._num_calls = 0
@@ -89,17 +89,22 @@ class Inference:
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """What a server registers."""
-        unary = {"Generate": self._generate, "Cancel": self._cancel, "Models": self._list_models}
+        unary = {
+            "Generate": self._generate,
+            "Submit": self._durable.submit,
+            "Get": self._durable.get,
+            "Cancel": self._cancel,
+            "Models": self._list_models,
+        }
         table = {name: self._unary(name, handler) for name, handler in unary.items()}
         table["Stream"] = self._streaming("Stream", self._stream)
-        table["Submit"] = self._unary("Submit", _unimplemented("write the prompt record to Kafka instead"))
-        table["Get"] = self._unary("Get", _unimplemented("read the results topic instead"))
-        table["Attach"] = self._streaming("Attach", _unimplemented("read the chunks topic instead"))
+        table["Attach"] = self._streaming("Attach", self._durable.attach)
         return grpc.method_handlers_generic_handler(names.RPC_SERVICE, table)
 
     def drain(self) -> None:
         """From now on new prompts are refused with `draining`; what runs goes on."""
         self._draining = True
+        self._durable.drain()
 
     async def idle(self) -> None:
         """Returns once no call runs. (Health watches do not count: they never end by themselves.)"""
@@ -152,9 +157,9 @@ class Inference:
                 status = grpc.StatusCode.CANCELLED
                 tracing.record_error(span, "cancelled")
                 return None
-            except _NotBuilt as error:
+            except NotServed:
                 status = grpc.StatusCode.UNIMPLEMENTED
-                await context.abort(status, f"{method} is not built yet: {error.instead}")
+                await context.abort(status, f"{method} needs Kafka, which this replica does not serve (kafka.enabled)")
             except Exception as error:  # noqa: BLE001 - the boundary of a call: its text must not reach the client
                 _log.error("call failed", method=method, span=span, **fault(error))
                 failure = RequestError("internal", CODES["internal"].meaning)
@@ -229,20 +234,31 @@ class Inference:
         request = calls.parse(inference_pb2.StreamRequest, raw)
         _, running = await self._begin(request.prompt, context, span, request)
         pump = Pump(self._section, running.request_id, context.write)
-        self._pumps.add(pump)
-        self._metrics.streams.opened()
         ended = False
         try:
-            end = await pump.run(running.__aiter__())
+            end = await self._pumped(pump, aiter(running), span, "send them back in output_token_ids, with the seed, to go on")
             ended = True
             if isinstance(end, Failed):
                 raise end.error
+        finally:
+            span.set_attribute(names.DETACHED, request.detach)
+            if request.detach and not ended:
+                self._run_detached(running)
+            else:
+                await running.aclose()
+
+    async def _pumped(self, pump: Pump, events: AsyncIterator[ReaderEvent], span: Span, to_go_on: str) -> Finished | Failed:
+        """Runs a pump, counted and open to a hand-over. `to_go_on`: what a reader that was cut off can do."""
+        self._pumps.add(pump)
+        self._metrics.streams.opened()
+        try:
+            return await pump.run(events)
         except SlowReader:
             self._metrics.streams.slow_reader()
             raise RequestError(
                 "overloaded",
                 f"the reader took nothing for {self._section.slow_reader_timeout_s:g} s and the stream was ended after "
-                f"{pump.num_tokens_sent} tokens; send them back in output_token_ids, with the seed, to go on",
+                f"{pump.num_tokens_sent} tokens; {to_go_on}",
             ) from None
         except HandedOver:
             raise RequestError(
@@ -251,12 +267,7 @@ class Inference:
         finally:
             self._pumps.discard(pump)
             self._metrics.streams.closed(messages=pump.num_messages, merges=pump.num_merges)
-            counts = {names.MESSAGES_SENT: pump.num_messages, names.HEARTBEATS_SENT: pump.num_heartbeats}
-            span.set_attributes({**counts, names.DETACHED: request.detach})
-            if request.detach and not ended:
-                self._run_detached(running)
-            else:
-                await running.aclose()
+            span.set_attributes({names.MESSAGES_SENT: pump.num_messages, names.HEARTBEATS_SENT: pump.num_heartbeats})
 
     def _run_detached(self, running: EventStream) -> None:
         task = asyncio.create_task(_read_out(running), name=f"detached-{running.request_id}")
@@ -268,6 +279,8 @@ class Inference:
         if not request.request_id:
             raise RequestError("invalid_field", "must name the request", field="request_id")
         span.set_attribute(names.REQUEST_ID, request.request_id[: calls.MAX_HEADER_BYTES])
+        if self._durable.owns(request.request_id):
+            return inference_pb2.CancelResponse(was_running=await self._durable.cancel(request.request_id))
         return inference_pb2.CancelResponse(was_running=self._generations.cancel(request.request_id))
 
     async def _list_models(self, raw: bytes, context: Context, span: Span) -> Message:
@@ -292,13 +305,6 @@ async def _abort(context: Context, error: RequestError, *, trace_id: str) -> Non
             await context.abort(grpc_code(error), str(error), trailing_metadata=details)
     except TimeoutError:
         return
-
-
-def _unimplemented(instead: str) -> Handler:
-    async def refuse(raw: bytes, context: Context, span: Span) -> None:
-        raise _NotBuilt(instead)
-
-    return refuse
 
 
 def _serialize(message: Message) -> bytes:

@@ -242,13 +242,13 @@ async def test_cancel_ends_a_running_request_and_is_idempotent():
 
 
 @pytest.mark.parametrize("method", ["Submit", "Get", "Attach"])
-async def test_what_is_not_built_says_so(method):
+async def test_what_needs_kafka_says_so_where_there_is_none(method):
     async with serving() as service, grpc.aio.insecure_channel(service.target) as channel:
         path = f"/{SERVICE}/{method}"
         error = await failure(channel.unary_stream(path)(b"").read() if method == "Attach" else channel.unary_unary(path)(b""))
         (span,) = service.spans(f"{SERVICE}/{method}")
     assert error.code() is grpc.StatusCode.UNIMPLEMENTED
-    assert error.details().startswith(f"{method} is not built yet")
+    assert error.details().startswith(f"{method} needs Kafka")
     assert span.attributes["rpc.response.status_code"] == "UNIMPLEMENTED"
 
 
