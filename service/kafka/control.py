@@ -11,7 +11,6 @@ from typing import Any
 
 import structlog
 from aiokafka import AIOKafkaConsumer
-from aiokafka import TopicPartition as ClientPartition
 from google.protobuf import json_format
 from google.protobuf.message import DecodeError
 
@@ -57,25 +56,23 @@ class ControlReader:
 
     async def _session(self) -> None:
         consumer = self._make_consumer()
+        # Without a group that is every partition, those that are added later too.
+        consumer.subscribe([self._topic])
         try:
             async with asyncio.timeout(_TIMEOUT_S):
                 await consumer.start()
-                await consumer.topics()
-            partitions = [ClientPartition(self._topic, number) for number in consumer.partitions_for_topic(self._topic) or ()]
-            if not partitions:
-                return
-            consumer.assign(partitions)
             self._cancels.earlier.set()
             while True:
                 if self._cancels.earlier.is_set():
                     self._cancels.earlier.clear()
-                    await self._go_back(consumer, partitions)
+                    await self._go_back(consumer)
                 await self._poll(consumer)
         finally:
             with contextlib.suppress(*FAILURES):
                 await consumer.stop()
 
-    async def _go_back(self, consumer: AIOKafkaConsumer, partitions: list[ClientPartition]) -> None:
+    async def _go_back(self, consumer: AIOKafkaConsumer) -> None:
+        partitions = sorted(consumer.assignment())
         async with asyncio.timeout(_TIMEOUT_S):
             if not self._knows_times:
                 starts = await consumer.beginning_offsets(partitions)

@@ -162,27 +162,39 @@ class RequestLog:
         source = place.source
         results = TopicPartition(self._topics.results, source.partition)
         async with self._tail.watch(source.partition, source.request_id.encode()) as watch:
-            for message, offset in await self._chunks(chunks, source, next_chunk, watch.starts[chunks.topic]):
-                next_chunk = offset + 1
-                yield message, offset
-            recent = await self._reader.offset_at(results, self._wall_ns() // 1_000_000 - RECENT_MS)
-            terminal = await self._search(results, source, recent, watch.starts[results.topic])
-            while terminal is None:
-                records = await watch.take(self._silence_s)
-                if not records and (await self.place(source.request_id)).ended:
-                    return
-                for record in records:
-                    if record.topic == results.topic:
-                        terminal = terminal or read_result(record)
-                    elif record.offset >= next_chunk and (said := read_chunk_record(record)) is not None:
-                        next_chunk = record.offset + 1
-                        yield said, record.offset
+            searching = asyncio.create_task(self._recent(results, source, watch.starts[results.topic]))
+            searching.add_done_callback(lambda _: watch.wake())
+            try:
+                for message, offset in await self._chunks(chunks, source, next_chunk, watch.starts[chunks.topic]):
+                    next_chunk = offset + 1
+                    yield message, offset
+                terminal: Terminal | None = None
+                while terminal is None:
+                    searched = searching.done()
+                    records = await watch.take(0 if searched and searching.result() else self._silence_s)
+                    for record in records:
+                        if record.topic == results.topic:
+                            terminal = terminal or read_result(record)
+                        elif record.offset >= next_chunk and (said := read_chunk_record(record)) is not None:
+                            next_chunk = record.offset + 1
+                            yield said, record.offset
+                    if searched:
+                        terminal = terminal or searching.result()
+                        if not records and terminal is None and (await self.place(source.request_id)).ended:
+                            return
+            finally:
+                searching.cancel()
         self.remember(terminal)
         if _needs_chunks(terminal.result):
             # The two topics come without an order between them, and this result does not make up for what was not read.
             for message, offset in await self._chunks(chunks, source, next_chunk):
                 yield message, offset
         yield terminal, 0
+
+    async def _recent(self, results: TopicPartition, source: Source, end: int) -> Terminal | None:
+        """A result that was written shortly before the watch began, while its offset was not committed yet."""
+        start = await self._reader.offset_at(results, self._wall_ns() // 1_000_000 - RECENT_MS)
+        return await self._search(results, source, start, end)
 
     async def _chunks(
         self, partition: TopicPartition, source: Source, start: int, end: int | None = None

@@ -47,7 +47,7 @@ class Watch:
         self._arrived = asyncio.Event()
 
     async def take(self, timeout_s: float) -> list[InRecord]:
-        """What has come; nothing after `timeout_s` of silence. Raises `Lapsed`."""
+        """What has come; nothing after `timeout_s` of silence, or once `wake` was called. Raises `Lapsed`."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._arrived.wait()
@@ -63,6 +63,10 @@ class Watch:
         if self._lapsed is not None:
             raise self._lapsed
         self._arrived.clear()
+
+    def wake(self) -> None:
+        """Ends a `take` that waits."""
+        self._arrived.set()
 
     def begin(self, starts: dict[str, int]) -> None:
         """From here on records come."""
