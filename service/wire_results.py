@@ -3,13 +3,13 @@
 Guarantee: never fails for a message, whatever version wrote it: an error code that is not in this version's list reads as `internal`.
 """
 
-from collections.abc import Iterable
 from typing import cast
 
 from engine import FinishReason
 from schemas.v1 import inference_pb2
-from service.contract import ChoiceResult, Failed, Finished, LogprobEntry, Timings, Usage
+from service.contract import ChoiceResult, Failed, Finished, Timings, Usage
 from service.errors import CODES, RequestError
+from service.wire import logprobs_from_proto
 
 
 def usage_of(message: inference_pb2.Usage) -> Usage:
@@ -24,19 +24,6 @@ def usage_of(message: inference_pb2.Usage) -> Usage:
 def timings_of(message: inference_pb2.Timings) -> Timings:
     """Milliseconds."""
     return Timings(queue_ms=message.queue_ms, ttft_ms=message.ttft_ms, tpot_ms=message.tpot_ms, total_ms=message.total_ms)
-
-
-def logprobs_of(messages: Iterable[inference_pb2.TokenLogprobs]) -> tuple[LogprobEntry, ...]:
-    """One entry a token."""
-    return tuple(
-        LogprobEntry(
-            token_id=message.token_id,
-            token=message.token,
-            logprob=message.logprob,
-            top=tuple((item.token_id, item.token, item.logprob) for item in message.top),
-        )
-        for message in messages
-    )
 
 
 def reason_of(value: inference_pb2.FinishReason) -> FinishReason:
@@ -59,7 +46,7 @@ def ending_of(result: inference_pb2.Result) -> Finished | Failed:
             text=choice.text,
             token_ids=tuple(choice.token_ids),
             finish_reason=reason_of(choice.finish_reason),
-            logprobs=logprobs_of(choice.logprobs) if choice.logprobs else None,
+            logprobs=logprobs_from_proto(choice.logprobs) if choice.logprobs else None,
         )
         for choice in result.choices
     )

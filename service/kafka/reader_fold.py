@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from schemas.v1 import events_pb2, inference_pb2
 from service.contract import Delta, LogprobEntry, ReaderEvent, Reset, Started
 from service.kafka.chunk_records import ChunkMessage
-from service.wire_results import ending_of, logprobs_of
+from service.wire import logprobs_from_proto
+from service.wire_results import ending_of
 
 MAX_CHOICES = 16
 
@@ -116,7 +117,9 @@ class ReaderFold:
             return
         end = chunk.seq + len(chunk.token_ids)
         yield from self._confirm(chunk.choice, chunk.token_ids[known:])
-        logprobs = logprobs_of(chunk.logprobs) if len(chunk.logprobs) == len(chunk.token_ids) and chunk.logprobs else None
+        logprobs = (
+            logprobs_from_proto(chunk.logprobs) if len(chunk.logprobs) == len(chunk.token_ids) and chunk.logprobs else None
+        )
         if end <= choice.given and choice.text_given is None:
             # The reader has all of these tokens, and so their text.
             if end == choice.given:

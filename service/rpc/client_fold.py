@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 from schemas.v1 import inference_pb2
 from service.contract import ChoiceResult, Delta, Finished, LogprobEntry, Reset, Started
-from service.wire_results import logprobs_of, timings_of, usage_of
+from service.wire import logprobs_from_proto
+from service.wire_results import timings_of, usage_of
 
 MAX_CHOICES = 16
 
@@ -133,7 +134,7 @@ class StreamFold:
         if known_tokens < 0 or known_text < 0:
             raise ProtocolError(f"choice {delta.choice} lacks tokens before {seq} or text before {delta.text_offset}")
         token_ids, text = tuple(delta.token_ids[known_tokens:]), delta.text[known_text:]
-        logprobs = logprobs_of(delta.logprobs[known_tokens:]) if delta.logprobs else None
+        logprobs = logprobs_from_proto(delta.logprobs[known_tokens:]) if delta.logprobs else None
         reason = inference_pb2.FinishReason.Name(delta.finish_reason) if delta.finish_reason else None
         if not token_ids and not text and reason is None:
             return None
