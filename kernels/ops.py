@@ -24,6 +24,9 @@ class Operators:
     silu_mul: Callable[[Tensor], Tensor]
     rotary_kv_write: Callable[..., Tensor]
     paged_attention: Callable[..., Tensor]
+    greedy: Callable[[Tensor], Tensor]
+    sample: Callable[[Tensor, Tensor, Tensor], Tensor]
+    logprobs: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
 
 
 @cache
@@ -48,6 +51,9 @@ def _reference() -> Operators:
         silu_mul=reference.silu_mul,
         rotary_kv_write=reference.rotary_kv_write,
         paged_attention=reference.paged_attention,
+        greedy=reference.greedy,
+        sample=reference.sample,
+        logprobs=reference.logprobs,
     )
 
 
@@ -61,4 +67,7 @@ def _triton() -> Operators:
         silu_mul=silu_mul.silu_mul,
         rotary_kv_write=rotary_kv_write.rotary_kv_write,
         paged_attention=paged_attention.paged_attention,
+        greedy=reference.greedy,
+        sample=reference.sample,
+        logprobs=reference.logprobs,
     )

@@ -5,9 +5,13 @@ Hkv: query head h reads key/value head h // (Hq // Hkv)), D head size. Caches ar
 their strides are the backend's choice. Arithmetic that sums runs in float32 and is rounded once at the end.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from kernels.draws import uniforms
+from kernels.filters import inverse_cdf, keep_from, keep_thresholds, pad_to_blocks, row_best
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -98,3 +102,54 @@ def paged_attention(
         weights = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1)
         out[first:last] = torch.einsum("hqk,khd->qhd", weights, values).to(q.dtype)
     return out
+
+
+def greedy(logits: Tensor) -> Tensor:
+    """The first index of each row's greatest value; -1 where the row holds NaN or +inf, or nothing finite.
+
+    logits: [N, V] float32; out: [N] int64.
+    """
+    values, tokens = row_best(pad_to_blocks(logits))
+    return torch.where(torch.isfinite(values), tokens, -1)
+
+
+def sample(logits: Tensor, filters: Tensor, draws: Tensor) -> Tensor:
+    """The next token of each row, a function of that row alone: [N] int64, -1 as for `greedy`.
+
+    logits: [N, V] float32. Host tensors: filters [N, 4] float64, temperature (0: greedy), top-k (0: off), top-p (1: off) and
+    min-p (0: off), applied in this order; draws [N, 3] int64, (seed, choice, output position). One draw by inverse CDF in token-id
+    order. A filter keeps every value that equals its threshold (`kernels/filters.py`); running sums are float64.
+    """
+    rows = pad_to_blocks(logits)
+    best, tokens = row_best(rows)
+    drawn = (filters[:, 0] > 0.0).nonzero().squeeze(1)
+    if drawn.numel():
+        temperature, top_k, top_p, min_p = filters[drawn].numpy().T
+        index = drawn.to(logits.device)
+        scaled = rows[index].sub_(best[index].unsqueeze(1))
+        scaled.mul_(torch.from_numpy((1.0 / temperature).astype(np.float32)).to(logits.device).unsqueeze(1))
+        weights = scaled.exp()
+        filtered = np.flatnonzero((top_k > 0) | (top_p < 1.0) | (min_p > 0.0))
+        if filtered.size:
+            with np.errstate(divide="ignore"):
+                floor = torch.from_numpy(np.log(min_p[filtered]).astype(np.float32)).to(logits.device)
+            picked = torch.from_numpy(filtered).to(logits.device)
+            part, mass = scaled[picked], weights[picked]
+            spare = torch.empty_like(part)
+            least = keep_thresholds(part, mass, top_k[filtered].astype(np.int64), top_p[filtered], spare)
+            keep_from(part, mass, torch.maximum(floor, least), spare)
+            weights[picked] = mass
+        chances = uniforms(*draws[drawn].numpy().T)
+        tokens[index] = inverse_cdf(weights, torch.from_numpy(chances).to(logits.device))
+    return torch.where(torch.isfinite(best), tokens, -1)
+
+
+def logprobs(logits: Tensor, tokens: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Natural-log probabilities of each row's token, and its `count` best tokens with theirs, best first, equals by id.
+
+    logits: [N, V] float32; tokens: [N] int64, each in [0, V); 0 <= count <= V. out: [N] float32, [N, count] int64, [N, count] float32.
+    """
+    normaliser = logits.logsumexp(dim=-1, keepdim=True)
+    chosen = logits.gather(1, tokens.unsqueeze(1)) - normaliser
+    values, ids = logits.sort(dim=-1, descending=True, stable=True)
+    return chosen.squeeze(1), ids[:, :count].contiguous(), values[:, :count] - normaliser

@@ -5,7 +5,7 @@ step may be decided (overlap), and a captured graph may stand in for the model c
 retracted: later plans then send its sequences anew. Knows nothing of requests, queues or block ownership.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -19,8 +19,9 @@ from engine.attention.base import AttentionBackend, AttentionMetadata, LayerCach
 from engine.errors import OutOfMemoryError
 from engine.execution.forward_batch import ForwardBatch
 from engine.execution.sampler import PendingSample, Sampler
-from engine.execution.slot_table import SlotTable
+from engine.execution.slot_table import Ints, SlotTable
 from engine.scheduling.step import Chunk, ChunkResult, StepPlan, StepResult
+from kernels import ops
 
 _NOTHING = ChunkResult()
 
@@ -77,9 +78,12 @@ class Runner:
         self._backend = backend
         self._caches = caches
         self._device = device
+        self._on_host = device.type == "cpu"
         self._block_size = block_size
         self._slots = SlotTable(num_slots=num_slots, max_tokens=max_model_len, block_size=block_size)
-        self._sampler = Sampler(num_slots=num_slots, vocab_size=vocab_size, device=device)
+        self._sampler = Sampler(
+            num_slots=num_slots, vocab_size=vocab_size, device=device, operators=ops.for_device(device.type)
+        )
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Runs the plan to its end. Raises `OutOfMemoryError`: the step said nothing, and its sequences must be sent anew."""
@@ -98,13 +102,16 @@ class Runner:
                     self._slots.grow(chunk)
             if not chunks:
                 return Launched(chunks=chunks, pending=None)
-            sampling = np.array([chunk.samples for chunk in chunks], np.bool_)
-            input_ids, positions, batch = self._batch(chunks, sampling)
+            columns = np.array([(chunk.slot, chunk.start, chunk.num_tokens, chunk.samples) for chunk in chunks], np.int64)
+            slots, starts, lengths, samples = columns.T
+            sampling = samples.nonzero()[0]
+            input_ids, positions, batch = self._batch(slots, starts, lengths, sampling)
             hidden = self._model.forward(input_ids, positions, batch)
-            if not sampling.any():
+            if not sampling.size:
                 return Launched(chunks=chunks, pending=None)
-            logits = self._model.compute_logits(hidden[batch.logits_indices])
-            slots = np.array([chunk.slot for chunk in chunks if chunk.samples], np.int64)
+            wanted = hidden if sampling.size == len(hidden) else hidden[batch.logits_indices]
+            logits = self._model.compute_logits(wanted)
+            slots = slots[sampling]
             said = self._slots.known[slots] - self._slots.num_prompt[slots]
             return Launched(chunks=chunks, pending=self._sampler.launch(logits, slots, said))
 
@@ -128,31 +135,27 @@ class Runner:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _batch(self, chunks: Sequence[Chunk], sampling: NDArray[np.bool_]) -> tuple[Tensor, Tensor, ForwardBatch]:
-        """The flat batch of the chunks, in their order."""
-        table = self._slots
-        slots = np.array([chunk.slot for chunk in chunks], np.int64)
-        starts = np.array([chunk.start for chunk in chunks], np.int64)
-        lengths = np.array([chunk.num_tokens for chunk in chunks], np.int64)
+    def _batch(self, slots: Ints, starts: Ints, lengths: Ints, sampling: Ints) -> tuple[Tensor, Tensor, ForwardBatch]:
+        """The flat batch of chunks, [num_seqs] each, in plan order; `sampling`: which of them sample."""
+        table, block_size, num_seqs = self._slots, self._block_size, len(slots)
         seq_lens = starts + lengths
-        query_start_loc = np.zeros(len(chunks) + 1, np.int64)
+        query_start_loc = np.zeros(num_seqs + 1, np.int64)
         np.cumsum(lengths, out=query_start_loc[1:])
         total = int(query_start_loc[-1])
-        row = np.repeat(slots, lengths)
-        positions = np.arange(total) + np.repeat(starts - query_start_loc[:-1], lengths)
-        slot_mapping = (
-            table.blocks[row, positions // self._block_size].astype(np.int64) * self._block_size + positions % self._block_size
-        )
+        row, positions, singles, longest_query = slots, starts, num_seqs, 1
+        if total > num_seqs:
+            row = np.repeat(slots, lengths)
+            positions = np.arange(total) + np.repeat(starts - query_start_loc[:-1], lengths)
+            singles, longest_query = int((lengths != 1).argmax()), int(lengths.max())
+        columns, offsets = np.divmod(positions, block_size)
         longest = int(seq_lens.max())
-        width = -(-longest // self._block_size)
-        singles = int((lengths != 1).argmax()) if (lengths != 1).any() else len(chunks)
         metadata = AttentionMetadata(
             query_start_loc=self._to_device(query_start_loc.astype(np.int32)),
             seq_lens=self._to_device(seq_lens.astype(np.int32)),
-            block_tables=self._to_device(table.blocks[slots, :width]),
-            slot_mapping=self._to_device(slot_mapping),
+            block_tables=self._to_device(table.blocks[slots, : -(-longest // block_size)]),
+            slot_mapping=self._to_device(table.blocks[row, columns].astype(np.int64) * block_size + offsets),
             num_single_token_chunks=singles,
-            max_query_len=int(lengths.max()),
+            max_query_len=longest_query,
             max_seq_len=longest,
         )
         batch = ForwardBatch(
@@ -161,7 +164,8 @@ class Runner:
             caches=self._caches,
             logits_indices=self._to_device(query_start_loc[1:][sampling] - 1),
         )
-        return self._to_device(table.tokens[row, positions]), self._to_device(positions), batch
+        return self._to_device(table.tokens[row, positions]), self._to_device(positions.copy()), batch
 
     def _to_device(self, array: NDArray[np.generic]) -> Tensor:
-        return torch.from_numpy(array).to(self._device, non_blocking=True)
+        tensor = torch.from_numpy(array)
+        return tensor if self._on_host else tensor.to(self._device, non_blocking=True)

@@ -15,23 +15,23 @@ GREEDY_BELOW = 1e-5
 
 
 class SamplingTable:
-    """Parameters and penalty counts of `num_slots` slots over a vocabulary of `vocab_size`."""
+    """Parameters and penalty counts of `num_slots` slots over a vocabulary of `vocab_size`.
+
+    `filters`: [num_slots, 4], temperature (0: greedy), top-k, top-p, min-p; `streams`: [num_slots, 2], seed and choice, as
+    `kernels.reference.sample` takes them. `plain`: greedy and nothing else.
+    """
 
     def __init__(self, *, num_slots: int, vocab_size: int, device: torch.device) -> None:
         self._device = device
         self._shape = (num_slots, vocab_size)
-        self.seed = np.zeros(num_slots, np.int64)
-        self.choice = np.zeros(num_slots, np.int64)
-        self.temperature = np.zeros(num_slots, np.float64)
-        self.top_k = np.zeros(num_slots, np.int64)
-        self.top_p = np.ones(num_slots, np.float64)
-        self.min_p = np.zeros(num_slots, np.float64)
+        self.filters = np.zeros((num_slots, 4), np.float64)
+        self.streams = np.zeros((num_slots, 2), np.int64)
         self.repetition = np.ones(num_slots, np.float32)
         self.frequency = np.zeros(num_slots, np.float32)
         self.presence = np.zeros(num_slots, np.float32)
         self.min_tokens = np.zeros(num_slots, np.int64)
         self.num_logprobs = np.full(num_slots, -1, np.int64)
-        self.greedy = np.ones(num_slots, np.bool_)
+        self.plain = np.ones(num_slots, np.bool_)
         self.penalised = np.zeros(num_slots, np.bool_)
         self.biased = np.zeros(num_slots, np.bool_)
         self._bias: dict[int, tuple[Tensor, Tensor]] = {}
@@ -42,13 +42,9 @@ class SamplingTable:
     def start(self, start: SequenceStart) -> None:
         """Gives the slot to a sequence; `start.token_ids` beyond the prompt count as output."""
         slot, params = start.slot, start.sampling
-        self.seed[slot] = params.seed
-        self.choice[slot] = start.choice
-        self.temperature[slot] = params.temperature
-        self.greedy[slot] = params.temperature < GREEDY_BELOW
-        self.top_k[slot] = max(params.top_k, 0)
-        self.top_p[slot] = params.top_p
-        self.min_p[slot] = params.min_p
+        temperature = 0.0 if params.temperature < GREEDY_BELOW else params.temperature
+        self.filters[slot] = (temperature, max(params.top_k, 0), params.top_p, params.min_p)
+        self.streams[slot] = (params.seed, start.choice)
         self.repetition[slot] = params.repetition_penalty
         self.frequency[slot] = params.frequency_penalty
         self.presence[slot] = params.presence_penalty
@@ -65,6 +61,8 @@ class SamplingTable:
         )
         if self.penalised[slot]:
             self._count_all(start)
+        adjusted = self.penalised[slot] or self.biased[slot] or self.min_tokens[slot] > 0
+        self.plain[slot] = temperature == 0.0 and params.logprobs is None and not adjusted
 
     def _ids(self, token_ids: tuple[int, ...]) -> Tensor:
         return torch.tensor(token_ids, dtype=torch.int64, device=self._device)

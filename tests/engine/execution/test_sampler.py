@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from engine.execution.draws import uniforms
 from engine.execution.sampler import Sampler
 from engine.request import SamplingParams
 from engine.scheduling.step import ChunkResult, SequenceStart
+from kernels import ops
+from kernels.draws import uniforms
 from tests.engine.execution import naive_sampling as naive
 
 CPU = torch.device("cpu")
@@ -23,7 +24,7 @@ class Rows:
     def __init__(
         self, params: list[SamplingParams], vocab: int, prompt: tuple[int, ...] = (1, 2, 3), stops: tuple[int, ...] = ()
     ) -> None:
-        self.sampler = Sampler(num_slots=len(params), vocab_size=vocab, device=CPU)
+        self.sampler = Sampler(num_slots=len(params), vocab_size=vocab, device=CPU, operators=ops.for_device("cpu"))
         self.said: list[list[int]] = [[] for _ in params]
         for slot, row in enumerate(params):
             self.sampler.start(
@@ -202,7 +203,7 @@ def test_a_resumed_slot_penalises_what_was_said_before() -> None:
     params = replace(BASE, temperature=0.0, frequency_penalty=1.0, presence_penalty=0.5)
     logits = torch.zeros(1, 8)
     logits[0, 3], logits[0, 5] = 4.0, 1.2
-    sampler = Sampler(num_slots=1, vocab_size=8, device=CPU)
+    sampler = Sampler(num_slots=1, vocab_size=8, device=CPU, operators=ops.for_device("cpu"))
     sampler.start(
         SequenceStart(slot=0, token_ids=(3, 3, 3, 3), num_prompt_tokens=1, choice=0, sampling=params, stop_token_ids=())
     )

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from engine.execution.draws import philox, uniforms
+from kernels.draws import philox, uniforms
 
 
 def _one(seed: int, choice: int, position: int) -> float:

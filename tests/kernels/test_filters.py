@@ -12,10 +12,10 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from engine.execution.filters import keep_thresholds, pad_to_blocks, row_best, sorted_prefix
 from engine.execution.sampling_table import SamplingTable
 from engine.request import SamplingParams
 from engine.scheduling.step import SequenceStart
+from kernels.filters import keep_thresholds, pad_to_blocks, row_best, sorted_prefix
 
 
 def _logits(rows: int, vocab: int, seed: int, spread: float) -> torch.Tensor:
