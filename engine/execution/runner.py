@@ -24,6 +24,7 @@ from engine.scheduling.step import Chunk, ChunkResult, StepPlan, StepResult
 from kernels import ops
 
 _NOTHING = ChunkResult()
+_NO_SLOTS = np.zeros(0, np.int64)
 
 
 class Model(Protocol):
@@ -40,9 +41,10 @@ class Model(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Launched:
-    """A step on its way: which chunks sample, their slots, and what will be drawn. None: no chunk samples."""
+    """A step on its way: its chunks, the slots of those that sample, and what will be drawn. None: no chunk samples."""
 
     chunks: tuple[Chunk, ...]
+    slots: Ints
     pending: PendingSample | None
 
 
@@ -101,19 +103,19 @@ class Runner:
                 if chunk.new_block_ids:
                     self._slots.grow(chunk)
             if not chunks:
-                return Launched(chunks=chunks, pending=None)
+                return Launched(chunks=chunks, slots=_NO_SLOTS, pending=None)
             columns = np.array([(chunk.slot, chunk.start, chunk.num_tokens, chunk.samples) for chunk in chunks], np.int64)
             slots, starts, lengths, samples = columns.T
             sampling = samples.nonzero()[0]
             input_ids, positions, batch = self._batch(slots, starts, lengths, sampling)
             hidden = self._model.forward(input_ids, positions, batch)
             if not sampling.size:
-                return Launched(chunks=chunks, pending=None)
+                return Launched(chunks=chunks, slots=_NO_SLOTS, pending=None)
             wanted = hidden if sampling.size == len(hidden) else hidden[batch.logits_indices]
             logits = self._model.compute_logits(wanted)
             slots = slots[sampling]
             said = self._slots.known[slots] - self._slots.num_prompt[slots]
-            return Launched(chunks=chunks, pending=self._sampler.launch(logits, slots, said))
+            return Launched(chunks=chunks, slots=slots, pending=self._sampler.launch(logits, slots, said))
 
     @torch.inference_mode()
     def collect(self, launched: Launched) -> StepResult:
@@ -121,14 +123,12 @@ class Runner:
         if launched.pending is None:
             return StepResult(chunks=(_NOTHING,) * len(launched.chunks))
         with _memory_errors():
-            drawn = iter(self._sampler.collect(launched.pending))
-        results = []
-        for chunk in launched.chunks:
-            result = next(drawn) if chunk.samples else _NOTHING
-            if result.token_ids:
-                self._slots.append(chunk.slot, result.token_ids)
-            results.append(result)
-        return StepResult(chunks=tuple(results))
+            drawn = self._sampler.collect(launched.pending)
+        self._slots.append(launched.slots, launched.pending.tokens.numpy(force=True))
+        if len(drawn) < len(launched.chunks):
+            each = iter(drawn)
+            drawn = [next(each) if chunk.samples else _NOTHING for chunk in launched.chunks]
+        return StepResult(chunks=tuple(drawn))
 
     def release_memory(self) -> None:
         """Gives cached, unused device memory back; after an `OutOfMemoryError`."""

@@ -36,9 +36,8 @@ class SlotTable:
         self.blocks[chunk.slot, have:end] = chunk.new_block_ids
         self.num_blocks[chunk.slot] = end
 
-    def append(self, slot: int, token_ids: tuple[int, ...]) -> None:
-        """Appends tokens that the step gave; those beyond the table's end belong to sequences that end with this step."""
-        known = int(self.known[slot])
-        fitting = token_ids[: self.tokens.shape[1] - known]
-        self.tokens[slot, known : known + len(fitting)] = fitting
-        self.known[slot] = known + len(fitting)
+    def append(self, slots: Ints, tokens: Ints) -> None:
+        """Appends the token that a step gave each of these slots, [n] both; a slot stands there once."""
+        known = self.known[slots]
+        self.tokens[slots, known] = tokens
+        self.known[slots] = known + 1
