@@ -50,7 +50,7 @@ class Bench:
         clock: Callable[[], float],
         sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
     ) -> None:
-        self._plan, self._target = plan, target
+        self._plan, self.target = plan, target
         self._new_draw, self._clock, self._sleep = new_draw, clock, sleep
         self.runs: list[Run] = []
         self.current: Drive | None = None
@@ -65,7 +65,7 @@ class Bench:
         """Raises `TargetError` when the warm-up fails; requests that fail later are counted."""
         plan = self._plan
         self.current_name = "warm-up"
-        await warm_up(self._target, plan.workload.requests(self._new_draw("warm-up")), plan.warm_up, plan.limits.timeout_s)
+        await warm_up(self.target, plan.workload.requests(self._new_draw("warm-up")), plan.warm_up, plan.limits.timeout_s)
         if plan.rate:
             await self._open(f"{plan.rate:g} a second", plan.rate, 0.0)
             return
@@ -97,7 +97,7 @@ class Bench:
     def _begin(self, name: str, stream: str) -> Drive:
         requests = self._plan.workload.requests(self._new_draw(f"requests {stream}"))
         self.current_name = name
-        self.current = Drive(self._target, requests, self._plan.limits, clock=self._clock, sleep=self._sleep)
+        self.current = Drive(self.target, requests, self._plan.limits, clock=self._clock, sleep=self._sleep)
         return self.current
 
     def _end(self, drive: Drive, *, concurrency: int = 0, rate: float = 0.0, load: float = 0.0) -> Run:
