@@ -1,7 +1,7 @@
 """Tokens to the chunk topic as they are made: a `Started` record opens an attempt, then chunks in order, `Handover` where it is given up.
 
 Guarantees: one request's records are in order on the partition of its prompt, keyed by its id; the first tokens go at once, then
-whatever gathered for `interval_s` or `max_tokens` tokens; `finish` returns once all of them are acknowledged, and the listener has
+at most once in `interval_s`, or with `max_tokens` tokens; `finish` returns once all of them are acknowledged, and the listener has
 heard of each then. Memory is bounded by a request's own tokens: while the broker does not take records, deltas merge, up to what
 one record may hold. A chunk that can never be written is logged and left out: the result is authoritative.
 """
@@ -9,6 +9,7 @@ one record may hold. A chunk that can never be written is logged and left out: t
 import asyncio
 import contextlib
 import itertools
+import math
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
@@ -66,6 +67,7 @@ class ChunkWriter:
         self._waiting: dict[ChunkStream, None] = {}
         self._handing_over: set[ChunkStream] = set()
         self._due_s = 0.0
+        self._written_s = -math.inf
         self._wake = asyncio.Event()
 
     def open(
@@ -110,6 +112,7 @@ class ChunkWriter:
             for stream in streams:
                 self._waiting.pop(stream, None)
                 await stream.write()
+            self._written_s = loop.time()
             if self._waiting or self._urgent:
                 self._wake.set()
 
@@ -120,7 +123,8 @@ class ChunkWriter:
             self._wake.set()
         elif stream not in self._waiting:
             if not self._waiting:
-                self._due_s = asyncio.get_running_loop().time() + self._interval_s
+                # Tokens come in paces already: what comes after a pause has gathered, and goes at once.
+                self._due_s = self._written_s + self._interval_s
                 self._wake.set()
             self._waiting[stream] = None
 
