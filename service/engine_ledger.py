@@ -10,6 +10,7 @@ far it came between them. A poison prompt so costs two deaths, and its neighbour
 Pure state: no I/O, no clock, no tasks; one owner, `EngineProcess`. Bounded by admission, which bounds what is submitted.
 """
 
+import operator
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -102,8 +103,11 @@ class EngineLedger:
         waiting = self._waiting.get(request_id)
         return False, () if waiting is None else self._end(waiting, "cancelled")
 
-    def accept(self, outputs: Iterable[TokenOutput]) -> tuple[TokenOutput, ...]:
-        """Of a step, what has not been handed on before. Raises `FrameError`, and takes nothing, when a token is skipped."""
+    def accept(self, outputs: tuple[TokenOutput, ...]) -> tuple[TokenOutput, ...]:
+        """Of a step, what has not been handed on before: `outputs` itself where that is all of it.
+
+        Raises `FrameError`, and takes nothing, when a token is skipped.
+        """
         accepted = []
         for output in self._checked(outputs):
             entry = self._inside.get(output.request_id)
@@ -120,7 +124,8 @@ class EngineLedger:
                 self._settle(entry)
             if new.token_ids or new.finish_reason is not None:
                 accepted.append(new)
-        return tuple(accepted)
+        whole = len(accepted) == len(outputs) and all(map(operator.is_, accepted, outputs))
+        return outputs if whole else tuple(accepted)
 
     def _checked(self, outputs: Iterable[TokenOutput]) -> list[TokenOutput]:
         """All of a step's outputs, or `FrameError` before any is counted as said: what is not handed on must come again."""

@@ -315,7 +315,7 @@ class EngineProcess:
         accepted = self._ledger.accept(step.outputs)
         if self._ledger.num_waiting:
             self._wake.set()
-        if len(accepted) != len(step.outputs) or any(a is not b for a, b in zip(accepted, step.outputs, strict=True)):
+        if accepted is not step.outputs:
             step = StepOutput(outputs=accepted, stats=step.stats)
         await self._outputs.put(step)
 

@@ -6,7 +6,7 @@ engine told to stop if it still runs, the spans ended and the line logged. All s
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -103,7 +103,7 @@ class GenerationRun:
         whole = False
         try:
             while any(choice.finish_reason is None for choice in self._choices):
-                for item in await self._context.inbox.take():
+                for item in joined(await self._context.inbox.take()):
                     if isinstance(item, Signal):
                         await self._signalled(item.code)
                     else:
@@ -213,6 +213,30 @@ class GenerationRun:
                         trace_id=trace.trace_id,
                     )
                 )
+
+
+def joined(items: Iterable[TokenOutput | Signal]) -> list[TokenOutput | Signal]:
+    """The same outputs with tokens that followed one another as one: what comes between wake-ups is taken in one go."""
+    found: list[TokenOutput | Signal] = []
+    run: list[TokenOutput] = []
+    for item in items:
+        plain = isinstance(item, TokenOutput) and item.facts is None and item.finish_reason is None and item.logprobs is None
+        if run and not (plain and cast(TokenOutput, item).choice == run[-1].choice):
+            found.append(_one(run))
+            run = []
+        if plain:
+            run.append(cast(TokenOutput, item))
+        else:
+            found.append(item)
+    if run:
+        found.append(_one(run))
+    return found
+
+
+def _one(run: list[TokenOutput]) -> TokenOutput:
+    if len(run) == 1:
+        return run[0]
+    return replace(run[0], token_ids=tuple(token_id for output in run for token_id in output.token_ids))
 
 
 def _engine_error(output: TokenOutput) -> RequestError:

@@ -5,6 +5,8 @@ served model, owned partitions), so that a caller cannot grow the registry. Hist
 as an exemplar, which shows in the OpenMetrics exposition. One observation a request or step, never one a token.
 """
 
+import dataclasses
+import functools
 from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -103,12 +105,21 @@ class EngineMetrics:
     """The engine child: reported by whoever reads its steps and supervises it."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        self._running = Gauge(names.METRIC_RUNNING_SEQUENCES, "Sequences that run", registry=registry)
-        self._waiting = Gauge(names.METRIC_WAITING_SEQUENCES, "Sequences that wait inside the engine", registry=registry)
+        running = Gauge(names.METRIC_RUNNING_SEQUENCES, "Sequences that run", registry=registry)
+        waiting = Gauge(names.METRIC_WAITING_SEQUENCES, "Sequences that wait inside the engine", registry=registry)
+        wasted = Gauge(names.METRIC_KV_WASTED_SLOTS, "Slots of used blocks without a computed token", registry=registry)
         blocks = Gauge(names.METRIC_KV_BLOCKS, "KV blocks: free, evictable, used", ("state",), registry=registry)
-        # Looking a label up costs more than setting its value, and there are hundreds of steps a second.
-        self._free, self._evictable, self._used = (blocks.labels(state) for state in ("free", "evictable", "used"))
-        self._wasted = Gauge(names.METRIC_KV_WASTED_SLOTS, "Slots of used blocks without a computed token", registry=registry)
+        # There are hundreds of steps a second: states are read when somebody asks, labels are looked up once, zeros are not counted.
+        self._stats: StepStats | None = None
+        for gauge, field in (
+            (running, "num_running"),
+            (waiting, "num_waiting"),
+            (blocks.labels("free"), "num_free_blocks"),
+            (blocks.labels("evictable"), "num_evictable_blocks"),
+            (blocks.labels("used"), "num_used_blocks"),
+            (wasted, "num_wasted_slots"),
+        ):
+            gauge.set_function(functools.partial(self._now, field))
         self._queried = Counter(names.METRIC_PREFIX_QUERY_TOKENS, "Tokens looked up in the prefix cache", registry=registry)
         self._hits = Counter(names.METRIC_PREFIX_HIT_TOKENS, "Tokens found there", registry=registry)
         self._preemptions = Counter(names.METRIC_PREEMPTIONS, "Sequences that gave up their blocks", registry=registry)
@@ -120,24 +131,26 @@ class EngineMetrics:
 
     def step(self, stats: StepStats) -> None:
         """One step's numbers. Its counts are of this step alone, not sums."""
-        self._running.set(stats.num_running)
-        self._waiting.set(stats.num_waiting)
-        self._free.set(stats.num_free_blocks)
-        self._evictable.set(stats.num_evictable_blocks)
-        self._used.set(stats.num_used_blocks)
-        self._wasted.set(stats.num_wasted_slots)
-        self._queried.inc(stats.num_prefix_query_tokens)
-        self._hits.inc(stats.num_prefix_hit_tokens)
-        self._preemptions.inc(stats.num_preemptions)
-        self._prefill.inc(stats.num_prefill_tokens)
-        self._decode.inc(stats.num_decode_tokens)
+        self._stats = stats
+        for counter, count in (
+            (self._queried, stats.num_prefix_query_tokens),
+            (self._hits, stats.num_prefix_hit_tokens),
+            (self._preemptions, stats.num_preemptions),
+            (self._prefill, stats.num_prefill_tokens),
+            (self._decode, stats.num_decode_tokens),
+        ):
+            if count:
+                counter.inc(count)
         self._step.observe((stats.ended_ns - stats.started_ns) / 1e9)
+
+    def _now(self, field: str) -> float:
+        return 0.0 if self._stats is None else float(getattr(self._stats, field))
 
     def died(self) -> None:
         """The child ended, hung or spoke garbage."""
         self._deaths.inc()
-        self._running.set(0)
-        self._waiting.set(0)
+        if self._stats is not None:
+            self._stats = dataclasses.replace(self._stats, num_running=0, num_waiting=0)
 
     def restarted(self) -> None:
         """A new child is ready after a death."""
