@@ -34,7 +34,10 @@ from service.telemetry.metrics import KafkaMetrics
 
 _log = structlog.get_logger(__name__)
 
-_IDLE_POLL_MS = 50
+_IDLE_POLL_MS = 200
+"""A record that comes ends the wait."""
+_HELD_POLL_MS = 50
+"""While some may not be read: nothing tells when they may again."""
 _WATCH_S = 2.0
 _BACKOFF_MIN_S, _BACKOFF_MAX_S = 0.5, 10.0
 _REVOKE_COMMIT_S = 1.0
@@ -258,7 +261,8 @@ class PromptConsumer(ConsumerRebalanceListener):
                 # Nothing was there: wait on all that may be read at once, or (nothing may be) just be seen polling.
                 suspect = self._unreadable.suspect(readable)
                 waiting = dict.fromkeys(readable) if suspect is None else (suspect,)
-                await self._turn(consumer, *waiting, timeout_ms=_IDLE_POLL_MS)
+                held = len(set(readable)) < sum(1 for _ in self._partitions)
+                await self._turn(consumer, *waiting, timeout_ms=_HELD_POLL_MS if held or not readable else _IDLE_POLL_MS)
             await asyncio.sleep(0)
 
     async def _turn(self, consumer: AIOKafkaConsumer, *partitions: TopicPartition, timeout_ms: int) -> int:

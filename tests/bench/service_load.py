@@ -58,6 +58,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     ):
         alone = plan(fixed(arguments.prompt_tokens, 2), requests=arguments.alone, concurrency=1, warm_up=4)
         for transport in TRANSPORTS:
+            # A broker that has just started takes three times as long.
+            warm = plan(equal, requests=4 * arguments.concurrent, concurrency=arguments.concurrent)
+            run_load(served, transport, warm, f"warm {transport}")
             [run], _ = run_load(served, transport, alone, f"alone {transport}")
             results["added_ttft_ms"][transport] = run.summary.as_json()["added_ttft_ms"]
         sweep = plan(

@@ -3,7 +3,7 @@
     python -m tests.bench.service_overhead [--tokens-per-s 94] [--concurrent 16] [--requests 96] [--blocks 3]
 
 CPU time of the service's own process an output token, in a closed loop over gRPC and over Kafka (real broker), blocks interleaved; and
-the time to the first token of one request at a time, which is all the service's, since the stand-in says its first token at once.
+the time to the first token of one request at a time, which is all the service's, since the stand-in says its first token at once. It comes last, when the broker is warm.
 """
 
 import argparse
@@ -43,15 +43,15 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     rates: dict[str, list[float]] = {name: [] for name in TRANSPORTS}
     first: dict[str, Any] = {}
     with kafka.running("bench") as broker, serving("--brokers", broker.bootstrap, *flags) as served:
-        for name in TRANSPORTS:
-            [run], _ = run_load(served, name, alone, f"alone {name}")
-            first[name] = run.summary.as_json()["ttft_ms"]
         for block in range(arguments.blocks):
             for name in TRANSPORTS:
                 [run], cost = run_load(served, name, load, f"{name} {block}")
                 rates[name].append(run.summary.output_tokens_per_s)
                 spent[name]["service"].append(cost.service_us)
                 spent[name]["load generator"].append(cost.load_us)
+        for name in TRANSPORTS:
+            [run], _ = run_load(served, name, alone, f"alone {name}")
+            first[name] = run.summary.as_json()["ttft_ms"]
         parent = resident_bytes(served.process)
     results = {
         "cpu_us_a_token": {
