@@ -2,8 +2,9 @@
 
     python -m tests.bench.service_overhead [--tokens-per-s 94] [--concurrent 16] [--requests 96] [--blocks 3]
 
-CPU time of the service's own process an output token, in a closed loop over gRPC and over Kafka (real broker), blocks interleaved; and
-the time to the first token of one request at a time, which is all the service's, since the stand-in says its first token at once. It comes last, when the broker is warm.
+CPU time of the service's own process an output token, in a closed loop over gRPC and over Kafka (real broker), blocks interleaved; then
+the time to the first token of one request at a time, which is all the service's, since the stand-in says its first token at once. It
+comes last, when the broker is warm.
 """
 
 import argparse
