@@ -75,11 +75,21 @@ class EngineConfig:
     stand_in_tokens_per_s: float = 0.0
     """Pace of one sequence of the stand-in engine; 0: as fast as it can."""
 
+    stand_in_step_tokens: int = 1
+    """Most tokens that the stand-in engine says of one sequence in a step, as an engine that drafts would."""
+
     stand_in_max_model_len: int = 8192
     """Context that the stand-in engine claims."""
 
     def __post_init__(self) -> None:
-        positive = ("block_size", "max_num_seqs", "max_num_waiting", "max_num_batched_tokens", "stand_in_max_model_len")
+        positive = (
+            "block_size",
+            "max_num_seqs",
+            "max_num_waiting",
+            "max_num_batched_tokens",
+            "stand_in_step_tokens",
+            "stand_in_max_model_len",
+        )
         for name in positive:
             if getattr(self, name) < 1:
                 raise ConfigError(f"engine.{name} must be at least 1", field=f"engine.{name}")

@@ -3,8 +3,8 @@
 Same face as `Engine`, so the worker and its supervisor cannot tell the difference: what fault and throughput tests of the
 service run on. Guarantees: tokens do not depend on load, pace, restarts or tokens already said; each choice ends in one
 terminal output; with a pace sequences speak in step, as a model's do; limits, minimum and maximum lengths, stop ids, aborts and
-resumption behave as in the real engine. It never says an end-of-sequence token, keeps no prefix cache, and one token a choice a step
-is the most that it says.
+resumption behave as in the real engine. It never says an end-of-sequence token, keeps no prefix cache, and says one token a choice a
+step unless `stand_in_step_tokens` allows more.
 
 `SLUICE_STAND_IN_FAULT` makes it misbehave on purpose (`Fault`).
 """
@@ -114,7 +114,7 @@ class StandInEngine:
             self._end(choice, (), "cancelled", None)
 
     def step(self) -> StepOutput:
-        """One token for every choice that is due, after a pause where none is."""
+        """A step's tokens for every choice that is due, after a pause where none is."""
         self._step += 1
         if self._fault is not None:
             self._fault.on_step(self._step)
@@ -125,9 +125,10 @@ class StandInEngine:
         num_decode = 0
         still: list[Choice] = []
         for choice in self._running:
+            before = choice.said
             if choice.due_ns > now or not self._say(choice, now):
                 still.append(choice)
-            num_decode += 1
+            num_decode += choice.said - before
         self._running = still
         outputs, self._ended = tuple(self._ended), []
         return StepOutput(outputs=outputs, stats=self._stats(started, num_prefill, num_decode))
@@ -159,28 +160,22 @@ class StandInEngine:
                 self._sleep(min(wait_ns / 1e9, _LONGEST_PAUSE_S))
 
     def _say(self, choice: Choice, now: int) -> bool:
-        """Says one token; True when it ended the choice."""
-        sampling, vocab_size = choice.request.sampling, self._facts.vocab_size
-        token = stand_in_token(choice.state, choice.said, vocab_size)
-        choice.said += 1
+        """Says a step's tokens; True when they ended the choice."""
+        first, tokens = choice.said, []
         reason: FinishReason | None = None
-        if token in choice.stops:
-            if choice.said > sampling.min_tokens:
-                reason = "stop"
-            else:
-                token = next(t % vocab_size for t in range(token, token + vocab_size) if t % vocab_size not in choice.stops)
-        if reason is None and choice.said >= sampling.max_tokens:
-            reason = "length"
-        choice.due_ns = self._next_step(max(choice.due_ns + self._gap_ns, now - self._gap_ns))
+        while reason is None and len(tokens) < self._config.stand_in_step_tokens:
+            token, reason = self._next(choice)
+            tokens.append(token)
+        choice.due_ns = self._next_step(max(choice.due_ns + self._gap_ns * len(tokens), now - self._gap_ns))
         choice.last_token_ns = now
         choice.num_steps += 1
-        self._used_tokens += 1
-        if choice.num_prompt + choice.said > choice.num_blocks * self._config.block_size:
-            choice.num_blocks += 1
-            self._used_blocks += 1
+        self._used_tokens += len(tokens)
+        num_blocks = -(-(choice.num_prompt + choice.said) // self._config.block_size)
+        self._used_blocks += num_blocks - choice.num_blocks
+        choice.num_blocks = num_blocks
         if reason is not None:
             self._release(choice)
-            self._end(choice, (token,), reason, token if reason == "stop" else None)
+            self._end(choice, tuple(tokens), reason, tokens[-1] if reason == "stop" else None)
             return True
         facts = None
         if not choice.first_token_ns:
@@ -190,8 +185,8 @@ class StandInEngine:
             TokenOutput(
                 request_id=choice.request.request_id,
                 choice=choice.choice,
-                seq=choice.said - 1,
-                token_ids=(token,),
+                seq=first,
+                token_ids=tuple(tokens),
                 facts=facts,
             )
         )
@@ -200,6 +195,17 @@ class StandInEngine:
     def _next_step(self, due_ns: int) -> int:
         """The last instant until `due_ns` at which all sequences speak: a model's step says a token for each of them."""
         return due_ns - due_ns % self._gap_ns if self._gap_ns else due_ns
+
+    def _next(self, choice: Choice) -> tuple[int, FinishReason | None]:
+        """The next token, and the reason when it ends the choice."""
+        sampling, vocab_size = choice.request.sampling, self._facts.vocab_size
+        token = stand_in_token(choice.state, choice.said, vocab_size)
+        choice.said += 1
+        if token in choice.stops:
+            if choice.said > sampling.min_tokens:
+                return token, "stop"
+            token = next(t % vocab_size for t in range(token, token + vocab_size) if t % vocab_size not in choice.stops)
+        return token, "length" if choice.said >= sampling.max_tokens else None
 
     def _end(self, choice: Choice, tokens: tuple[int, ...], reason: FinishReason, stop: int | None) -> None:
         if tokens and not choice.first_token_ns:

@@ -97,6 +97,9 @@ class EngineSection(Section):
     stand_in_tokens_per_s: float = Field(default=0.0, ge=0)
     """Pace of one stand-in sequence; 0: as fast as it can."""
 
+    stand_in_step_tokens: int = Field(default=1, ge=1)
+    """Most tokens of one stand-in sequence in a step, as an engine that drafts would say."""
+
     stand_in_max_model_len: int = Field(default=8192, ge=1)
     """Context that the stand-in claims."""
 

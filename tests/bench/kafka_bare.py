@@ -50,6 +50,13 @@ async def serve(brokers: str, group: str, mode: str) -> None:
                     await producer.send("sluice.results", RESULT, partition=partition.partition)
                 await producer.send_offsets_to_transaction({partition: (end, METADATA)}, group)
 
+    async def begin(partition: TopicPartition) -> None:
+        producer = transactional[partition] = AIOKafkaProducer(
+            bootstrap_servers=brokers, transactional_id=f"bare.{group}.{partition.topic}.{partition.partition}"
+        )
+        await producer.start()
+        ticks[partition] = asyncio.create_task(in_transactions(partition))
+
     async def by_commits() -> None:
         while True:
             await asyncio.sleep(TICK_S)
@@ -65,16 +72,12 @@ async def serve(brokers: str, group: str, mode: str) -> None:
                 await consumer.commit(points)
 
     async with consumer, plain:
-        for partition in consumer.assignment() if mode == "exactly-once" else ():
-            producer = transactional[partition] = AIOKafkaProducer(
-                bootstrap_servers=brokers, transactional_id=f"bare.{group}.{partition.topic}.{partition.partition}"
-            )
-            await producer.start()
-            ticks[partition] = asyncio.create_task(in_transactions(partition))
         committing = asyncio.create_task(by_commits()) if mode == "at-least-once" else None
         ready = asyncio.create_task(stopping.wait())
         while not stopping.is_set():
             for partition, records in (await consumer.getmany(timeout_ms=50, max_records=500)).items():
+                if mode == "exactly-once" and partition not in transactional:
+                    await begin(partition)
                 for record in records:
                     for _ in range(NUM_CHUNKS):
                         await plain.send("sluice.chunks", CHUNK, partition=record.partition)

@@ -20,7 +20,7 @@ import psutil
 from confluent_kafka import Producer
 
 from tests.bench import report
-from tests.bench.kafka_load import Group, create_topics, prompt
+from tests.bench.kafka_load import Finished, create_topics, prompt
 from tests.bench.served import serving
 from tests.servers import kafka
 from tests.servers.kafka import free_port
@@ -42,11 +42,11 @@ def parse() -> argparse.Namespace:
 
 
 class Feed:
-    """Keeps `AHEAD` prompts before the group, in a thread."""
+    """Keeps `AHEAD` prompts unfinished, in a thread."""
 
-    def __init__(self, bootstrap: str, group: Group, new_tokens: int) -> None:
+    def __init__(self, bootstrap: str, finished: Finished, new_tokens: int) -> None:
         self._producer = Producer({"bootstrap.servers": bootstrap, "linger.ms": 20, "log_level": 0})
-        self._group, self._new_tokens = group, new_tokens
+        self._finished, self._new_tokens = finished, new_tokens
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self.num_sent = 0
@@ -60,7 +60,7 @@ class Feed:
 
     def _run(self) -> None:
         while not self._stopping.is_set():
-            for _ in range(max(0, self._group.total() + AHEAD - self.num_sent)):
+            for _ in range(max(0, self._finished.count() + AHEAD - self.num_sent)):
                 value = prompt(self.num_sent, num_words=40, max_tokens=self._new_tokens)
                 self._producer.produce("sluice.prompts", value, partition=self.num_sent % PARTITIONS)
                 self.num_sent += 1
@@ -93,7 +93,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     group_id, admin = f"memory-{os.getpid()}", f"127.0.0.1:{free_port()}"
     with kafka.running("memory") as broker:
         create_topics(broker.bootstrap, partitions=PARTITIONS)
-        group = Group(broker.bootstrap, group_id, partitions=PARTITIONS)
+        finished = Finished(broker.bootstrap, partitions=PARTITIONS)
         flags = {
             "engine.kind": "stand-in",
             "kafka.bootstrap_servers": broker.bootstrap,
@@ -105,10 +105,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             "admin.port": admin.rpartition(":")[2],
         }
         with serving(*(part for name, value in flags.items() for part in ("--set", f"{name}={value}"))) as served:
-            feed = Feed(broker.bootstrap, group, arguments.new_tokens)
+            feed = Feed(broker.bootstrap, finished, arguments.new_tokens)
             feed.start()
             samples, peaks = _watch(served.process, admin, arguments)
-            done = group.total()
+            done = finished.total
             feed.close()
     steady = [(at_s / 600, rss) for at_s, rss in samples if at_s >= arguments.warm_up]
     results = {

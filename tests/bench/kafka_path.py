@@ -3,9 +3,9 @@
     python -m tests.bench.kafka_path [--prompts 6000] [--new-tokens 64] [--blocks 3] [--modes exactly-once at-least-once bare-…]
 
 One Apache Kafka broker, six partitions, one service process with the stand-in engine as its child. Each block has fresh topics and all
-prompts on them before the process starts; the clock runs from 20 % of them committed to all. CPU is the service's own process (and
-the engine child's apart), over the same time. Texts are tokenised by the demo model's tokenizer, 1 % of traces go to a real Jaeger.
-Everything shares the machine's cores.
+prompts on them before the process starts; the clock runs from 20 % of the results visible to a read_committed reader to all. CPU is
+the service's own process (and the engine child's apart), over the same time. Texts are tokenised by the demo model's tokenizer, 1 %
+of traces go to a real Jaeger. Everything shares the machine's cores.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 
 from tests.bench import report
-from tests.bench.kafka_load import Group, cpu_s, create_topics, prompt, publish
+from tests.bench.kafka_load import Finished, cpu_s, create_topics, prompt, publish
 from tests.bench.served import serving
 from tests.servers import jaeger, kafka
 
@@ -81,13 +81,13 @@ def block(bootstrap: str, group: str, mode: str, otlp: str, arguments: argparse.
         count=count,
         partitions=arguments.partitions,
     )
-    seen = Group(bootstrap, group, partitions=arguments.partitions)
+    finished = Finished(bootstrap, partitions=arguments.partitions)
     running = bare(bootstrap, group, mode) if mode.startswith("bare") else served(bootstrap, group, mode, otlp, arguments)
     with running as process:
-        began = seen.reach(count // 5, timeout_s=TIMEOUT_S)
-        first, cpu = seen.total(), cpu_s(process)
+        began = finished.reach(count // 5, timeout_s=TIMEOUT_S)
+        first, cpu = finished.total, cpu_s(process)
         children = sum(cpu_s(child) for child in process.children())
-        ended = seen.reach(count, timeout_s=TIMEOUT_S, poll_s=0.05)
+        ended = finished.reach(count, timeout_s=TIMEOUT_S)
         done = count - first
         return {
             "prompts_per_s": done / (ended - began),
@@ -101,7 +101,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     blocks: dict[str, list[dict[str, float]]] = {mode: [] for mode in arguments.modes}
     tracing = jaeger.running() if arguments.sample_ratio else nullcontext(None)
     with kafka.running("bench") as broker, tracing as traced:
-        otlp = traced.otlp if traced is not None else ""
+        otlp = traced.otlp_endpoint if traced is not None else ""
         for number in range(arguments.blocks):
             for mode in arguments.modes:
                 print(f"block {number + 1}, {mode} …", file=sys.stderr, flush=True)

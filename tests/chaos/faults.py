@@ -17,6 +17,8 @@ from tests.chaos.replica import Replica, ReplicaError
 from tests.chaos.scene import Scene
 
 _WATCH_S = 0.3
+_TRAP_S = 20.0
+_SERVING_S = 8.0
 
 
 class Faults:
@@ -47,8 +49,12 @@ class Faults:
 
     def summary(self) -> dict[str, Any]:
         """For the JSON report."""
-        trapped = sum(proxy.num_trapped for proxy in self._scene.proxies.each)
-        return {"carried_out": dict(sorted(self.carried_out.items())), "commits_trapped": trapped, "crashes": self.crashes}
+        carried_out = dict(sorted(self.carried_out.items()))
+        return {"carried_out": carried_out, "commits_trapped": self._num_trapped, "crashes": self.crashes}
+
+    @property
+    def _num_trapped(self) -> int:
+        return sum(proxy.num_trapped for proxy in self._scene.proxies.each)
 
     async def _carry_out(self, fault: Fault) -> None:
         acts: dict[str, Callable[[Fault], Awaitable[None]]] = {
@@ -66,6 +72,8 @@ class Faults:
 
     async def _kill(self, fault: Fault) -> None:
         async with self._hold(fault) as replica:
+            # A replica that has just started has nothing to lose yet; one that cannot serve now is killed all the same.
+            await replica.serving(_SERVING_S)
             await replica.kill()
             await asyncio.sleep(fault.for_s)
             await replica.start()
@@ -78,9 +86,12 @@ class Faults:
 
     async def _term(self, fault: Fault) -> None:
         async with self._hold(fault) as replica:
-            if code := await replica.terminate():
-                self.crashes.append(f"replica {replica.number} ended with {code} after SIGTERM")
+            self._stopped(await replica.terminate())
             await replica.start()
+
+    def _stopped(self, fault: str) -> None:
+        if fault:
+            self.crashes.append(fault)
 
     async def _engine(self, fault: Fault) -> None:
         async with self._hold(fault) as replica:
@@ -92,7 +103,7 @@ class Faults:
         try:
             await replica.start()
             await asyncio.sleep(fault.for_s)
-            await replica.terminate()
+            self._stopped(await replica.terminate())
         finally:
             await replica.kill()
 
@@ -139,7 +150,10 @@ class Faults:
         else:
             trap = Trap(kind="late" if fault.kind == "late-commit" else "lost-answer", keys=ENDING_KEYS, delay_s=fault.amount)
             proxies.apply(lambda proxy: proxy.arm(trap))
-            await asyncio.sleep(fault.for_s)
+            # Until something has walked into one: a slow machine has long moments in which nobody commits.
+            until, before = time.monotonic() + max(fault.for_s, _TRAP_S), self._num_trapped
+            while self._num_trapped == before and time.monotonic() < until:  # noqa: ASYNC110 - what is waited for tells nobody
+                await asyncio.sleep(_WATCH_S)
             proxies.apply(BrokerProxy.disarm)
 
     def _calm(self) -> None:

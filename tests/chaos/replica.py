@@ -8,11 +8,12 @@ import signal
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.request import urlopen
 
 import psutil
 
-START_TIMEOUT_S = 90.0
-STOP_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 180.0
+STOP_TIMEOUT_S = 90.0
 
 
 class ReplicaError(RuntimeError):
@@ -97,17 +98,47 @@ class Replica:
         is_static = self._settings.static_members and self.number % 2 == 0
         return ("--set", f'kafka.instance_id="replica-{self.number}"') if is_static else ()
 
+    async def serving(self, within_s: float) -> bool:
+        """Whether it serves the broker within this time."""
+        until = asyncio.get_running_loop().time() + within_s
+        while not await asyncio.to_thread(self._is_ready):
+            if asyncio.get_running_loop().time() > until:
+                return False
+            await asyncio.sleep(0.2)
+        return True
+
+    def _is_ready(self) -> bool:
+        try:
+            with urlopen(f"http://{self.admin}/readyz", timeout=2) as response:
+                return bool(response.status == 200)
+        except OSError:
+            return False
+
     def tail(self, num_bytes: int = 3_000) -> str:
         """The end of its log."""
         return self.log.read_bytes()[-num_bytes:].decode("utf-8", "replace")
 
     async def kill(self) -> None:
         """SIGKILL; returns once it has ended. Its child dies with it."""
-        await self._end(signal.SIGKILL)
+        if self._process is not None:
+            self._send(signal.SIGKILL)
+            await self._process.wait()
 
-    async def terminate(self) -> int:
-        """SIGTERM; its exit status once it has drained. One that takes too long is killed: `ReplicaError`."""
-        return await self._end(signal.SIGTERM)
+    async def terminate(self) -> str:
+        """SIGTERM, and waits for its end; what was wrong with that, or "". One that takes too long says where it stands and is killed."""
+        if self._process is None or not self.alive:
+            return ""
+        if self.is_paused:
+            self.go_on()
+        self._send(signal.SIGTERM)
+        try:
+            code = await asyncio.wait_for(self._process.wait(), STOP_TIMEOUT_S)
+        except TimeoutError:
+            self._send(signal.SIGUSR1)
+            await asyncio.sleep(1.0)
+            await self.kill()
+            return f"replica {self.number} did not end within {STOP_TIMEOUT_S:g} s of SIGTERM"
+        return f"replica {self.number} ended with {code} after SIGTERM" if code else ""
 
     def pause(self) -> None:
         """SIGSTOP."""
@@ -129,22 +160,6 @@ class Replica:
                     child.kill()
                     return True
         return False
-
-    async def _end(self, number: signal.Signals) -> int:
-        process = self._process
-        if process is None:
-            return 0
-        if self.is_paused and number != signal.SIGKILL:
-            self.go_on()
-        self._send(number)
-        try:
-            return await asyncio.wait_for(process.wait(), STOP_TIMEOUT_S)
-        except TimeoutError:
-            self._send(signal.SIGKILL)
-            await process.wait()
-            raise ReplicaError(
-                f"replica {self.number} did not end within {STOP_TIMEOUT_S:g} s of {number.name}:\n{self.tail()}"
-            ) from None
 
     def _send(self, number: signal.Signals) -> None:
         if self._process is not None and self._process.returncode is None:

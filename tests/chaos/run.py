@@ -77,8 +77,8 @@ async def run(
         lap("faults")
         at_rest = await _rest(publisher.acknowledged, answered, settle_s)
         lap("rest")
-        stops = await asyncio.gather(*(replica.terminate() for replica in here.replicas if replica.alive))
-        faults.crashes += [f"a replica ended with {code} after the last SIGTERM" for code in stops if code]
+        stops = await asyncio.gather(*(replica.terminate() for replica in here.replicas))
+        faults.crashes += [fault for fault in stops if fault]
         lap("stop")
         history = History(acknowledged=publisher.acknowledged, prompts_topic=here.topic("prompts"))
         history.barriers = faults.barriers + await here.barrier("end")

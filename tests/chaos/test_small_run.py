@@ -10,7 +10,7 @@ from tests.chaos.scene import stage
 
 pytestmark = [pytest.mark.kafka, pytest.mark.timeout(280)]
 
-SHAPE = Shape(prompts=120, duration_s=20.0, replicas=2, brokers=1, partitions=3, tokens_per_s=60.0, static_members=False)
+SHAPE = Shape(prompts=120, duration_s=20.0, replicas=2, brokers=1, partitions=3, tokens_per_s=60.0)
 FAULTS = (
     Fault(at_s=3.0, kind="kill", target=0),
     Fault(at_s=5.0, kind="lost-answer", for_s=3.0),
@@ -24,7 +24,7 @@ FAULTS = (
 
 async def test_a_small_run_is_clean(tmp_path: Path) -> None:
     async with stage(1, tag="small-chaos") as on:
-        outcome = await run(on, Plan(seed=11, shape=SHAPE, faults=FAULTS), tmp_path, at_least_once=True)
+        outcome = await run(on, Plan(seed=11, shape=SHAPE, faults=FAULTS), tmp_path)
     assert outcome.verdict.report()["examples"] == []
     assert outcome.faults["crashes"] == []
     assert outcome.at_rest

@@ -115,6 +115,17 @@ def test_the_pace_is_tokens_a_second_of_one_sequence() -> None:
     assert max(stats.ended_ns - stats.started_ns for stats in heard.stats) <= 50_000_001
 
 
+@pytest.mark.parametrize("most", [1, 3, 16, 100])
+def test_several_tokens_a_step_are_the_same_tokens(most: int) -> None:
+    """In fewer steps, in order, and none past the end."""
+    engine = StandInEngine(replace(CONFIG, stand_in_step_tokens=most))
+    heard = run(engine, [_ask("a"), _ask("b", prompt=(100,) * 40)])
+    alone = run(StandInEngine(CONFIG), [_ask("a"), _ask("b", prompt=(100,) * 40)])
+    assert [said.tokens for said in heard.said.values()] == [said.tokens for said in alone.said.values()]
+    assert sum(stats.num_decode_tokens for stats in heard.stats) == 40
+    assert sum(stats.num_decode_tokens > 0 for stats in heard.stats) == -(-20 // most)
+
+
 def test_numbers_of_a_step_add_up() -> None:
     """Prefill and decode tokens, and blocks that make the pool."""
     engine = StandInEngine(CONFIG)
