@@ -14,9 +14,11 @@ from tests.chaos.history import Barrier
 from tests.chaos.plan import Fault, Plan
 from tests.chaos.proxy import ENDING_KEYS, BrokerProxy, Trap
 from tests.chaos.replica import Replica, ReplicaError
+from tests.chaos.run_clock import RunClock
 from tests.chaos.scene import Scene
 
 _WATCH_S = 0.3
+_TICK_S = 0.1
 _TRAP_S = 20.0
 _SERVING_S = 8.0
 
@@ -24,8 +26,9 @@ _SERVING_S = 8.0
 class Faults:
     """`run` is the timeline. `carried_out` counts what was really done, `crashes` what ended without being asked to."""
 
-    def __init__(self, scene: Scene, plan: Plan) -> None:
-        self._scene, self._plan = scene, plan
+    def __init__(self, scene: Scene, plan: Plan, clock: RunClock) -> None:
+        """`clock` is stopped while every replica is held by a fault that keeps it from serving."""
+        self._scene, self._plan, self._clock = scene, plan, clock
         self._holds = {replica.number: asyncio.Lock() for replica in scene.replicas}
         self._brokers = asyncio.Lock()
         self._extras = 0
@@ -36,11 +39,11 @@ class Faults:
     async def run(self) -> None:
         """Returns once every fault has come and gone and all replicas run."""
         watching = asyncio.create_task(self._watch())
-        began = time.monotonic()
         try:
             async with asyncio.TaskGroup() as running:
                 for fault in self._plan.faults:
-                    await asyncio.sleep(max(0.0, began + fault.at_s - time.monotonic()))
+                    while (wait_s := fault.at_s - self._clock.elapsed()) > 0:  # noqa: ASYNC110 - the clock may stand still
+                        await asyncio.sleep(min(wait_s, _TICK_S))
                     running.create_task(self._carry_out(fault), name=f"fault {fault.kind}")
         finally:
             watching.cancel()
@@ -72,11 +75,9 @@ class Faults:
 
     async def _kill(self, fault: Fault) -> None:
         async with self._hold(fault) as replica:
-            # A replica that has just started has nothing to lose yet; one that cannot serve now is killed all the same.
-            await replica.serving(_SERVING_S)
             await replica.kill()
             await asyncio.sleep(fault.for_s)
-            await replica.start()
+            await self._start(replica)
 
     async def _pause(self, fault: Fault) -> None:
         async with self._hold(fault) as replica:
@@ -87,7 +88,12 @@ class Faults:
     async def _term(self, fault: Fault) -> None:
         async with self._hold(fault) as replica:
             self._stopped(await replica.terminate())
-            await replica.start()
+            await self._start(replica)
+
+    async def _start(self, replica: Replica) -> None:
+        await replica.start()
+        # One that has just started has nothing to lose yet: the next fault finds it at work, unless the brokers are away.
+        await replica.serving(_SERVING_S)
 
     def _stopped(self, fault: str) -> None:
         if fault:
@@ -124,11 +130,13 @@ class Faults:
         async with self._brokers:
             for replica in self._scene.replicas:
                 await self._holds[replica.number].acquire()
+            self._clock.stop()
             try:
                 await self._scene.kill_replicas()
                 self.barriers += await self._scene.barrier(f"barrier {len(self.barriers) // self._scene.shape.partitions + 1}")
-                await self._scene.start_replicas()
+                await asyncio.gather(*(self._start(replica) for replica in self._scene.replicas))
             finally:
+                self._clock.go_on()
                 for lock in self._holds.values():
                     lock.release()
 
@@ -165,7 +173,7 @@ class Faults:
         self._scene.proxies.apply(calm)
 
     def _hold(self, fault: Fault) -> "_Hold":
-        return _Hold(self._scene.replicas, self._holds, fault.target)
+        return _Hold(self._scene.replicas, self._holds, fault.target, self._clock)
 
     async def _watch(self) -> None:
         """A replica that ends by itself is a finding; it is started again, so that the run goes on."""
@@ -186,7 +194,8 @@ class Faults:
 class _Hold:
     """A replica that nothing else acts on: the one aimed at, or the next that is free."""
 
-    def __init__(self, replicas: list[Replica], locks: dict[int, asyncio.Lock], target: int) -> None:
+    def __init__(self, replicas: list[Replica], locks: dict[int, asyncio.Lock], target: int, clock: RunClock) -> None:
+        self._locks, self._clock = locks, clock
         order = [replicas[(target + step) % len(replicas)] for step in range(len(replicas))]
         free = [replica for replica in order if not locks[replica.number].locked()]
         self._replica = (free or order)[0]
@@ -194,7 +203,10 @@ class _Hold:
 
     async def __aenter__(self) -> Replica:
         await self._lock.acquire()
+        if all(lock.locked() for lock in self._locks.values()):
+            self._clock.stop()
         return self._replica
 
     async def __aexit__(self, *_: object) -> None:
         self._lock.release()
+        self._clock.go_on()

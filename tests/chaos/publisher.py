@@ -1,13 +1,13 @@
 """Publishes a run's prompts at an even pace with librdkafka, and keeps what the brokers acknowledged."""
 
 import threading
-import time
 from collections.abc import Callable
 
 from confluent_kafka import KafkaError, Message, Producer
 
 from tests.chaos.history import Acknowledged
 from tests.chaos.prompts import PromptSpec
+from tests.chaos.run_clock import RunClock
 
 FLUSH_S = 120.0
 
@@ -16,8 +16,17 @@ class Publisher:
     """Runs in a thread of its own. `acknowledged` grows as the brokers answer."""
 
     def __init__(
-        self, bootstrap: str, topic: str, prompts: Callable[[int], PromptSpec], *, count: int, duration_s: float
+        self,
+        bootstrap: str,
+        topic: str,
+        prompts: Callable[[int], PromptSpec],
+        clock: RunClock,
+        *,
+        count: int,
+        duration_s: float,
     ) -> None:
+        """`count` prompts over the first `duration_s` seconds of `clock`."""
+        self._clock = clock
         self._topic, self._prompts, self._count, self._duration_s = topic, prompts, count, duration_s
         # Idempotent: a record is written once, and its answer comes in the end, brokers that die meanwhile included.
         self._producer = Producer(
@@ -50,10 +59,9 @@ class Publisher:
             raise RuntimeError(f"{len(self.failures)} prompts were not taken by the brokers: {self.failures[0]}")
 
     def _run(self) -> None:
-        began = time.monotonic()
         for index in range(self._count):
-            due_s = began + self._duration_s * index / max(self._count, 1)
-            while (wait_s := due_s - time.monotonic()) > 0:
+            due_s = self._duration_s * index / max(self._count, 1)
+            while (wait_s := due_s - self._clock.elapsed()) > 0:
                 self._producer.poll(min(wait_s, 0.05))
             self._send(self._prompts(index))
         if left := self._producer.flush(FLUSH_S):

@@ -16,6 +16,7 @@ from tests.chaos.history import Acknowledged, History, View
 from tests.chaos.plan import Plan
 from tests.chaos.prompts import make_prompt
 from tests.chaos.publisher import Publisher
+from tests.chaos.run_clock import RunClock
 from tests.chaos.scene import Scene, Stage, scene
 
 _POLL_S = 0.3
@@ -67,10 +68,11 @@ async def run(
         lap("topics")
         await here.start_replicas()
         lap("replicas")
-        faults, answered = Faults(here, plan), _Answered()
+        clock, answered = RunClock(), _Answered()
+        faults = Faults(here, plan, clock)
         along = recorder.ReaderAlong(here.bootstrap, prefix, on_result=answered.add)
         along.start()
-        publisher = _publisher(here, plan)
+        publisher = _publisher(here, plan, clock)
         publisher.start()
         await faults.run()
         await asyncio.to_thread(publisher.join)
@@ -101,7 +103,7 @@ class _Answered:
         self.places.add((partition, offset))
 
 
-def _publisher(here: Scene, plan: Plan) -> Publisher:
+def _publisher(here: Scene, plan: Plan, clock: RunClock) -> Publisher:
     shape = plan.shape
 
     def prompt(index: int) -> Any:
@@ -114,7 +116,9 @@ def _publisher(here: Scene, plan: Plan) -> Publisher:
             bad=shape.bad_prompts,
         )
 
-    return Publisher(here.bootstrap, here.topic("prompts"), prompt, count=shape.prompts, duration_s=shape.duration_s * 0.95)
+    return Publisher(
+        here.bootstrap, here.topic("prompts"), prompt, clock, count=shape.prompts, duration_s=shape.duration_s * 0.95
+    )
 
 
 async def _rest(acknowledged: list[Acknowledged], answered: _Answered, settle_s: float) -> bool:
