@@ -1,0 +1,1 @@
+"""The benchmark against peers: environments, systems, interleaved blocks, and what the blocks come to."""

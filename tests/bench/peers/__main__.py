@@ -1,0 +1,89 @@
+"""`make bench-peers`: Sluice and its peers in interleaved blocks, as one JSON document.
+
+    python -m tests.bench.peers [--systems a,b] [--cases "decode 8/32,prefill 512"] [--first-block 0] [--blocks 3] [--merge FILE ...]
+
+Further runs (other cases, other blocks) of the same commit and machine merge into one document: --merge reads them and prints the
+whole. On a machine that others use, --quiet-with COMMAND runs each turn while `COMMAND cat` runs, and --favour (root) puts the
+system whose turn it is before all other processes.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from engine.openmp import prefer_short_spin
+from tests.bench import report
+from tests.bench.peers import blocks, machine, summary
+from tests.bench.peers.cases import CASES
+from tests.bench.peers.catalogue import CATALOGUE, DEFAULT
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--systems", default=",".join(DEFAULT), help=f"of {', '.join(CATALOGUE)}")
+    parser.add_argument("--cases", default=",".join(CASES), help=f"of {', '.join(CASES)}")
+    parser.add_argument("--first-block", type=int, default=0)
+    parser.add_argument("--blocks", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=0, help="0: the cores that this process may use")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quiet-with", default="", metavar="COMMAND")
+    parser.add_argument("--favour", action="store_true")
+    parser.add_argument("--merge", nargs="*", default=[], type=Path, metavar="FILE")
+    parser.add_argument("--merge-only", action="store_true", help="measure nothing")
+    arguments = parser.parse_args()
+    for given, known in ((arguments.systems, CATALOGUE), (arguments.cases, CASES)):
+        if unknown := [name for name in given.split(",") if name not in known]:
+            parser.error(f"unknown: {', '.join(unknown)}; there is: {', '.join(known)}")
+    return arguments
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """One run."""
+    prefer_short_spin()
+    where = machine.description()
+    threads = arguments.threads or where["cores"]
+    indices = range(arguments.first_block, arguments.first_block + arguments.blocks)
+    with blocks.Bench(
+        arguments.systems.split(","),
+        threads=threads,
+        seed=arguments.seed,
+        quiet_with=arguments.quiet_with,
+        favour=arguments.favour,
+    ) as bench:
+        measured = blocks.run(bench, arguments.cases.split(","), indices)
+        systems = bench.systems
+        probe = bench.probe_facts
+    return {
+        "environment": report.environment() | where | {"probe": probe},
+        "parameters": {
+            "model": "SmolLM2-135M-Instruct",
+            "threads": threads,
+            "seed": arguments.seed,
+            "favoured": arguments.favour,
+            "held": bool(arguments.quiet_with),
+            "max_foreign_share": blocks.MAX_FOREIGN,
+            "max_stolen_share": blocks.MAX_STOLEN,
+        },
+        "systems": systems,
+        "blocks": measured,
+    }
+
+
+def main() -> int:
+    arguments = parse()
+    runs = [run for file in arguments.merge for run in json.loads(file.read_text("utf-8"))["runs"]]
+    if not arguments.merge_only:
+        runs.append(measure(arguments))
+    try:
+        document = summary.document(runs)
+    except summary.MergeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    report.print_report(document)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

