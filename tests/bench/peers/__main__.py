@@ -9,6 +9,7 @@ system whose turn it is before all other processes.
 
 import argparse
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> int:
     arguments = parse()
+    # So that the systems, which lead sessions of their own, are ended too.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     runs = [run for file in arguments.merge for run in json.loads(file.read_text("utf-8"))["runs"]]
     if not arguments.merge_only:
         runs.append(measure(arguments))

@@ -11,8 +11,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,24 +23,39 @@ from tests.bench.peers.machine import Clock, foreign_share
 from tests.bench.peers.process import SystemFailed, SystemProcess
 
 MAX_FOREIGN, MAX_STOLEN = 0.05, 0.03
+HOLD_S = 60.0
 
 Json = dict[str, Any]
 
 
-@contextmanager
-def holding(command: str) -> Iterator[None]:
-    """Holds the machine while `command CAT` runs, where a machine is shared through such a command; none: at once."""
-    if not command:
-        yield
-        return
-    with subprocess.Popen([*shlex.split(command), "cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
-        assert holder.stdin is not None
-        assert holder.stdout is not None
-        holder.stdin.write(b"held\n")
-        holder.stdin.flush()
-        holder.stdout.readline()
-        yield
-        holder.stdin.close()
+class Hold:
+    """The machine for ourselves, where it is shared through a command that waits for its turn and then runs its arguments.
+
+    Held from turn to turn while `HOLD_S` lasts, then given back and asked for again, so that others get theirs.
+    """
+
+    def __init__(self, command: str) -> None:
+        self._command = shlex.split(command)
+        self._holder: subprocess.Popen[bytes] | None = None
+        self._since = 0.0
+
+    def take(self) -> None:
+        """Returns once the machine is held; at once without a command."""
+        if not self._command or (self._holder is not None and time.monotonic() - self._since < HOLD_S):
+            return
+        self.give_back()
+        self._holder = subprocess.Popen([*self._command, "cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+        assert self._holder.stdin is not None
+        assert self._holder.stdout is not None
+        self._holder.stdin.write(b"held\n")
+        self._holder.stdout.readline()
+        self._since = time.monotonic()
+
+    def give_back(self) -> None:
+        """Idempotent."""
+        if self._holder is not None:
+            self._holder.communicate()
+            self._holder = None
 
 
 class Bench:
@@ -50,7 +65,7 @@ class Bench:
         self._names = names
         self._threads = threads
         self._seed = seed
-        self._quiet_with = quiet_with
+        self._hold = Hold(quiet_with)
         self._favour = favour
         self._stack = ExitStack()
         self._logs = Path(tempfile.mkdtemp(prefix="sluice-bench-"))
@@ -60,6 +75,7 @@ class Bench:
 
     def __enter__(self) -> "Bench":
         with self._stack:
+            self._stack.callback(self._hold.give_back)
             self._probe = self._start([sys.executable, str(SCRIPTS / "machine_probe.py")], dict(os.environ), "machine-probe")
             self.probe_facts = self._probe.ask({"op": "load", "threads": self._threads})["facts"]
             for name in self._names:
@@ -109,8 +125,10 @@ class Bench:
         order = self._takes_part(case)
         random.Random(f"{self._seed}/{case.name}/{index}").shuffle(order)
         prompts = case.prompts(self._seed, index)
-        with holding(self._quiet_with):
-            probe = self._probe.ask({"op": "probe"})
+        self._hold.take()
+        if self._favour:
+            self._probe.favour()
+        probe = self._probe.ask({"op": "probe"})
         turns = {name: self._turn(name, case, prompts) for name in order}
         base = turns.get("sluice", {}).get("tokens")
         for turn in turns.values():
@@ -132,19 +150,19 @@ class Bench:
     def _turn(self, name: str, case: Case, prompts: Prompts) -> Json:
         process = self._running[name]
         message = {"op": "run", "case": case.name, "prompts": prompts, "new_tokens": case.new_tokens, "keep": case.keep}
-        with holding(self._quiet_with):
-            if self._favour:
-                process.favour()
-            mine, cpu, before = time.process_time(), process.cpu_s(), Clock.now()
-            try:
-                answer = process.ask(message)
-            except SystemFailed as failure:
-                _tell(f"{CATALOGUE[name].label} failed at {case.name}: {failure}")
-                del self._running[name]
-                process.close()
-                return {"failed": str(failure)}
-            after = Clock.now()
-            own = process.cpu_s() - cpu + time.process_time() - mine
+        self._hold.take()
+        if self._favour:
+            process.favour()
+        mine, cpu, before = time.process_time(), process.cpu_s(), Clock.now()
+        try:
+            answer = process.ask(message)
+        except SystemFailed as failure:
+            _tell(f"{CATALOGUE[name].label} failed at {case.name}: {failure}")
+            del self._running[name]
+            process.close()
+            return {"failed": str(failure)}
+        after = Clock.now()
+        own = process.cpu_s() - cpu + time.process_time() - mine
         foreign, stolen = foreign_share(before, after, own, os.cpu_count() or 1)
         return answer | {
             "foreign_share": foreign,
