@@ -87,7 +87,7 @@ class Bench:
         self._stack.close()
 
     def _start(self, command: Sequence[str], environment: dict[str, str], name: str) -> SystemProcess:
-        process = SystemProcess(command, environment, self._logs / f"{name}.log")
+        process = SystemProcess(command, environment, self._logs / f"{name}.log", favour=self._favour)
         self._stack.callback(process.close)
         return process
 

@@ -28,7 +28,8 @@ class SystemFailed(RuntimeError):
 class SystemProcess:
     """Running until `close`; stopped unless it is asked something."""
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path, *, favour: bool = False) -> None:
+        """`favour`: from the start, so that it loads in good time too. Raises PermissionError without the right to."""
         self._log = log
         with log.open("wb") as errors:
             self._process = subprocess.Popen(
@@ -40,6 +41,8 @@ class SystemProcess:
                 start_new_session=True,
                 text=True,
             )
+        if favour:
+            self.favour()
 
     def ask(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """Wakes it, asks, and stops it again once it has answered. Raises `SystemFailed`."""
