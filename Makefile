@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV := $(BIN)/uv
 
-.PHONY: help setup setup-dev servers demo serve test test-fast lint lock proto bench chaos mutants kernels gpu-check clean
+.PHONY: help setup setup-dev servers demo serve test test-fast lint lock proto bench bench-peers bench-report chaos mutants kernels gpu-check clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -51,6 +51,17 @@ lint: setup-dev  ## style, types, import contracts, generated code
 bench: setup-dev  ## the benchmarks, as JSON on standard output
 	@$(BIN)/python -m tests.bench
 
+bench-peers: setup-dev  ## against llama.cpp, vLLM and transformers (built first, about 10 minutes once), as JSON on standard output
+	@$(BIN)/python -m tests.bench.peers.build || echo "the benchmark goes on without them and says so" >&2
+	@$(BIN)/python -m tests.bench.peers
+
+$(VENV)/.report: deploy/report.lock | $(UV)
+	@$(UV) pip install --quiet --python $(BIN)/python --require-hashes -r deploy/report.lock
+	@touch $@
+
+bench-report: setup-dev $(VENV)/.report  ## RESULTS="file.json ..." as one page with its picture, OUT.md and OUT.png
+	@$(BIN)/python -m tests.bench.published --out $(or $(OUT),tests/bench/results/report) $(or $(RESULTS),$(error set RESULTS to the JSON files))
+
 CHAOS ?=
 chaos: servers  ## replicas and brokers killed, stopped and cut off by plan, what is left judged; CHAOS="--prompts 20000 --seed 3 …"
 	@$(BIN)/python -m tests.chaos $(CHAOS)
@@ -72,6 +83,8 @@ lock: | $(UV)  ## pin every dependency anew (hashes, no index lines)
 	    --custom-compile-command "make lock" -o deploy/runtime.lock pyproject.toml
 	@$(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-annotate --python-version 3.11 \
 	    --custom-compile-command "make lock" -c deploy/runtime.lock --extra dev -o deploy/dev.lock pyproject.toml
+	@$(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-annotate --python-version 3.11 \
+	    --custom-compile-command "make lock" -c deploy/runtime.lock --extra report -o deploy/report.lock pyproject.toml
 
 proto: setup-dev  ## generate the protobuf code anew
 	@$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. schemas/v1/inference.proto schemas/v1/events.proto

@@ -7,7 +7,7 @@ import sys
 
 from engine.openmp import prefer_short_spin
 
-BENCHMARKS = ("decode", "prefix", "waste", "scheduler", "startup", "service", "service_load", "service_overhead")
+BENCHMARKS = ("decode", "prefix", "waste", "scheduler", "startup", "service", "service_load", "service_overhead", "operators")
 
 
 def main() -> int:

@@ -65,28 +65,35 @@ class SystemProcess:
         return answer
 
     def favour(self) -> None:
-        """Puts every thread of it before other processes' (nice -20; needs the right to). Raises PermissionError."""
-        for process in self._members():
-            for thread in (Path("/proc") / str(process) / "task").iterdir():
+        """Puts it before other processes (nice -20, of its scheduling group too where the kernel groups sessions).
+
+        Raises PermissionError without the right to.
+        """
+        for process in self.members():
+            directory = Path("/proc") / str(process)
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                (directory / "autogroup").write_text(str(_FAVOURED))
+            for thread in (directory / "task").iterdir():
                 with contextlib.suppress(ProcessLookupError):
                     os.setpriority(os.PRIO_PROCESS, int(thread.name), _FAVOURED)
 
     def cpu_s(self) -> float:
         """Processor seconds of its processes so far, ended children of theirs included."""
-        return sum(_process_cpu_s(process) for process in self._members())
+        return sum(_process_cpu_s(process) for process in self.members())
 
     def close(self) -> None:
         """Ends its whole session."""
         self._signal(signal.SIGKILL)
         self._process.communicate()
 
-    def _members(self) -> list[int]:
+    def members(self) -> list[int]:
+        """Every process of its session."""
         session = self._process.pid
         return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit() and _session(entry) == session]
 
     def _signal(self, number: signal.Signals) -> None:
         # Children may lead process groups of their own: the session is what holds them together.
-        for process in self._members():
+        for process in self.members():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, number)
 

@@ -1,0 +1,172 @@
+"""`make bench-report`: result documents as one Markdown page with its picture.
+
+    python -m tests.bench.published --out DIRECTORY/NAME FILE ...
+
+Takes any documents of `make bench` and `make bench-peers`; writes NAME.md and, where peers were measured, NAME.png. What is not in
+them is said to be missing.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tests.bench.peers.targets import outcomes
+from tests.bench.services import service_rows
+
+Json = dict[str, Any]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="+", type=Path)
+    parser.add_argument("--out", required=True, type=Path, help="without the suffix")
+    arguments = parser.parse_args()
+    documents = [json.loads(file.read_text("utf-8")) for file in arguments.files]
+    peers = next((one for one in documents if one.get("benchmark") == "peers"), None)
+    suite: Json = {name: report for one in documents if one.get("benchmark") != "peers" for name, report in one.items()}
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    picture = arguments.out.with_suffix(".png")
+    if peers:
+        from tests.bench.bars import draw
+
+        draw(peers["summary"], picture)
+    arguments.out.with_suffix(".md").write_text(page(peers, suite, picture.name), encoding="utf-8")
+    return 0
+
+
+def page(peers: Json | None, suite: Json, picture: str) -> str:
+    """The whole page."""
+    parts = ["# Benchmark report", _machine(peers, suite)]
+    if peers:
+        summary = peers["summary"]
+        parts += [
+            f"![Tokens a second against peers and the machine's limit]({picture})",
+            "## Targets",
+            _targets(summary),
+            "## Tokens a second",
+            "Medians of undisturbed turns, range in brackets; n of m: turns counted.",
+            _rates(summary),
+            "## Machine, beside the blocks",
+            _probe(summary),
+            "## Systems",
+            _systems(peers),
+        ]
+    else:
+        parts.append("Peers: not measured in these documents.")
+    parts += ["## Service, start-up, memory", service_rows(suite)]
+    if "operators" in suite:
+        parts += ["## Operators against the limit", _kernels(suite["operators"])]
+    parts += [_others(suite)] if suite else []
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _machine(peers: Json | None, suite: Json) -> str:
+    found = [run["environment"] for run in peers["runs"]] if peers else []
+    found += [report["environment"] for report in suite.values()]
+    if not found:
+        return ""
+    first = found[0]
+    sets = ", ".join(first.get("instruction_sets", [])) or "not recorded"
+    commits = ", ".join(dict.fromkeys(one["commit"][:9] + (" (modified)" if one["modified"] else "") for one in found))
+    lines = [
+        f"{first['cpu']}, {first['cores']} cores, {first['memory_gib']} GiB; instruction sets: {sets}.",
+        f"Commit {commits}; {first['time']}; torch {first['versions']['torch']}.",
+    ]
+    if peers:
+        parameters = peers["runs"][0]["parameters"]
+        lines.append(
+            f"{parameters['model']}, {parameters['threads']} threads, greedy, end of sequence ignored, seed {parameters['seed']}. "
+            f"A turn counts as disturbed when other processes used more than {parameters['max_foreign_share']:.0%} of the cores or "
+            f"the hypervisor took more than {parameters['max_stolen_share']:.0%}. "
+            + ("The system in turn had the highest scheduling priority. " if parameters["favoured"] else "")
+        )
+    return "\n".join(lines)
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    head = list(head)
+    lines = [head, ["---"] * len(head), *(list(map(str, row)) for row in rows)]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _targets(summary: Json) -> str:
+    rows = []
+    for outcome in outcomes(summary):
+        target = outcome.target
+        if outcome.ratio is None:
+            verdict, ratio = f"not measured: {outcome.reason}", "–"
+        else:
+            ratio = f"{outcome.ratio:.2f}×"
+            share = outcome.ratio / target.least
+            verdict = "met" if outcome.met else f"missed: {share:.0%} of it"
+            if target.stretch and outcome.ratio >= target.stretch:
+                verdict = "met, stretch too"
+        against = summary["systems"].get(outcome.against, {}).get("label", outcome.against or "–")
+        ours = summary["systems"].get(outcome.ours, {}).get("label", outcome.ours)
+        rows.append((target.what, outcome.case, ours, against, f"{target.least:g}×", ratio, verdict))
+    return _table(("target", "case", "ours", "best peer", "at least", "measured", ""), rows)
+
+
+def _rates(summary: Json) -> str:
+    cases = summary["cases"]
+    rows = [
+        [said["label"], *(_rate(case["systems"].get(name), case["blocks"]) for case in cases.values())]
+        for name, said in summary["systems"].items()
+    ]
+    rows.append(
+        ["limit of 16-bit weights", *(str(case["limit"]["tokens_per_s"]) if case["limit"] else "–" for case in cases.values())]
+    )
+    return _table(("", *cases), rows)
+
+
+def _rate(said: Json | None, blocks: int) -> str:
+    if said is None:
+        return "–"
+    if "tokens_per_s" not in said:
+        return "failed" if said["failed"] else f"0 of {blocks}"
+    rate = said["tokens_per_s"]
+    return f"**{rate['median']}** ({rate['min']}–{rate['max']}), {len(rate['blocks'])} of {blocks}"
+
+
+def _probe(summary: Json) -> str:
+    rows = [(name, said["median"], f"{said['min']}–{said['max']}") for name, said in summary["probe"].items()]
+    return _table(("probe", "median", "range"), rows)
+
+
+def _systems(peers: Json) -> str:
+    rows = []
+    for name, said in peers["summary"]["systems"].items():
+        if "unavailable" in said:
+            rows.append((said["label"], f"unavailable: {said['unavailable']}"))
+            continue
+        facts = next(run["systems"][name]["facts"] for run in peers["runs"] if "facts" in run["systems"].get(name, {}))
+        rows.append(
+            (said["label"], "; ".join(f"{key} {value}" for key, value in facts.items() if not isinstance(value, list | dict)))
+        )
+    return _table(("system", "what it said of itself"), rows)
+
+
+def _kernels(report: Json) -> str:
+    rows = []
+    for name, said in report["results"].items():
+        if isinstance(said, dict) and "us" in said:
+            rows.append((name, said["us"]["median"], said["limit_us"], f"{said['share_of_limit']:.0%}", said["bound"]))
+    return _table(("operator", "µs", "limit µs", "share", "bound by"), rows)
+
+
+def _others(suite: Json) -> str:
+    lines = ["## The rest of the suite"]
+    if "prefix" in suite:
+        lines.append(f"Prefix sharing: `{json.dumps(suite['prefix']['results'])}`")
+    if "waste" in suite:
+        lines.append(f"KV slots without a live token: {suite['waste']['results']['wasted_share']:.2%}")
+    if "scheduler" in suite:
+        lines.append(f"Scheduler: `{json.dumps(suite['scheduler']['results'])}`")
+    return "\n\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

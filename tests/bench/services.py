@@ -1,0 +1,74 @@
+"""The targets of the service, start-up and memory, from the documents of `make bench`, as rows of the report."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limit:
+    """A figure of a benchmark and what it has to be: at most or at least `bound`."""
+
+    what: str
+    benchmark: str
+    read: Callable[[Json], float]
+    bound: float
+    at_most: bool
+    unit: str = ""
+
+
+LIMITS = (
+    Limit(
+        what="gRPC against the engine offline",
+        benchmark="service",
+        read=lambda r: r["grpc_against_offline"]["median"],
+        bound=0.9,
+        at_most=False,
+        unit="×",
+    ),
+    Limit(
+        what="Kafka to Kafka against the engine offline",
+        benchmark="service",
+        read=lambda r: r["kafka_against_offline"]["median"],
+        bound=0.9,
+        at_most=False,
+        unit="×",
+    ),
+    Limit(
+        what="ready beyond loading",
+        benchmark="startup",
+        read=lambda r: r["ready_beyond_loading_s"]["median"],
+        bound=10,
+        at_most=True,
+        unit=" s",
+    ),
+    Limit(what="loading", benchmark="startup", read=lambda r: r["load_s"]["median"], bound=3, at_most=True, unit=" s"),
+    Limit(
+        what="memory of the engine beside weights",
+        benchmark="startup",
+        read=lambda r: r["engine_beside_weights_mib"],
+        bound=600,
+        at_most=True,
+        unit=" MiB",
+    ),
+    Limit(
+        what="memory of the service", benchmark="startup", read=lambda r: r["parent_mib"], bound=250, at_most=True, unit=" MiB"
+    ),
+)
+
+
+def service_rows(suite: Json) -> str:
+    """A Markdown table: each limit, met or by how much missed, or that its benchmark was not run."""
+    lines = ["| figure | has to be | measured | |", "| --- | --- | --- | --- |"]
+    for limit in LIMITS:
+        wanted = f"{'≤' if limit.at_most else '≥'} {limit.bound:g}{limit.unit}"
+        if limit.benchmark not in suite:
+            lines.append(f"| {limit.what} | {wanted} | – | not measured: no `{limit.benchmark}` in these documents |")
+            continue
+        value = limit.read(suite[limit.benchmark]["results"])
+        met = value <= limit.bound if limit.at_most else value >= limit.bound
+        off = value / limit.bound
+        lines.append(f"| {limit.what} | {wanted} | {value:g}{limit.unit} | {'met' if met else f'missed: {off:.0%} of it'} |")
+    return "\n".join(lines)

@@ -1,0 +1,250 @@
+"""What the benchmark against peers concludes from what it saw, and how it keeps the systems apart."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.bench.peers import build, summary, targets
+from tests.bench.peers.cases import CASES
+from tests.bench.peers.ggufs import write_gguf
+from tests.bench.peers.machine import Clock, foreign_share
+from tests.bench.peers.process import SystemFailed, SystemProcess
+from tests.bench.peers.recipes import Recipe
+from tests.bench.published import page
+from tests.bench.systems.speaking import Recorder
+
+Json = dict[str, Any]
+
+SYSTEMS = Path(__file__).parent / "bench" / "systems"
+
+
+def test_the_window_holds_the_steps_in_which_every_sequence_decodes() -> None:
+    stamps = iter([0.0, 1.0, 2.0, 3.0, 4.0, 5.0])
+    recorder = Recorder(2, 3, clock=lambda: next(stamps))
+    for step in ({0: 1}, {0: 1, 1: 1}, {0: 1, 1: 1}, {1: 1}):
+        recorder.step(step)
+    assert recorder.result() == {
+        "first_s": 2.0,
+        "total_s": 4.0,
+        "window_s": 1.0,
+        "window_tokens": 2,
+        "step_s": [1.0],
+    }
+
+
+def test_a_sequence_that_got_too_few_tokens_is_no_result() -> None:
+    recorder = Recorder(2, 1)
+    recorder.step({0: 1})
+    with pytest.raises(ValueError, match=r"\[0, 1\] tokens, not 1"):
+        recorder.result()
+
+
+def test_kept_prompts_stay_and_the_others_change_from_block_to_block() -> None:
+    kept, fresh = CASES["decode 8/32"], CASES["prefill 512"]
+    assert kept.prompts(0, 1) == kept.prompts(0, 2)
+    assert fresh.prompts(0, 1) != fresh.prompts(0, 2)
+    assert [len(prompt) for prompt in kept.prompts(0, 1)] == [33] * 8
+
+
+def turn(rate: float, *, disturbed: bool = False) -> Json:
+    return {"first_s": 1.0, "window_s": 1.0, "window_tokens": rate, "step_s": [0.1], "disturbed": disturbed}
+
+
+def run_of(blocks: list[dict[str, Json]], *, commit: str = "c", case: str = "decode 8/32") -> Json:
+    probe = {"read_gb_per_s": 10.0, "fp32_gflop_per_s": 100.0, "bf16_gflop_per_s": 50.0}
+    facts = {"weight_bytes": 10**9, "num_parameters": 10**9, "kv_cache_bytes": 3200, "num_blocks": 10, "block_size": 16}
+    systems = {
+        "sluice": {"label": "Sluice engine", "kind": "ours", "bits": 16, "facts": facts},
+        "llama.cpp-bf16": {"label": "llama.cpp BF16", "kind": "peer", "bits": 16, "facts": {}},
+        "vllm-bf16": {"label": "vLLM bf16", "kind": "peer", "bits": 16, "unavailable": "no AVX-512"},
+    }
+    return {
+        "environment": {
+            "commit": commit,
+            "modified": False,
+            "cpu": "x",
+            "cores": 2,
+            "memory_gib": 1,
+            "time": "t",
+            "instruction_sets": ["avx2"],
+            "versions": {"torch": "2"},
+        },
+        "parameters": {
+            "seed": 0,
+            "model": "m",
+            "threads": 2,
+            "max_foreign_share": 0.05,
+            "max_stolen_share": 0.03,
+            "favoured": False,
+        },
+        "systems": systems,
+        "blocks": [{"case": case, "block": i, "probe": probe, "turns": turns} for i, turns in enumerate(blocks)],
+    }
+
+
+def test_disturbed_turns_count_in_no_median_and_no_ratio() -> None:
+    blocks = [
+        {"sluice": turn(30), "llama.cpp-bf16": turn(10)},
+        {"sluice": turn(99, disturbed=True), "llama.cpp-bf16": turn(20)},
+        {"sluice": turn(50), "llama.cpp-bf16": turn(10)},
+    ]
+    case = summary.summarise([run_of(blocks)])["cases"]["decode 8/32"]
+    assert case["systems"]["sluice"]["tokens_per_s"]["blocks"] == [30, 50]
+    assert case["systems"]["sluice"]["disturbed"] == 1
+    assert case["ratios"]["sluice"]["llama.cpp-bf16"]["blocks"] == [3, 5]
+
+
+def test_the_limit_is_the_slower_of_reading_and_multiplying() -> None:
+    case = summary.summarise([run_of([{"sluice": turn(30)}])])["cases"]["decode 8/32"]
+    # 8 rows x 2 operations x 1e9 parameters at 100 GFLOP/s: 160 ms; 1 GB and 264 tokens of 20 bytes at 10 GB/s: 100 ms.
+    assert case["limit"] == {"bandwidth_tokens_per_s": 80.0, "arithmetic_tokens_per_s": 50.0, "tokens_per_s": 50.0}
+
+
+def test_runs_of_different_commits_do_not_merge() -> None:
+    with pytest.raises(summary.MergeError, match="differ in commit"):
+        summary.document([run_of([]), run_of([], commit="d")])
+
+
+def test_runs_of_one_commit_merge_their_blocks() -> None:
+    block = {"sluice": turn(30)}
+    assert summary.document([run_of([block]), run_of([block])])["summary"]["cases"]["decode 8/32"]["blocks"] == 2
+
+
+def outcome(rate: float, peer: float = 10) -> targets.Outcome:
+    found = targets.outcomes(summary.summarise([run_of([{"sluice": turn(rate), "llama.cpp-bf16": turn(peer)}])]))
+    return next(one for one in found if one.target.what == "batch 8" and one.case == "decode 8/32")
+
+
+@pytest.mark.parametrize(("rate", "met"), [(25, True), (24, False)])
+def test_a_target_is_met_from_its_ratio_on(rate: float, met: bool) -> None:
+    assert outcome(rate).met is met
+
+
+def test_a_target_that_was_not_measured_says_why() -> None:
+    found = targets.outcomes(summary.summarise([run_of([{"sluice": turn(30), "llama.cpp-bf16": turn(10)}])]))
+    reasons = {one.target.what: one.reason for one in found if one.ratio is None}
+    assert reasons["INT8 against our bf16"] == "sluice-int8 took no part"
+    assert reasons["prefill of 512"] == "the case was not run"
+
+
+def test_the_report_names_a_peer_that_cannot_run_and_a_missed_target() -> None:
+    text = page(summary.document([run_of([{"sluice": turn(12), "llama.cpp-bf16": turn(10)}])]), {}, "bars.png")
+    assert "| vLLM bf16 | unavailable: no AVX-512 |" in text
+    assert "missed: 48% of it" in text
+    assert "not measured: no `service` in these documents" in text
+
+
+def test_foreign_time_is_what_neither_the_system_nor_the_driver_used() -> None:
+    before = Clock(at=0.0, busy_s=10.0, stolen_s=1.0)
+    after = Clock(at=2.0, busy_s=13.0, stolen_s=1.2)
+    assert foreign_share(before, after, own_cpu_s=2.0, cores=2) == (0.25, 0.05)
+
+
+SPEAKER = f"""
+import sys
+sys.path.insert(0, {str(SYSTEMS)!r})
+from speaking import serve
+
+class Echo:
+    def __init__(self, options):
+        print("a library talks")
+        self.options = options
+    def facts(self):
+        return self.options
+    def run(self, case, prompts, new_tokens, keep, recorder):
+        if case == "bad":
+            raise LookupError("no such case")
+        for _ in range(new_tokens):
+            recorder.step(dict.fromkeys(range(len(prompts)), 1))
+        return prompts
+
+serve(Echo)
+"""
+
+
+@pytest.fixture
+def speaker(tmp_path: Path) -> Iterator[SystemProcess]:
+    process = SystemProcess([sys.executable, "-c", SPEAKER], os.environ, tmp_path / "log")
+    try:
+        yield process
+    finally:
+        process.close()
+
+
+def state(process: SystemProcess) -> str:
+    [member] = process.members()
+    return Path(f"/proc/{member}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def test_a_system_answers_and_stands_still_until_it_is_asked_again(speaker: SystemProcess) -> None:
+    assert speaker.ask({"op": "load", "threads": 2})["facts"] == {"op": "load", "threads": 2}
+    deadline = time.monotonic() + 10
+    while state(speaker) != "T" and time.monotonic() < deadline:
+        pass
+    assert state(speaker) == "T"
+    answer = speaker.ask({"op": "run", "case": "any", "prompts": [[1], [2]], "new_tokens": 2, "keep": False})
+    assert answer["tokens"] == [[1], [2]]
+    assert answer["window_tokens"] == 2
+
+
+def test_a_systems_error_is_told_and_ends_nothing(speaker: SystemProcess) -> None:
+    speaker.ask({"op": "load"})
+    with pytest.raises(SystemFailed, match="LookupError: no such case"):
+        speaker.ask({"op": "run", "case": "bad", "prompts": [[1]], "new_tokens": 1, "keep": False})
+    assert speaker.ask({"op": "run", "case": "good", "prompts": [[1]], "new_tokens": 1, "keep": False})["tokens"] == [[1]]
+
+
+def test_a_system_that_ends_says_its_last_words(tmp_path: Path) -> None:
+    process = SystemProcess([sys.executable, "-c", "import sys; sys.exit('no such library')"], os.environ, tmp_path / "log")
+    with pytest.raises(SystemFailed, match="ended with 1: no such library"):
+        process.ask({"op": "load"})
+    process.close()
+
+
+def test_a_peer_that_cannot_be_built_is_named_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLUICE_CACHE", str(tmp_path))
+    recipe = Recipe(name="peer", version="1", installs=(), check="", builds_with=("no-such-compiler",))
+    assert build.ensure(recipe) == build.Unavailable(reason="peer 1 cannot be built: no no-such-compiler on the path")
+
+
+def test_a_built_peer_is_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLUICE_CACHE", str(tmp_path))
+    home = tmp_path / "peers" / "peer-1"
+    home.mkdir(parents=True)
+    (home / "built.json").write_text(json.dumps({"versions": {"torch": "2"}, "said": "AVX2"}))
+    recipe = Recipe(name="peer", version="1", installs=(), check="", builds_with=("no-such-compiler",))
+    assert build.ensure(recipe) == build.Built(python=home / "env/bin/python", versions={"torch": "2"}, said="AVX2")
+
+
+def test_a_gguf_file_holds_the_checkpoints_values_with_rotated_rows_side_by_side(tmp_path: Path) -> None:
+    config = {
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "vocab_size": 32,
+        "max_position_embeddings": 64,
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "intermediate_size": 32,
+        "rms_norm_eps": 1e-5,
+        "head_dim": 32,
+        "rope_parameters": {"rope_theta": 10000.0},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    query, value = torch.randn(32, 32).bfloat16(), torch.randn(32, 32).bfloat16()
+    stem = "model.layers.0.self_attn"
+    save_file({f"{stem}.q_proj.weight": query, f"{stem}.v_proj.weight": value}, tmp_path / "model.safetensors")
+    write_gguf(tmp_path, tmp_path / "model.gguf", "F16")
+    read = {tensor.name: np.array(tensor.data) for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    assert np.array_equal(read["blk.0.attn_v.weight"], value.half().numpy())
+    pairs = [row for i in range(16) for row in (i, i + 16)]
+    assert np.array_equal(read["blk.0.attn_q.weight"], query[pairs].half().numpy())
