@@ -132,9 +132,9 @@ def test_a_target_is_met_from_its_ratio_on(rate: float, met: bool) -> None:
 
 def test_a_target_that_was_not_measured_says_why() -> None:
     found = targets.outcomes(summary.summarise([run_of([{"sluice": turn(30), "llama.cpp-bf16": turn(10)}])]))
-    reasons = {one.target.what: one.reason for one in found if one.ratio is None}
-    assert reasons["INT8 against our bf16"] == "sluice-int8 took no part"
-    assert reasons["prefill of 512"] == "the case was not run"
+    reasons = {(one.target.what, one.case): one.reason for one in found if one.ratio is None}
+    assert reasons["INT8 against our bf16", "decode 8/32"] == "sluice-int8 took no part"
+    assert reasons["prefill of 512", "prefill 512"] == "the case was not run"
 
 
 def test_the_report_names_a_peer_that_cannot_run_and_a_missed_target() -> None:
