@@ -74,8 +74,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> int:
     arguments = parse()
-    # So that the systems, which lead sessions of their own, are ended too.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    # The systems, which lead sessions of their own, are ended too, and what was measured is printed.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     runs = [run for file in arguments.merge for run in json.loads(file.read_text("utf-8"))["runs"]]
     if not arguments.merge_only:
         runs.append(measure(arguments))
