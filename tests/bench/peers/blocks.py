@@ -54,7 +54,11 @@ class Hold:
     def give_back(self) -> None:
         """Idempotent."""
         if self._holder is not None:
-            self._holder.communicate()
+            try:
+                self._holder.communicate(timeout=5)
+            except subprocess.TimeoutExpired:
+                self._holder.kill()  # it still waited for its turn
+                self._holder.communicate()
             self._holder = None
 
 
