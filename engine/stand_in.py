@@ -161,7 +161,8 @@ class StandInEngine:
 
     def _say(self, choice: Choice, now: int) -> bool:
         """Says a step's tokens; True when they ended the choice."""
-        first, tokens = choice.said, []
+        first = choice.said
+        tokens: list[int] = []
         reason: FinishReason | None = None
         while reason is None and len(tokens) < self._config.stand_in_step_tokens:
             token, reason = self._next(choice)
