@@ -1,0 +1,63 @@
+// The border between the torch bindings and the operators: plain structs, no torch. One table an instruction set, filled by isa_*.cpp.
+//
+// Guarantees of every table: a row of an output depends on that row's inputs alone, bit for bit - not on the other rows, on the split
+// into chunks or on the number of threads. Shapes are checked by the bindings; here they are believed.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace sluice {
+
+enum class Type : int32_t { f32 = 0, bf16 = 1 };
+enum class Format : int32_t { f32 = 0, bf16 = 1, int8 = 2, int4 = 3 };
+
+// What stands before the panels of a packed weight, 64 bytes; offsets are bytes from the start of the header.
+struct PackedHeader {
+    uint32_t magic;
+    Format format;
+    int32_t panel;         // outputs a panel: 3 vectors of the instruction set that packed it
+    int32_t group;         // int4: inputs that share a scale, else 0
+    int64_t out_features;  // of the layer as a checkpoint has it; twice the outputs when gated
+    int64_t in_features;
+    int32_t gated;         // panels of gate and up alternate
+    int32_t quads;         // int8: 4 inputs a lane (byte dot products), else 2
+    int64_t panels;        // bytes from the header to the first panel
+    int64_t panel_bytes;
+};
+static_assert(sizeof(PackedHeader) == 64);
+constexpr uint32_t packed_magic = 0x4b505553;
+
+// out = epilogue(norm(x) W^T + bias) + residual
+struct Linear {
+    const void* x;           // [rows, in] of `type`
+    int64_t rows;
+    Type type;               // of x, norm_weight, bias, residual
+    const void* packed;      // PackedHeader and its panels
+    const void* norm_weight; // [in], or null: RMSNorm before the product
+    float eps;
+    const void* bias;        // [out_features], or null
+    const void* residual;    // [rows, outputs], or null; may be `out` itself
+    void* out;               // [rows, outputs] of out_type
+    Type out_type;
+};
+
+struct Operators {
+    const char* name;
+    int64_t (*packed_bytes)(Format format, int64_t out_features, int64_t in_features, bool gated, int group);
+    // weight: [out_features, in_features] of `type`; packed: packed_bytes() bytes, 64-byte aligned.
+    void (*pack)(const void* weight, Type type, Format format, int64_t out_features, int64_t in_features, bool gated, int group,
+                 void* packed);
+    void (*linear)(const Linear& call);
+    void (*rms_norm)(const void* x, const void* weight, float eps, int64_t rows, int64_t size, Type type, void* out);
+};
+
+const Operators& operators_scalar();
+#if defined(__x86_64__)
+const Operators& operators_avx2();
+const Operators& operators_avx512();
+const Operators& operators_avx512_vnni();
+const Operators& operators_avx512_bf16();
+#endif
+
+}  // namespace sluice

@@ -1,0 +1,96 @@
+// Eight float lanes of AVX2 with FMA (Haswell and Zen onwards).
+//
+// Every simd_*.h gives the same `Simd` in the namespace SLUICE_ISA, and the operators are written against it alone. Meanings that are
+// not plain from a name stand here; the other files differ in width and instructions only. bf16 is a uint16_t: a float's high half.
+// A "pair" is one 32-bit lane that holds two bf16 (or int16) neighbours along the summed dimension, the earlier one low.
+#pragma once
+
+namespace SLUICE_ISA {
+
+struct Simd {
+    static constexpr int width = 8;
+    static constexpr int tile_rows = 4;       // rows x 3 accumulators that the registers bear in a linear
+    static constexpr bool bf16_dot = false;   // one instruction multiplies and adds bf16 pairs into float lanes
+    static constexpr bool byte_dot = false;   // one instruction multiplies and adds u8 x s8 quads into int32 lanes
+
+    using F = __m256;
+    using I = __m256i;
+
+    static F zero() { return _mm256_setzero_ps(); }
+    static F set1(float x) { return _mm256_set1_ps(x); }
+    static F load(const float* p) { return _mm256_loadu_ps(p); }
+    static void store(float* p, F x) { _mm256_storeu_ps(p, x); }
+    static F add(F a, F b) { return _mm256_add_ps(a, b); }
+    static F sub(F a, F b) { return _mm256_sub_ps(a, b); }
+    static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+    static F div(F a, F b) { return _mm256_div_ps(a, b); }
+    static F max(F a, F b) { return _mm256_max_ps(a, b); }
+    static F min(F a, F b) { return _mm256_min_ps(a, b); }
+    static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }  // a * b + c
+    static F round(F a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+
+    // The first n lanes (0 < n <= width); the others read as 0 and are not written.
+    static F load_n(const float* p, int n) { return _mm256_maskload_ps(p, mask(n)); }
+    static void store_n(float* p, F x, int n) { _mm256_maskstore_ps(p, mask(n), x); }
+
+    static F load_bf16(const uint16_t* p) {
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
+    }
+    // Rounds to nearest, ties to even; a NaN stays one.
+    static void store_bf16(uint16_t* p, F x) {
+        I bits = _mm256_castps_si256(x);
+        I odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+        I rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+        I nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+        I high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), nan), 16);
+        I packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08);
+        _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(packed));
+    }
+
+    // Lanes of 32 bits: pairs, or four bytes.
+    static I load_lanes(const void* p) { return _mm256_loadu_si256((const I*)p); }
+    static I set1_lane(const void* p) {
+        int32_t lane;
+        std::memcpy(&lane, p, 4);
+        return _mm256_set1_epi32(lane);
+    }
+    static F low(I pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
+    static F high(I pairs) { return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32((int)0xffff0000))); }
+
+    static I zero_lanes() { return _mm256_setzero_si256(); }
+    static F to_float(I lanes) { return _mm256_cvtepi32_ps(lanes); }
+    // 2 * width bytes widened to int16 pairs.
+    static I load_bytes_as_pairs(const int8_t* p) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)); }
+    // width bytes of two 4-bit numbers each (low nibble first, biased by 8) as int16 pairs.
+    static I load_nibbles_as_pairs(const uint8_t* p) {
+        __m128i bytes = _mm_loadl_epi64((const __m128i*)p);
+        __m128i mask = _mm_set1_epi8(15);
+        __m128i both = _mm_unpacklo_epi8(_mm_and_si128(bytes, mask), _mm_and_si128(_mm_srli_epi16(bytes, 4), mask));
+        return _mm256_cvtepi8_epi16(_mm_sub_epi8(both, _mm_set1_epi8(8)));
+    }
+    static I add_pair_products(I sum, I a, I b) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
+    static F load_half(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+
+    // Fixed trees, so that a sum does not depend on the compiler.
+    static float sum(F x) {
+        __m128 four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+        __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+        return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+    }
+    static float largest(F x) {
+        __m128 four = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+        __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+        return _mm_cvtss_f32(_mm_max_ss(two, _mm_shuffle_ps(two, two, 1)));
+    }
+    // 2^n for whole n in [-127, 127]; -127 gives 0.
+    static F power_of_two(F n) {
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
+    }
+
+private:
+    static I mask(int n) {
+        return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+    }
+};
+
+}  // namespace SLUICE_ISA

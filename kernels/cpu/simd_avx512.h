@@ -1,0 +1,100 @@
+// Sixteen float lanes of AVX-512 (F, BW, DQ, VL); SLUICE_VNNI and SLUICE_BF16 add those extensions. Meanings: simd_avx2.h.
+#pragma once
+
+namespace SLUICE_ISA {
+
+struct Simd {
+    static constexpr int width = 16;
+    static constexpr int tile_rows = 8;
+#ifdef SLUICE_BF16
+    static constexpr bool bf16_dot = true;
+#else
+    static constexpr bool bf16_dot = false;
+#endif
+#ifdef SLUICE_VNNI
+    static constexpr bool byte_dot = true;
+#else
+    static constexpr bool byte_dot = false;
+#endif
+
+    using F = __m512;
+    using I = __m512i;
+
+    static F zero() { return _mm512_setzero_ps(); }
+    static F set1(float x) { return _mm512_set1_ps(x); }
+    static F load(const float* p) { return _mm512_loadu_ps(p); }
+    static void store(float* p, F x) { _mm512_storeu_ps(p, x); }
+    static F add(F a, F b) { return _mm512_add_ps(a, b); }
+    static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+    static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+    static F div(F a, F b) { return _mm512_div_ps(a, b); }
+    static F max(F a, F b) { return _mm512_max_ps(a, b); }
+    static F min(F a, F b) { return _mm512_min_ps(a, b); }
+    static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+    static F round(F a) { return _mm512_roundscale_ps(a, 8); }
+
+    static F load_n(const float* p, int n) { return _mm512_maskz_loadu_ps(mask(n), p); }
+    static void store_n(float* p, F x, int n) { _mm512_mask_storeu_ps(p, mask(n), x); }
+
+    static F load_bf16(const uint16_t* p) {
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+    }
+    static void store_bf16(uint16_t* p, F x) {
+        I bits = _mm512_castps_si512(x);
+        I odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+        I rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+        __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+        I high = _mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000)), 16);
+        _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(high));
+    }
+
+    static I load_lanes(const void* p) { return _mm512_loadu_si512(p); }
+    static I set1_lane(const void* p) {
+        int32_t lane;
+        std::memcpy(&lane, p, 4);
+        return _mm512_set1_epi32(lane);
+    }
+    static F low(I pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
+    static F high(I pairs) { return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32((int)0xffff0000))); }
+#ifdef SLUICE_BF16
+    // sum + a.low * b.low + a.high * b.high, lane by lane.
+    static F add_bf16_products(F sum, I a, I b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+#endif
+
+    static I zero_lanes() { return _mm512_setzero_si512(); }
+    static F to_float(I lanes) { return _mm512_cvtepi32_ps(lanes); }
+    static I load_bytes_as_pairs(const int8_t* p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p)); }
+    static I load_nibbles_as_pairs(const uint8_t* p) {
+        __m256i wide = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)p));
+        __m256i both = _mm256_or_si256(_mm256_and_si256(wide, _mm256_set1_epi16(15)),
+                                       _mm256_slli_epi16(_mm256_srli_epi16(wide, 4), 8));
+        return _mm512_cvtepi8_epi16(_mm256_sub_epi8(both, _mm256_set1_epi8(8)));
+    }
+    static I add_pair_products(I sum, I a, I b) { return _mm512_add_epi32(sum, _mm512_madd_epi16(a, b)); }
+#ifdef SLUICE_VNNI
+    // sum + the four products of unsigned bytes of a and signed bytes of b, lane by lane.
+    static I add_byte_products(I sum, I a, I b) { return _mm512_dpbusd_epi32(sum, a, b); }
+#endif
+    static F load_half(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+
+    static float sum(F x) {
+        __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+        __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+        __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+        return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+    }
+    static float largest(F x) {
+        __m256 eight = _mm256_max_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+        __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+        __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+        return _mm_cvtss_f32(_mm_max_ss(two, _mm_shuffle_ps(two, two, 1)));
+    }
+    static F power_of_two(F n) {
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
+    }
+
+private:
+    static __mmask16 mask(int n) { return (__mmask16)((1u << n) - 1u); }
+};
+
+}  // namespace SLUICE_ISA

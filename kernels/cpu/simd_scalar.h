@@ -1,0 +1,119 @@
+// Eight lanes in plain C++, for a processor without AVX2 (and for other architectures); the compiler vectorises what it can.
+// Meanings: simd_avx2.h. Products and sums are rounded apart (no fused multiply-add).
+#pragma once
+
+namespace SLUICE_ISA {
+
+struct Simd {
+    static constexpr int width = 8;
+    static constexpr int tile_rows = 2;
+    static constexpr bool bf16_dot = false;
+    static constexpr bool byte_dot = false;
+
+    struct F {
+        float lane[8];
+    };
+    struct I {
+        int32_t lane[8];
+    };
+
+    template <class Lane>
+    static F each(Lane f) {
+        F out;
+        for (int i = 0; i < width; ++i) out.lane[i] = f(i);
+        return out;
+    }
+    template <class Lane>
+    static I each_lane(Lane f) {
+        I out;
+        for (int i = 0; i < width; ++i) out.lane[i] = f(i);
+        return out;
+    }
+    static float as_float(uint32_t bits) {
+        float x;
+        std::memcpy(&x, &bits, 4);
+        return x;
+    }
+    static uint32_t as_bits(float x) {
+        uint32_t bits;
+        std::memcpy(&bits, &x, 4);
+        return bits;
+    }
+
+    static F zero() { return set1(0.0f); }
+    static F set1(float x) { return each([&](int) { return x; }); }
+    static F load(const float* p) { return each([&](int i) { return p[i]; }); }
+    static void store(float* p, F x) { std::memcpy(p, x.lane, sizeof x.lane); }
+    static F add(F a, F b) { return each([&](int i) { return a.lane[i] + b.lane[i]; }); }
+    static F sub(F a, F b) { return each([&](int i) { return a.lane[i] - b.lane[i]; }); }
+    static F mul(F a, F b) { return each([&](int i) { return a.lane[i] * b.lane[i]; }); }
+    static F div(F a, F b) { return each([&](int i) { return a.lane[i] / b.lane[i]; }); }
+    static F max(F a, F b) { return each([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; }); }
+    static F min(F a, F b) { return each([&](int i) { return a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; }); }
+    static F fma(F a, F b, F c) { return each([&](int i) { return a.lane[i] * b.lane[i] + c.lane[i]; }); }
+    static F round(F a) { return each([&](int i) { return std::nearbyint(a.lane[i]); }); }
+
+    static F load_n(const float* p, int n) { return each([&](int i) { return i < n ? p[i] : 0.0f; }); }
+    static void store_n(float* p, F x, int n) { std::memcpy(p, x.lane, sizeof(float) * n); }
+
+    static F load_bf16(const uint16_t* p) { return each([&](int i) { return as_float((uint32_t)p[i] << 16); }); }
+    static void store_bf16(uint16_t* p, F x) {
+        for (int i = 0; i < width; ++i) {
+            uint32_t bits = as_bits(x.lane[i]);
+            uint32_t rounded = bits + 0x7fff + ((bits >> 16) & 1);
+            p[i] = (uint16_t)((x.lane[i] != x.lane[i] ? 0x7fc00000u : rounded) >> 16);
+        }
+    }
+
+    static I load_lanes(const void* p) {
+        I out;
+        std::memcpy(out.lane, p, sizeof out.lane);
+        return out;
+    }
+    static I set1_lane(const void* p) {
+        int32_t lane;
+        std::memcpy(&lane, p, 4);
+        return each_lane([&](int) { return lane; });
+    }
+    static F low(I pairs) { return each([&](int i) { return as_float((uint32_t)pairs.lane[i] << 16); }); }
+    static F high(I pairs) { return each([&](int i) { return as_float((uint32_t)pairs.lane[i] & 0xffff0000u); }); }
+
+    static I zero_lanes() { return each_lane([](int) { return 0; }); }
+    static F to_float(I lanes) { return each([&](int i) { return (float)lanes.lane[i]; }); }
+    static int32_t pair(int low, int high) { return (int32_t)((uint32_t)(uint16_t)low | ((uint32_t)(uint16_t)high << 16)); }
+    static I load_bytes_as_pairs(const int8_t* p) {
+        return each_lane([&](int i) { return pair(p[2 * i], p[2 * i + 1]); });
+    }
+    static I load_nibbles_as_pairs(const uint8_t* p) {
+        return each_lane([&](int i) { return pair((p[i] & 15) - 8, (p[i] >> 4) - 8); });
+    }
+    static I add_pair_products(I sum, I a, I b) {
+        return each_lane([&](int i) {
+            int32_t low = (int16_t)a.lane[i] * (int16_t)b.lane[i];
+            int32_t high = (a.lane[i] >> 16) * (b.lane[i] >> 16);
+            return sum.lane[i] + low + high;
+        });
+    }
+    static F load_half(const uint16_t* p) {
+        return each([&](int i) {
+            uint32_t sign = (uint32_t)(p[i] & 0x8000) << 16, exponent = (p[i] >> 10) & 31, fraction = p[i] & 1023;
+            if (exponent == 0) return as_float(sign) + (sign ? -1.0f : 1.0f) * (float)fraction * 0x1p-24f;
+            if (exponent == 31) return as_float(sign | 0x7f800000u | (fraction << 13));
+            return as_float(sign | ((exponent + 112) << 23) | (fraction << 13));
+        });
+    }
+
+    static float sum(F x) {
+        float four[4];
+        for (int i = 0; i < 4; ++i) four[i] = x.lane[i] + x.lane[i + 4];
+        return (four[0] + four[2]) + (four[1] + four[3]);
+    }
+    static float largest(F x) {
+        float found = x.lane[0];
+        for (int i = 1; i < width; ++i) found = x.lane[i] > found ? x.lane[i] : found;
+        return found;
+    }
+    static F power_of_two(F n) { return each([&](int i) { return as_float((uint32_t)((int)n.lane[i] + 127) << 23); }); }
+};
+
+}  // namespace SLUICE_ISA
