@@ -16,10 +16,11 @@ enum class Format : int32_t { f32 = 0, bf16 = 1, int8 = 2, int4 = 3 };
 struct PackedHeader {
     uint32_t magic;
     Format format;
-    int32_t panel;         // outputs a panel: 3 vectors of the instruction set that packed it
+    int32_t panel;         // outputs a panel, as the instruction set that packed it has them
     int32_t group;         // int4: inputs that share a scale, else 0
     int64_t out_features;  // of the layer as a checkpoint has it; twice the outputs when gated
     int64_t in_features;
+    int64_t inputs;        // of a panel, padding included
     int32_t gated;         // panels of gate and up alternate
     int32_t quads;         // int8: 4 inputs a lane (byte dot products), else 2
     int64_t panels;        // bytes from the header to the first panel

@@ -9,7 +9,8 @@ namespace SLUICE_ISA {
 
 struct Simd {
     static constexpr int width = 8;
-    static constexpr int tile_rows = 4;       // rows x 3 accumulators that the registers bear in a linear
+    static constexpr int panel_vectors = 2;   // of outputs that a linear's weights are kept in
+    static constexpr int tile_rows = 6;       // rows x panel_vectors sums, the weights and what they are made of fill the registers
     static constexpr bool bf16_dot = false;   // one instruction multiplies and adds bf16 pairs into float lanes
     static constexpr bool byte_dot = false;   // one instruction multiplies and adds u8 x s8 quads into int32 lanes
 
@@ -59,6 +60,7 @@ struct Simd {
 
     static I zero_lanes() { return _mm256_setzero_si256(); }
     static F to_float(I lanes) { return _mm256_cvtepi32_ps(lanes); }
+    static I sub_lanes(I a, I b) { return _mm256_sub_epi32(a, b); }
     // 2 * width bytes widened to int16 pairs.
     static I load_bytes_as_pairs(const int8_t* p) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)); }
     // width bytes of two 4-bit numbers each (low nibble first, biased by 8) as int16 pairs.
@@ -69,6 +71,9 @@ struct Simd {
         return _mm256_cvtepi8_epi16(_mm_sub_epi8(both, _mm_set1_epi8(8)));
     }
     static I add_pair_products(I sum, I a, I b) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
+    // Declared for what `if constexpr` leaves out; defined where bf16_dot and byte_dot are true.
+    static F add_bf16_products(F sum, I a, I b);
+    static I add_byte_products(I sum, I a, I b);
     static F load_half(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
 
     // Fixed trees, so that a sum does not depend on the compiler.

@@ -5,6 +5,7 @@ namespace SLUICE_ISA {
 
 struct Simd {
     static constexpr int width = 16;
+    static constexpr int panel_vectors = 3;
     static constexpr int tile_rows = 8;
 #ifdef SLUICE_BF16
     static constexpr bool bf16_dot = true;
@@ -56,13 +57,16 @@ struct Simd {
     }
     static F low(I pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
     static F high(I pairs) { return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32((int)0xffff0000))); }
-#ifdef SLUICE_BF16
     // sum + a.low * b.low + a.high * b.high, lane by lane.
+#ifdef SLUICE_BF16
     static F add_bf16_products(F sum, I a, I b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+#else
+    static F add_bf16_products(F sum, I a, I b);
 #endif
 
     static I zero_lanes() { return _mm512_setzero_si512(); }
     static F to_float(I lanes) { return _mm512_cvtepi32_ps(lanes); }
+    static I sub_lanes(I a, I b) { return _mm512_sub_epi32(a, b); }
     static I load_bytes_as_pairs(const int8_t* p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p)); }
     static I load_nibbles_as_pairs(const uint8_t* p) {
         __m256i wide = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)p));
@@ -71,9 +75,11 @@ struct Simd {
         return _mm512_cvtepi8_epi16(_mm256_sub_epi8(both, _mm256_set1_epi8(8)));
     }
     static I add_pair_products(I sum, I a, I b) { return _mm512_add_epi32(sum, _mm512_madd_epi16(a, b)); }
-#ifdef SLUICE_VNNI
     // sum + the four products of unsigned bytes of a and signed bytes of b, lane by lane.
+#ifdef SLUICE_VNNI
     static I add_byte_products(I sum, I a, I b) { return _mm512_dpbusd_epi32(sum, a, b); }
+#else
+    static I add_byte_products(I sum, I a, I b);
 #endif
     static F load_half(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 

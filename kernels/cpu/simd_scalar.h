@@ -6,6 +6,7 @@ namespace SLUICE_ISA {
 
 struct Simd {
     static constexpr int width = 8;
+    static constexpr int panel_vectors = 2;
     static constexpr int tile_rows = 2;
     static constexpr bool bf16_dot = false;
     static constexpr bool byte_dot = false;
@@ -80,6 +81,7 @@ struct Simd {
 
     static I zero_lanes() { return each_lane([](int) { return 0; }); }
     static F to_float(I lanes) { return each([&](int i) { return (float)lanes.lane[i]; }); }
+    static I sub_lanes(I a, I b) { return each_lane([&](int i) { return a.lane[i] - b.lane[i]; }); }
     static int32_t pair(int low, int high) { return (int32_t)((uint32_t)(uint16_t)low | ((uint32_t)(uint16_t)high << 16)); }
     static I load_bytes_as_pairs(const int8_t* p) {
         return each_lane([&](int i) { return pair(p[2 * i], p[2 * i + 1]); });
@@ -94,6 +96,9 @@ struct Simd {
             return sum.lane[i] + low + high;
         });
     }
+    // Declared for what `if constexpr` leaves out; defined where bf16_dot and byte_dot are true.
+    static F add_bf16_products(F sum, I a, I b);
+    static I add_byte_products(I sum, I a, I b);
     static F load_half(const uint16_t* p) {
         return each([&](int i) {
             uint32_t sign = (uint32_t)(p[i] & 0x8000) << 16, exponent = (p[i] >> 10) & 31, fraction = p[i] & 1023;

@@ -1,0 +1,5 @@
+"""The operators in C++ for a CPU: built once into the cache, chosen by instruction set."""
+
+from kernels.cpu.build import NATIVE, Choice, choose
+
+__all__ = ["NATIVE", "Choice", "choose"]

@@ -1,0 +1,116 @@
+// The operators as torch.ops.sluice_cpu.*: checks every shape and type, allocates outputs, calls the table in use.
+#include <torch/library.h>
+#include <ATen/ATen.h>
+
+#include "dispatch.h"
+
+namespace {
+
+using at::Tensor;
+using sluice::Format;
+using sluice::PackedHeader;
+using sluice::Type;
+
+Type type_of(const Tensor& x, const char* name) {
+    TORCH_CHECK(x.device().is_cpu(), name, " must be on the CPU");
+    TORCH_CHECK(x.is_contiguous(), name, " must be contiguous");
+    if (x.scalar_type() == at::kBFloat16) return Type::bf16;
+    TORCH_CHECK(x.scalar_type() == at::kFloat, name, " must be float32 or bfloat16, not ", x.scalar_type());
+    return Type::f32;
+}
+
+const void* checked_vector(const std::optional<Tensor>& x, const char* name, int64_t size, Type type) {
+    if (!x.has_value()) return nullptr;
+    TORCH_CHECK(x->dim() == 1 && x->size(0) == size, name, " must be [", size, "]");
+    TORCH_CHECK(type_of(*x, name) == type, name, " must have x's dtype");
+    return x->const_data_ptr();
+}
+
+Format format_of(c10::string_view name) {
+    if (name == "float32") return Format::f32;
+    if (name == "bfloat16") return Format::bf16;
+    if (name == "int8") return Format::int8;
+    TORCH_CHECK(name == "int4", "format must be float32, bfloat16, int8 or int4, not ", name);
+    return Format::int4;
+}
+
+Tensor pack(const Tensor& weight, c10::string_view format_name, bool gated, int64_t group) {
+    Format format = format_of(format_name);
+    TORCH_CHECK(weight.dim() == 2 && weight.size(0) > 0 && weight.size(1) > 0, "weight must be [out, in]");
+    TORCH_CHECK(!gated || weight.size(0) % 2 == 0, "a gated layer has as many outputs of gate as of up");
+    TORCH_CHECK(format != Format::int4 || (group > 0 && group % 16 == 0 && group <= 4096), "group must be a multiple of 16");
+    Type type = type_of(weight, "weight");
+    const sluice::Operators& operators = sluice::operators();
+    int64_t out = weight.size(0), in = weight.size(1);
+    Tensor packed = at::empty({operators.packed_bytes(format, out, in, gated, (int)group)}, at::kByte);
+    operators.pack(weight.const_data_ptr(), type, format, out, in, gated, (int)group, packed.data_ptr());
+    return packed;
+}
+
+const PackedHeader& header_of(const Tensor& packed) {
+    TORCH_CHECK(packed.scalar_type() == at::kByte && packed.is_contiguous() && packed.numel() > (int64_t)sizeof(PackedHeader),
+                "packed must be what `pack` made");
+    const PackedHeader& header = *(const PackedHeader*)packed.const_data_ptr();
+    TORCH_CHECK(header.magic == sluice::packed_magic, "packed must be what `pack` made");
+    int64_t wanted = sluice::operators().packed_bytes(header.format, header.out_features, header.in_features, header.gated, header.group);
+    TORCH_CHECK(packed.numel() == wanted, "packed was made for another instruction set");
+    return header;
+}
+
+Tensor linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& norm_weight, double eps,
+              const std::optional<Tensor>& bias, const std::optional<Tensor>& residual, bool float_out) {
+    const PackedHeader& header = header_of(packed);
+    Type type = type_of(x, "x");
+    TORCH_CHECK(x.dim() == 2 && x.size(1) == header.in_features, "x must be [rows, ", header.in_features, "]");
+    int64_t rows = x.size(0), outputs = header.gated ? header.out_features / 2 : header.out_features;
+    if (residual.has_value()) {
+        TORCH_CHECK(type_of(*residual, "residual") == type, "residual must have x's dtype");
+        TORCH_CHECK(residual->dim() == 2 && residual->size(0) == rows && residual->size(1) == outputs, "residual must be [", rows,
+                    ", ", outputs, "]");
+    }
+    Type out_type = float_out ? Type::f32 : type;
+    Tensor out = at::empty({rows, outputs}, x.options().dtype(out_type == Type::f32 ? at::kFloat : at::kBFloat16));
+    sluice::operators().linear({
+        x.const_data_ptr(),
+        rows,
+        type,
+        packed.const_data_ptr(),
+        checked_vector(norm_weight, "norm_weight", header.in_features, type),
+        (float)eps,
+        checked_vector(bias, "bias", header.out_features, type),
+        residual.has_value() ? residual->const_data_ptr() : nullptr,
+        out.data_ptr(),
+        out_type,
+    });
+    return out;
+}
+
+Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
+    Type type = type_of(x, "x");
+    TORCH_CHECK(x.dim() == 2, "x must be [rows, size]");
+    Tensor out = at::empty_like(x);
+    const void* scale = checked_vector(weight, "weight", x.size(1), type);
+    sluice::operators().rms_norm(x.const_data_ptr(), scale, (float)eps, x.size(0), x.size(1), type, out.data_ptr());
+    return out;
+}
+
+std::vector<std::string> instruction_sets() { return sluice::available(); }
+
+std::string select_one(std::string name) { return sluice::select(name); }
+
+}  // namespace
+
+TORCH_LIBRARY(sluice_cpu, library) {
+    library.def("available() -> str[]", instruction_sets);
+    library.def("select(str name) -> str", select_one);
+    library.def("pack(Tensor weight, str format, bool gated, int group) -> Tensor");
+    library.def(
+        "linear(Tensor x, Tensor packed, Tensor? norm_weight, float eps, Tensor? bias, Tensor? residual, bool float_out) -> Tensor");
+    library.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(sluice_cpu, CPU, library) {
+    library.impl("pack", pack);
+    library.impl("linear", linear);
+    library.impl("rms_norm", rms_norm);
+}

@@ -1,0 +1,149 @@
+"""Builds the C++ operators once with torch's extension loader, and says which instruction set runs, or why none does.
+
+The library lies in `${SLUICE_CACHE:-~/.cache/sluice}/build/` under a name made of its sources, torch and the compiler: a change of any
+of them builds anew, nothing else does. Two processes never build at once, and a build that was cut short leaves nothing behind.
+A machine without a compiler is no error: the caller takes the plain-torch operators.
+"""
+
+import fcntl
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+NATIVE = ("avx512_bf16", "avx512_vnni", "avx512", "avx2", "scalar")
+"""Instruction sets, best first."""
+
+_SOURCES = Path(__file__).resolve().parent
+_NEEDS = {
+    "avx2": {"avx2", "fma", "f16c"},
+    "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma", "f16c"},
+}
+_NEEDS["avx512_vnni"] = _NEEDS["avx512"] | {"avx512_vnni"}
+_NEEDS["avx512_bf16"] = _NEEDS["avx512_vnni"] | {"avx512_bf16"}
+_FLAGS = ["-O2", "-std=c++20", "-fopenmp", "-fno-math-errno", "-Wno-psabi", "-Wno-unknown-pragmas"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """What computes on a CPU. `instruction_set`: one of `NATIVE`, "" for plain torch; `reason` says why, in one sentence."""
+
+    instruction_set: str
+    reason: str
+
+
+class BuildError(Exception):
+    """The operators cannot be built here; the text says what is missing or where the compiler's words are."""
+
+
+def choose(wanted: str, tell: Callable[[str], None] = lambda what: None) -> Choice:
+    """Builds if need be, loads, selects. wanted: "auto", "torch" or one of `NATIVE`.
+
+    `tell` hears of a build before it starts. Raises `BuildError` when a named instruction set cannot be had; with "auto" that is a
+    choice of plain torch.
+    """
+    if wanted == "torch":
+        return Choice(instruction_set="", reason="plain torch, as configured")
+    try:
+        _load(tell)
+        name = torch.ops.sluice_cpu.select.default(wanted)
+    except BuildError as error:
+        if wanted != "auto":
+            raise
+        return Choice(instruction_set="", reason=f"plain torch: {error}")
+    except (RuntimeError, ValueError) as error:
+        found = ", ".join(torch.ops.sluice_cpu.available.default())
+        raise BuildError(f"instruction set {wanted!r} is not one that this processor has: {found}") from error
+    best = "the best that this processor has" if wanted == "auto" else "as configured"
+    return Choice(instruction_set=name, reason=f"C++ operators with {name}, {best}")
+
+
+def runnable() -> tuple[str, ...]:
+    """The instruction sets of `NATIVE` that this processor has, best first."""
+    flags: set[str] = set()
+    if platform.machine() in ("x86_64", "AMD64"):
+        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
+            if line.startswith("flags"):
+                flags = set(line.partition(":")[2].split())
+                break
+    return tuple(name for name in NATIVE if name == "scalar" or (flags and _NEEDS[name] <= flags))
+
+
+def library_path() -> Path:
+    """Where the built library lies, built or not. Raises `BuildError` when there is no compiler to build it with."""
+    compiler = _compiler()
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout.splitlines()[:1]
+    told = hashlib.sha256(repr((torch.__version__, sys.version_info[:2], version, runnable(), _FLAGS)).encode())
+    for source in sorted([*_SOURCES.glob("*.cpp"), *_SOURCES.glob("*.h")]):
+        told.update(source.name.encode() + source.read_bytes())
+    cache = Path(os.environ.get("SLUICE_CACHE") or Path.home() / ".cache" / "sluice")
+    return cache / "build" / f"sluice_cpu-{told.hexdigest()[:16]}" / "sluice_cpu.so"
+
+
+def _compiler() -> str:
+    named = os.environ.get("CXX")
+    found = shutil.which(named) if named else shutil.which("g++") or shutil.which("clang++")
+    if found is None:
+        raise BuildError(f"no C++ compiler ({named or 'g++ or clang++'}); install g++ for operators that are several times faster")
+    return found
+
+
+def _load(tell: Callable[[str], None]) -> None:
+    if hasattr(torch.ops.sluice_cpu, "linear"):
+        return
+    library = library_path()
+    if not library.exists():
+        with _alone(library.parent):
+            if not library.exists():
+                _build(library, tell)
+    torch.ops.load_library(str(library))
+
+
+@contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Holds the directory's lock; the kernel frees it when the holder dies."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with (directory / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+    except OSError as error:
+        raise BuildError(f"{directory} cannot be written ({error.strerror}); set SLUICE_CACHE") from error
+
+
+def _build(library: Path, tell: Callable[[str], None]) -> None:
+    from torch.utils import cpp_extension
+
+    if not cpp_extension.is_ninja_available():
+        raise BuildError("ninja is missing; pip install ninja")
+    os.environ["CXX"] = _compiler()
+    tell("building the C++ operators for this processor, once (about a minute)")
+    built = runnable()
+    sources = [_SOURCES / name for name in ("bindings.cpp", "dispatch.cpp", *(f"isa_{isa}.cpp" for isa in built))]
+    flags = [*_FLAGS, *(f"-DSLUICE_HAS_{isa}" for isa in built)]
+    with tempfile.TemporaryDirectory(dir=library.parent) as work:
+        log = library.parent / "build.log"
+        try:
+            cpp_extension.load(
+                "sluice_cpu",
+                [str(source) for source in sources],
+                extra_cflags=flags,
+                extra_ldflags=["-fopenmp"],
+                build_directory=work,
+                is_python_module=False,
+                is_standalone=False,
+                verbose=False,
+            )
+        except (RuntimeError, subprocess.CalledProcessError) as error:
+            log.write_text(str(error), "utf-8")
+            raise BuildError(f"the compiler failed; its words are in {log}") from error
+        (Path(work) / "sluice_cpu.so").rename(library)

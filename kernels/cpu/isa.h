@@ -1,0 +1,17 @@
+// What every isa_*.cpp compiles for its instruction set: the operators and the table that names them. Not guarded: each includes it once,
+// after the standard headers, so that no function of the standard library is compiled for more than the machine may have.
+#include "vector_math.h"
+#include "norm.h"
+#include "packing.h"
+#include "rows.h"
+#include "tiles.h"
+#include "linear.h"
+
+namespace SLUICE_ISA {
+
+inline const sluice::Operators& table(const char* name) {
+    static const sluice::Operators operators{name, packed_bytes, pack, linear, rms_norm_rows};
+    return operators;
+}
+
+}  // namespace SLUICE_ISA

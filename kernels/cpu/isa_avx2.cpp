@@ -1,0 +1,11 @@
+#include "standard.h"
+
+#pragma GCC target("avx2,fma,f16c")
+#define SLUICE_ISA isa_avx2
+
+#include "simd_avx2.h"
+#include "isa.h"
+
+namespace sluice {
+const Operators& operators_avx2() { return isa_avx2::table("avx2"); }
+}  // namespace sluice

@@ -1,0 +1,11 @@
+#include "standard.h"
+
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#define SLUICE_ISA isa_avx512
+
+#include "simd_avx512.h"
+#include "isa.h"
+
+namespace sluice {
+const Operators& operators_avx512() { return isa_avx512::table("avx512"); }
+}  // namespace sluice

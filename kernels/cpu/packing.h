@@ -1,0 +1,168 @@
+// How weights lie in memory: panels of a few vectors of outputs, each a run of [in / step][outputs][step] that a tile reads in order.
+//
+//   f32   step 1                                  bf16  step 2: pairs
+//   int8  step 2 (int16 pairs) or 4 (byte dots): bytes, then a panel's float scales, then, for step 4, int32 128 * sum(w)
+//   int4  per group of inputs: [group / 2][outputs] bytes of two numbers (low nibble first, biased by 8), then half-float scales
+//
+// Outputs and inputs are padded with zeros. Gated layers alternate a panel of gate and the panel of up that it multiplies.
+// INT8 is symmetric per output: w = scale * q, q in [-127, 127]. INT4 is symmetric per output and group, q in [-8, 7], the scale
+// chosen so that the value of largest magnitude is met exactly by -8.
+#pragma once
+
+namespace SLUICE_ISA {
+
+using sluice::Format;
+using sluice::PackedHeader;
+
+constexpr int panel_vectors = Simd::panel_vectors;
+constexpr int panel_outputs = panel_vectors * width;
+
+inline int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
+
+inline int input_step(Format format) {
+    if (format == Format::f32) return 1;
+    return format == Format::int8 && Simd::byte_dot ? 4 : 2;
+}
+
+// Inputs of a panel, padding included.
+inline int64_t padded_inputs(Format format, int64_t in_features, int group) {
+    return round_up(in_features, format == Format::int4 ? group : input_step(format));
+}
+
+inline int64_t group_bytes(int group) { return (int64_t)group / 2 * panel_outputs + 2 * panel_outputs; }
+
+inline int64_t panel_size(Format format, int64_t in_features, int group) {
+    int64_t inputs = padded_inputs(format, in_features, group);
+    int64_t bytes = 0;
+    switch (format) {
+        case Format::f32: bytes = inputs * panel_outputs * 4; break;
+        case Format::bf16: bytes = inputs * panel_outputs * 2; break;
+        case Format::int8: bytes = inputs * panel_outputs + panel_outputs * 8; break;
+        case Format::int4: bytes = inputs / group * group_bytes(group); break;
+    }
+    return round_up(bytes, 64);
+}
+
+inline int64_t num_panels(int64_t out_features, bool gated) {
+    return gated ? 2 * ((out_features / 2 + panel_outputs - 1) / panel_outputs)
+                 : (out_features + panel_outputs - 1) / panel_outputs;
+}
+
+inline int64_t packed_bytes(Format format, int64_t out_features, int64_t in_features, bool gated, int group) {
+    return (int64_t)sizeof(PackedHeader) + num_panels(out_features, gated) * panel_size(format, in_features, group);
+}
+
+// The row of the checkpoint's weight behind an output of a panel, -1 for padding.
+inline int64_t source_row(int64_t panel, int output, int64_t out_features, bool gated) {
+    int64_t limit = gated ? out_features / 2 : out_features;
+    int64_t row = (gated ? panel / 2 : panel) * panel_outputs + output;
+    return row < limit ? row + (gated && panel % 2 ? limit : 0) : -1;
+}
+
+inline uint16_t float_to_half(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    uint32_t sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
+    if (magnitude >= 0x47800000) return (uint16_t)(sign | 0x7bff);  // above the largest half: the largest
+    if (magnitude < 0x38800000) {
+        float scaled = std::nearbyint(std::fabs(x) * 0x1p24f);
+        return (uint16_t)(sign | (uint32_t)scaled);
+    }
+    uint32_t rounded = magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1);
+    uint32_t half = rounded >> 13;
+    return (uint16_t)(sign | (half > 0x7bff ? 0x7bff : half));
+}
+
+inline float half_to_float(uint16_t x) {
+    int exponent = (x >> 10) & 31, fraction = x & 1023;
+    float magnitude = exponent ? std::ldexp((float)(1024 + fraction), exponent - 25) : std::ldexp((float)fraction, -24);
+    return x & 0x8000 ? -magnitude : magnitude;
+}
+
+inline void pack_int8_row(const float* row, int64_t in_features, int output, int step, uint8_t* panel, int64_t inputs) {
+    float largest = 0.0f;
+    for (int64_t k = 0; k < in_features; ++k) largest = std::fmax(largest, std::fabs(row[k]));
+    float scale = largest / 127.0f, inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
+    int32_t sum = 0;
+    int8_t* q = (int8_t*)panel;
+    for (int64_t k = 0; k < in_features; ++k) {
+        int value = (int)std::nearbyint(row[k] * inverse);
+        sum += value;
+        q[(k / step * panel_outputs + output) * step + k % step] = (int8_t)value;
+    }
+    ((float*)(panel + inputs * panel_outputs))[output] = scale;
+    ((int32_t*)(panel + inputs * panel_outputs + 4 * panel_outputs))[output] = 128 * sum;
+}
+
+inline void pack_int4_row(const float* row, int64_t in_features, int output, int group, uint8_t* panel) {
+    for (int64_t start = 0; start < in_features; start += group, panel += group_bytes(group)) {
+        int64_t end = start + group < in_features ? start + group : in_features;
+        float extreme = 0.0f;
+        for (int64_t k = start; k < end; ++k) {
+            if (std::fabs(row[k]) > std::fabs(extreme)) extreme = row[k];
+        }
+        uint16_t half = float_to_half(extreme / -8.0f);
+        float scale = half_to_float(half), inverse = scale != 0.0f ? 1.0f / scale : 0.0f;
+        ((uint16_t*)(panel + (int64_t)group / 2 * panel_outputs))[output] = half;
+        for (int64_t k = 0; k < group; ++k) {
+            int value = 0;
+            if (start + k < end) value = (int)std::nearbyint(row[start + k] * inverse);
+            uint8_t nibble = (uint8_t)((value > 7 ? 7 : value < -8 ? -8 : value) + 8);
+            uint8_t& both = panel[k / 2 * panel_outputs + output];
+            both = k % 2 ? (uint8_t)(both | nibble << 4) : nibble;
+        }
+    }
+}
+
+inline void pack_panel(const void* weight, Type type, const PackedHeader& header, int64_t index, uint8_t* panel, float* row) {
+    Format format = header.format;
+    int64_t in = header.in_features;
+    for (int output = 0; output < panel_outputs; ++output) {
+        int64_t source = source_row(index, output, header.out_features, header.gated);
+        for (int64_t k = 0; k < in; ++k) row[k] = source < 0 ? 0.0f : read(weight, source * in + k, type);
+        switch (format) {
+            case Format::f32:
+                for (int64_t k = 0; k < in; ++k) ((float*)panel)[k * panel_outputs + output] = row[k];
+                break;
+            case Format::bf16:
+                for (int64_t k = 0; k < in; ++k) {
+                    ((uint16_t*)panel)[(k / 2 * panel_outputs + output) * 2 + k % 2] = float_to_bf16(row[k]);
+                }
+                break;
+            case Format::int8: pack_int8_row(row, in, output, header.quads ? 4 : 2, panel, header.inputs); break;
+            case Format::int4: pack_int4_row(row, in, output, header.group, panel); break;
+        }
+    }
+}
+
+inline void pack(const void* weight, Type type, Format format, int64_t out_features, int64_t in_features, bool gated, int group,
+                 void* packed) {
+    PackedHeader header{};
+    header.magic = sluice::packed_magic;
+    header.format = format;
+    header.panel = panel_outputs;
+    header.group = format == Format::int4 ? group : 0;
+    header.out_features = out_features;
+    header.in_features = in_features;
+    header.inputs = padded_inputs(format, in_features, group);
+    header.gated = gated;
+    header.quads = format == Format::int8 && Simd::byte_dot;
+    header.panels = sizeof(PackedHeader);
+    header.panel_bytes = panel_size(format, in_features, group);
+    std::memcpy(packed, &header, sizeof header);
+    uint8_t* panels = (uint8_t*)packed + header.panels;
+    int64_t count = num_panels(out_features, gated);
+#pragma omp parallel
+    {
+        float* row = (float*)std::malloc(sizeof(float) * (size_t)in_features);
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < count; ++i) {
+            uint8_t* panel = panels + i * header.panel_bytes;
+            std::memset(panel, 0, (size_t)header.panel_bytes);
+            pack_panel(weight, type, header, i, panel, row);
+        }
+        std::free(row);
+    }
+}
+
+}  // namespace SLUICE_ISA

@@ -1,0 +1,66 @@
+// The rows of a linear's input in the form that its tile multiplies: normed, widened or quantised, padded with zeros.
+#pragma once
+
+namespace SLUICE_ISA {
+
+using sluice::Linear;
+
+// One row of the input as floats [0, in): normed when the call says so, rounded only where the tile wants bf16.
+inline void read_row(const Linear& call, int64_t row, int64_t in, float* out) {
+    int64_t start = row * in;
+    F scale = Simd::set1(call.norm_weight ? rms_scale(call.x, start, in, call.eps, call.type) : 1.0f);
+    for (int64_t i = 0; i < in; i += width) {
+        int n = lanes_left(i, in);
+        F x = load_typed(call.x, start + i, n, call.type);
+        if (call.norm_weight) x = Simd::mul(Simd::mul(x, scale), load_typed(call.norm_weight, i, n, call.type));
+        store_typed(out, i, x, n, Type::f32);
+    }
+}
+
+inline void prepare_row(const Linear& call, int64_t row, int64_t in, int64_t inputs, float* out, float*, float* scale) {
+    read_row(call, row, in, out);
+    for (int64_t i = in; i < inputs; ++i) out[i] = 0.0f;
+    *scale = 1.0f;
+}
+
+// bf16 for dot products (uint16_t).
+inline void prepare_row(const Linear& call, int64_t row, int64_t in, int64_t inputs, uint16_t* out, float* floats, float* scale) {
+    read_row(call, row, in, floats);
+    for (int64_t i = 0; i < in; i += width) {
+        int n = lanes_left(i, in);
+        store_typed(out, i, load_typed(floats, i, n, Type::f32), n, Type::bf16);
+    }
+    for (int64_t i = in; i < inputs; ++i) out[i] = 0;
+    *scale = 1.0f;
+}
+
+// Symmetric to 8 bits by the row's largest magnitude, plus `bias` (128 for byte dots, whose rows are unsigned).
+template <class Number>
+inline void quantise_row(const Linear& call, int64_t row, int64_t in, int64_t inputs, Number* out, float* floats, float* scale,
+                         int bias) {
+    read_row(call, row, in, floats);
+    F found = Simd::zero();
+    for (int64_t i = 0; i < in; i += width) {
+        F x = load_typed(floats, i, lanes_left(i, in), Type::f32);
+        found = Simd::max(Simd::max(x, Simd::sub(Simd::zero(), x)), found);
+    }
+    float largest = Simd::largest(found);
+    F inverse = Simd::set1(largest > 0.0f ? 127.0f / largest : 0.0f);
+    for (int64_t i = 0; i < in; i += width) {
+        int n = lanes_left(i, in);
+        store_typed(floats, i, Simd::round(Simd::mul(load_typed(floats, i, n, Type::f32), inverse)), n, Type::f32);
+    }
+    for (int64_t i = 0; i < in; ++i) out[i] = (Number)((int32_t)floats[i] + bias);
+    for (int64_t i = in; i < inputs; ++i) out[i] = (Number)bias;
+    *scale = largest / 127.0f;
+}
+
+inline void prepare_row(const Linear& call, int64_t row, int64_t in, int64_t inputs, int16_t* out, float* floats, float* scale) {
+    quantise_row(call, row, in, inputs, out, floats, scale, 0);
+}
+
+inline void prepare_row(const Linear& call, int64_t row, int64_t in, int64_t inputs, uint8_t* out, float* floats, float* scale) {
+    quantise_row(call, row, in, inputs, out, floats, scale, 128);
+}
+
+}  // namespace SLUICE_ISA
