@@ -12,6 +12,8 @@ EngineKind = Literal["paged", "stand-in"]
 LoadFormat = Literal["auto", "safetensors", "dummy"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Policy = Literal["fcfs", "priority"]
+Quantize = Literal["", "int8", "int4"]
+CpuIsa = Literal["auto", "torch", "scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,8 +35,16 @@ class EngineConfig:
     device: str = "auto"
     """`auto`: the first CUDA or ROCm device, else the CPU."""
 
+    quantize: Quantize = ""
+    """Weights of a plain checkpoint are stored so when it is loaded: `int8` (a scale an output) or `int4` (a scale for 32 inputs), for
+    the C++ operators of a CPU. The embedding and the head stay as they are. Faster and smaller, and not quite the same model."""
+
+    cpu_isa: CpuIsa = "auto"
+    """What computes on a CPU: `auto` builds the C++ operators once and takes the processor's best instruction set, plain torch where
+    there is no compiler; `torch` never builds; an instruction set is taken or refused."""
+
     attention_backend: str = "auto"
-    """`auto`: Triton on CUDA and ROCm, plain torch elsewhere; a name of engine.attention's registry otherwise."""
+    """`auto`: Triton on CUDA and ROCm, the C++ operators or else plain torch on a CPU; or a name of engine.attention's registry."""
 
     max_model_len: int = 0
     """Context in tokens; 0 takes the model's own, at most what the block pool can hold."""

@@ -27,6 +27,8 @@ from engine.request import Request
 from engine.scheduling.config import SchedulerConfig
 from engine.scheduling.scheduler import Scheduler
 from engine.step_loop import StepLoop
+from kernels.cpu import BuildError
+from kernels.ops import Operators, for_device
 
 Progress = Callable[[float, str], None]
 
@@ -47,6 +49,14 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def bind_operators(config: EngineConfig, device: torch.device, progress: Progress | None) -> Operators:
+    """The operators that compute on `device`. Raises `ConfigError` when the instruction set asked for cannot be had."""
+    try:
+        return for_device(device.type, config.cpu_isa, lambda what: progress(0.0, what) if progress else None)
+    except BuildError as error:
+        raise ConfigError(f"engine.cpu_isa: {error}", field="engine.cpu_isa") from error
+
+
 class Engine:
     """A loaded model that continues requests. Owner of the KV tensors, the scheduler and the runner."""
 
@@ -61,7 +71,8 @@ class Engine:
         device = resolve_device(config.device)
         backend = make_backend(config.attention_backend, device)
         threads = set_compute_threads(config.num_threads)
-        loaded = load_model(config, device, progress)
+        operators = bind_operators(config, device, progress)
+        loaded = load_model(config, device, operators, progress)
         spec = loaded.spec
         kv_spec = KVCacheSpec(
             num_layers=spec.num_layers,
@@ -103,6 +114,9 @@ class Engine:
             architecture=spec.architecture,
             dtype=str(spec.dtype).removeprefix("torch."),
             device=str(device),
+            operators=operators.name,
+            operators_reason=operators.reason,
+            quantize=config.quantize,
             attention_backend=backend.name,
             max_model_len=pool.max_model_len,
             vocab_size=spec.vocab_size,

@@ -102,6 +102,9 @@ class EngineFacts:
     architecture: str
     dtype: str
     device: str
+    operators: str
+    operators_reason: str
+    quantize: str
     attention_backend: str
     max_model_len: int
     vocab_size: int

@@ -1,12 +1,13 @@
 """The operators' face: which implementation computes what, bound once, by device.
 
 The only place that asks which device there is. Signatures, shapes and formulas stand in `kernels/reference.py`, which is the
-implementation wherever there is no better one. A fallback is chosen here by device, never by catching an exception.
+implementation wherever there is no better one. A fallback is chosen here by device and by what can be built, once.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +17,15 @@ from kernels import reference
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Operators:
-    """One implementation of every operator; each field has the signature of its namesake in `kernels/reference.py`."""
+    """One implementation of every operator; each field has the signature of its namesake in `kernels/reference.py`.
+
+    `reason` says in one sentence why it is this one. `pack_weight` and `linear` go together; None where linears are composed of a
+    library's product and the operators around it.
+    """
 
     name: str
+    reason: str
+    embedding: Callable[[Tensor, Tensor], Tensor]
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
     silu_mul: Callable[[Tensor], Tensor]
@@ -27,15 +34,20 @@ class Operators:
     greedy: Callable[[Tensor], Tensor]
     sample: Callable[[Tensor, Tensor, Tensor], Tensor]
     logprobs: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
+    pack_weight: Callable[[Tensor, str, bool, int], Any] | None = None
+    linear: Callable[..., Tensor] | None = None
 
 
-@cache
-def for_device(device_type: str) -> Operators:
-    """The operators for `device.type`: Triton on "cuda" (which is also ROCm's name), plain torch elsewhere.
+def for_device(device_type: str, cpu_isa: str = "auto", tell: Callable[[str], None] = lambda what: None) -> Operators:
+    """The operators for `device.type`: Triton on "cuda" (which is also ROCm's name), C++ on a CPU where it can be built, else torch.
 
-    Triton is imported only when it is bound: a CPU-only process never loads it.
+    cpu_isa: "auto", "torch" or an instruction set of `kernels.cpu.NATIVE`; the last one asked for is the one that runs. `tell` hears
+    of a build before it starts. Triton and C++ are loaded only when they are bound. Raises `kernels.cpu.BuildError` when a named
+    instruction set cannot be had.
     """
-    return _triton() if device_type == "cuda" else _reference()
+    if device_type == "cuda":
+        return _triton()
+    return _reference() if device_type != "cpu" else _cpu(cpu_isa, tell)
 
 
 def default_device() -> torch.device:
@@ -43,9 +55,12 @@ def default_device() -> torch.device:
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
+@cache
 def _reference() -> Operators:
     return Operators(
         name="reference",
+        reason="plain torch",
+        embedding=reference.embedding,
         rms_norm=reference.rms_norm,
         add_rms_norm=reference.add_rms_norm,
         silu_mul=reference.silu_mul,
@@ -57,11 +72,39 @@ def _reference() -> Operators:
     )
 
 
+def _cpu(cpu_isa: str, tell: Callable[[str], None]) -> Operators:
+    from kernels.cpu import choose
+
+    choice = choose(cpu_isa, tell)
+    return (
+        _native(choice.instruction_set, choice.reason)
+        if choice.instruction_set
+        else replace(_reference(), reason=choice.reason)
+    )
+
+
+@cache
+def _native(instruction_set: str, reason: str) -> Operators:
+    native = torch.ops.sluice_cpu
+    return replace(
+        _reference(),
+        name=f"cpu_{instruction_set}",
+        reason=reason,
+        embedding=native.embedding.default,
+        rms_norm=native.rms_norm.default,
+        pack_weight=native.pack.default,
+        linear=native.linear.default,
+    )
+
+
+@cache
 def _triton() -> Operators:
     from kernels.triton import paged_attention, rms_norm, rotary_kv_write, silu_mul
 
     return Operators(
         name="triton",
+        reason="Triton kernels for the GPU",
+        embedding=reference.embedding,
         rms_norm=rms_norm.rms_norm,
         add_rms_norm=rms_norm.add_rms_norm,
         silu_mul=silu_mul.silu_mul,

@@ -5,6 +5,8 @@ Hkv: query head h reads key/value head h // (Hq // Hkv)), D head size. Caches ar
 their strides are the backend's choice. Arithmetic that sums runs in float32 and is rounded once at the end.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -12,6 +14,11 @@ from torch.nn import functional
 
 from kernels.draws import uniforms
 from kernels.filters import inverse_cdf, keep_from, keep_thresholds, pad_to_blocks, row_best
+
+
+def embedding(table: Tensor, ids: Tensor) -> Tensor:
+    """table[ids]. table: [V, H]; ids: [T] int64, each in [0, V); out: [T, H]."""
+    return functional.embedding(ids, table)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -25,6 +32,65 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     """(rms_norm(s), s) with s = x + residual in their dtype. All [T, H]."""
     total = x + residual
     return rms_norm(total, weight, eps), total
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedWeight:
+    """What a packed linear multiplies by: `weight` [out, in] float32 as its format stores it; `by_bytes`: rows are quantised too."""
+
+    weight: Tensor
+    by_bytes: bool
+    gated: bool
+
+
+def pack_weight(weight: Tensor, format: str, gated: bool, group: int) -> PackedWeight:
+    """A weight [out, in] as `format` stores it: float32, bfloat16, int8 or int4.
+
+    int8: q * scale, one scale an output, the largest magnitude is 127. int4: q in [-8, 7] times a float16 scale for each `group`
+    inputs of an output; the value of largest magnitude is -8. `gated`: the first half of the outputs is SiLU's gate of the second.
+    """
+    wide = weight.float()
+    if format == "bfloat16":
+        wide = weight.bfloat16().float()
+    elif format == "int8":
+        scale = wide.abs().amax(dim=1, keepdim=True) / 127
+        wide = (wide / scale.clamp_min(1e-38)).round() * scale
+    elif format == "int4":
+        missing = -wide.shape[1] % group
+        groups = functional.pad(wide, (0, missing)).unflatten(1, (-1, group))
+        extreme = groups.gather(2, groups.abs().argmax(dim=2, keepdim=True))
+        scale = (extreme / -8).half().float()
+        stored = (groups / torch.where(scale == 0, 1.0, scale)).round().clamp(-8, 7) * scale
+        wide = stored.flatten(1)[:, : wide.shape[1]]
+    return PackedWeight(weight=wide, by_bytes=format in ("int8", "int4"), gated=gated)
+
+
+def linear(
+    x: Tensor,
+    packed: PackedWeight,
+    norm_weight: Tensor | None,
+    eps: float,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    float_out: bool,
+) -> Tensor:
+    """epilogue(norm(x) W^T + bias) + residual in float32, rounded once to x's dtype (to none with `float_out`).
+
+    x: [T, in]; norm_weight: [in], RMSNorm before the product; bias: [out]; residual and out: [T, out], or [T, out / 2] when
+    the weight is gated: silu(gate) * up. By bytes, a row becomes q * scale with the largest magnitude 127 before the product.
+    """
+    wide = x.float()
+    if norm_weight is not None:
+        wide = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps) * norm_weight.float()
+    if packed.by_bytes:
+        scale = wide.abs().amax(dim=1, keepdim=True) / 127
+        wide = (wide / scale.clamp_min(1e-38)).round() * scale
+    out = functional.linear(wide, packed.weight, None if bias is None else bias.float())
+    if packed.gated:
+        out = silu_mul(out)
+    if residual is not None:
+        out = out + residual.float()
+    return out if float_out else out.to(x.dtype)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:

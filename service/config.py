@@ -55,8 +55,14 @@ class EngineSection(Section):
     device: str = "auto"
     """`auto`: the first CUDA or ROCm device, else the CPU."""
 
+    quantize: Literal["", "int8", "int4"] = ""
+    """Store a plain checkpoint's weights in 8 or 4 bits when it is loaded, on a CPU: faster and smaller, not quite the same model."""
+
+    cpu_isa: Literal["auto", "torch", "scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16"] = "auto"
+    """What computes on a CPU. `auto`: C++ operators with the best instruction set, built once; `torch`: plain torch, nothing built."""
+
     attention_backend: str = "auto"
-    """`auto`: Triton on CUDA and ROCm, plain torch elsewhere."""
+    """`auto`: Triton on CUDA and ROCm; the C++ operators, else plain torch, on a CPU."""
 
     max_model_len: int = Field(default=0, ge=0)
     """Context in tokens; 0: the model's own, at most what the KV cache can hold."""

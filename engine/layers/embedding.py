@@ -1,22 +1,24 @@
 """Token ids to hidden states, and hidden states to logits."""
 
 from torch import Tensor, device, dtype, empty
-from torch.nn import Module, functional
+from torch.nn import Module
 
 from engine.layers.linear import Linear
 from engine.quantization.base import Norm, QuantMethod
+from kernels.ops import Operators
 
 
 class Embedding(Module):
     """One row a token id. `weight`: [V, H]."""
 
-    def __init__(self, vocab_size: int, hidden_size: int, *, dtype: dtype, on: device) -> None:
+    def __init__(self, ops: Operators, vocab_size: int, hidden_size: int, *, dtype: dtype, on: device) -> None:
         super().__init__()
+        self._rows = ops.embedding
         self.weight = empty(vocab_size, hidden_size, dtype=dtype, device=on)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """input_ids: [T] int64; out: [T, H]."""
-        return functional.embedding(input_ids, self.weight)
+        return self._rows(self.weight, input_ids)
 
     def targets(self, name: str) -> dict[str, Tensor]:
         return {f"{name}.weight": self.weight}
@@ -35,12 +37,14 @@ class Head(Module):
         parts = {"lm_head": vocab_size}
         weight = embedding.weight
         shared = weight if tied else None
-        self.linear = Linear(method, hidden_size, parts, dtype=weight.dtype, on=weight.device, norm=norm, shared=shared)
+        self.linear = Linear(
+            method, hidden_size, parts, dtype=weight.dtype, on=weight.device, norm=norm, float_out=True, shared=shared
+        )
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden: [N, H], before the final norm; out: [N, V] float32."""
         out: Tensor = self.linear(hidden)
-        return out.float()
+        return out
 
     def targets(self) -> dict[str, Tensor]:
         """Empty when tied."""

@@ -24,6 +24,7 @@ class Linear(Module):
         bias: bool = False,
         norm: Norm | None = None,
         silu_mul: bool = False,
+        float_out: bool = False,
         shared: Tensor | None = None,
     ) -> None:
         super().__init__()
@@ -31,7 +32,8 @@ class Linear(Module):
         self._parts = parts
         out_features = sum(parts.values())
         self.weights = {"weight": shared} if shared is not None else method.create(in_features, out_features, dtype, on)
-        self.fusion = Fusion(norm=norm, bias=empty(out_features, dtype=dtype, device=on) if bias else None, silu_mul=silu_mul)
+        own_bias = empty(out_features, dtype=dtype, device=on) if bias else None
+        self.fusion = Fusion(norm=norm, bias=own_bias, silu_mul=silu_mul, float_out=float_out)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x: [T, in]; out and residual: [T, out], or [T, out / 2] after SiLU·mul."""
@@ -52,4 +54,4 @@ class Linear(Module):
 
     def finish(self) -> None:
         """Puts the loaded weights into the layout of the product; call it once, after loading."""
-        self.weights = self._method.finish(self.weights)
+        self.weights = self._method.finish(self.weights, self.fusion)

@@ -7,12 +7,13 @@ from pathlib import Path
 import torch
 
 from engine.config import EngineConfig
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, ConfigError
 from engine.loading import checkpoint, dummy
 from engine.loading.config_file import read_eos_token_ids, read_model_config
 from engine.models.config import ModelConfig, ModelSpec
 from engine.models.registry import Model, build
-from kernels import ops
+from engine.quantization.registry import methods
+from kernels.ops import Operators
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -25,8 +26,10 @@ class LoadedModel:
     spec: ModelSpec
 
 
-def load_model(config: EngineConfig, device: torch.device, progress: Callable[[float, str], None] | None = None) -> LoadedModel:
-    """The model of `config.model_dir` on `device`, in `config.dtype`.
+def load_model(
+    config: EngineConfig, device: torch.device, operators: Operators, progress: Callable[[float, str], None] | None = None
+) -> LoadedModel:
+    """The model of `config.model_dir` on `device`, in `config.dtype`, computed by `operators`.
 
     `progress` gets (share done in [0, 1], what is being done). Raises `CheckpointError` that names file, tensor and reason,
     before weights are allocated unless a file changes while it is read.
@@ -38,7 +41,8 @@ def load_model(config: EngineConfig, device: torch.device, progress: Callable[[f
     tell(0.0, "reading config.json")
     shape = read_model_config(model_dir)
     eos_token_ids = read_eos_token_ids(model_dir, shape.vocab_size)
-    operators = ops.for_device(device.type)
+    if config.quantize:
+        shape = replace(shape, quant_method=_quantize(config.quantize, shape, operators))
     if config.load_format == "dummy":
         dtype = _dtype(config, shape, torch.bfloat16, device)
         model = build(shape, operators, dtype=dtype, on=device)
@@ -56,6 +60,21 @@ def load_model(config: EngineConfig, device: torch.device, progress: Callable[[f
     model.finish()
     tell(1.0, "loaded")
     return LoadedModel(model=model, spec=spec)
+
+
+def _quantize(wanted: str, shape: ModelConfig, operators: Operators) -> str:
+    """The format that a plain checkpoint is stored in. Raises `ConfigError`."""
+    if shape.quant_method:
+        raise ConfigError(
+            f"engine.quantize is {wanted!r}, but the checkpoint is quantised already ({shape.quant_method})",
+            field="engine.quantize",
+        )
+    if wanted not in methods(operators):
+        raise ConfigError(
+            f"engine.quantize {wanted!r} needs the C++ operators of a CPU; this engine runs {operators.reason}",
+            field="engine.quantize",
+        )
+    return wanted
 
 
 def _dtype(config: EngineConfig, shape: ModelConfig, stored: torch.dtype, device: torch.device) -> torch.dtype:

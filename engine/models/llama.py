@@ -24,7 +24,7 @@ class Llama(Module):
     def __init__(self, config: ModelConfig, ops: Operators, *, dtype: dtype, on: device) -> None:
         super().__init__()
         cos_sin = cos_sin_table(config.rope, config.head_dim, config.max_position).to(on)
-        self.embedding = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, on=on)
+        self.embedding = Embedding(ops, config.vocab_size, config.hidden_size, dtype=dtype, on=on)
         self.layers = tuple(DecoderLayer(config, index, cos_sin, ops, dtype=dtype, on=on) for index in range(config.num_layers))
         self.registered = ModuleList(self.layers)
         self.norm = make_norm(config.hidden_size, config.rms_norm_eps, dtype=dtype, on=on)

@@ -19,11 +19,15 @@ class Norm:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fusion:
-    """What stands around a product: an optional norm before it, then bias `[out]`, then SiLU(gate)·up of its two halves."""
+    """What stands around a product: an optional norm before it, then bias `[out]`, then SiLU(gate)·up of its two halves.
+
+    `float_out`: the result is given as float32, not rounded to the input's dtype (logits).
+    """
 
     norm: Norm | None = None
     bias: Tensor | None = None
     silu_mul: bool = False
+    float_out: bool = False
 
 
 class QuantMethod(Protocol):
@@ -39,8 +43,8 @@ class QuantMethod(Protocol):
         """Contiguous views, by suffix, that a checkpoint's tensors for outputs [start, start + size) are copied into."""
         ...
 
-    def finish(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The weights in the layout that `apply` takes, once all of them are loaded."""
+    def finish(self, weights: dict[str, Tensor], fusion: Fusion) -> dict[str, Tensor]:
+        """The weights in the layout that `apply` takes with this fusion, once all of them are loaded."""
         ...
 
     def apply(self, x: Tensor, weights: dict[str, Tensor], fusion: Fusion, residual: Tensor | None) -> Tensor:

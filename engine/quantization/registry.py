@@ -1,4 +1,4 @@
-"""Weight formats by the name that a checkpoint's `quantization_config.quant_method` gives; "" is none."""
+"""Weight formats by the name that a checkpoint's `quantization_config.quant_method` or `engine.quantize` gives; "" is none."""
 
 from importlib import import_module
 
@@ -8,10 +8,21 @@ from kernels.ops import Operators
 METHODS = {
     "": "engine.quantization.unquantized:Unquantized",
 }
+PACKED_METHODS = {
+    "": "engine.quantization.packed:Packed",
+    "int8": "engine.quantization.packed:Int8",
+    "int4": "engine.quantization.packed:Int4",
+}
+"""Where the operators have packed linears."""
+
+
+def methods(ops: Operators) -> dict[str, str]:
+    """The formats that these operators can multiply by."""
+    return METHODS if ops.pack_weight is None else PACKED_METHODS
 
 
 def method(name: str, ops: Operators) -> QuantMethod:
-    """The method of that name, bound to `ops`. Raises `KeyError` for a name that is not in `METHODS`."""
-    module, _, class_name = METHODS[name].partition(":")
+    """The method of that name, bound to `ops`. Raises `KeyError` for a name that is not in `methods(ops)`."""
+    module, _, class_name = methods(ops)[name].partition(":")
     made: QuantMethod = getattr(import_module(module), class_name)(ops)
     return made

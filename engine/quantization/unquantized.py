@@ -22,7 +22,7 @@ class Unquantized:
     def targets(self, weights: dict[str, Tensor], start: int, size: int) -> dict[str, Tensor]:
         return {"weight": weights["weight"][start : start + size]}
 
-    def finish(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    def finish(self, weights: dict[str, Tensor], fusion: Fusion) -> dict[str, Tensor]:
         return weights
 
     def apply(self, x: Tensor, weights: dict[str, Tensor], fusion: Fusion, residual: Tensor | None) -> Tensor:
@@ -30,8 +30,11 @@ class Unquantized:
         if fusion.norm is not None:
             x = self._ops.rms_norm(x, fusion.norm.weight, fusion.norm.eps)
         if residual is not None and fusion.bias is None and not fusion.silu_mul:
-            return torch.addmm(residual, x, weight.t())
-        out = functional.linear(x, weight, fusion.bias)
-        if fusion.silu_mul:
-            out = self._ops.silu_mul(out)
-        return out if residual is None else out + residual
+            out = torch.addmm(residual, x, weight.t())
+        else:
+            out = functional.linear(x, weight, fusion.bias)
+            if fusion.silu_mul:
+                out = self._ops.silu_mul(out)
+            if residual is not None:
+                out = out + residual
+        return out.float() if fusion.float_out else out

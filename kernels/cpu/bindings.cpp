@@ -52,8 +52,11 @@ const PackedHeader& header_of(const Tensor& packed) {
                 "packed must be what `pack` made");
     const PackedHeader& header = *(const PackedHeader*)packed.const_data_ptr();
     TORCH_CHECK(header.magic == sluice::packed_magic, "packed must be what `pack` made");
-    int64_t wanted = sluice::operators().packed_bytes(header.format, header.out_features, header.in_features, header.gated, header.group);
-    TORCH_CHECK(packed.numel() == wanted, "packed was made for another instruction set");
+    const sluice::Operators& operators = sluice::operators();
+    TORCH_CHECK(header.panel == operators.panel && (header.format != Format::int8 || header.quads == operators.quads),
+                "packed was made for another instruction set");
+    TORCH_CHECK(packed.numel() == operators.packed_bytes(header.format, header.out_features, header.in_features, header.gated, header.group),
+                "packed must be what `pack` made");
     return header;
 }
 
@@ -85,6 +88,19 @@ Tensor linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>
     return out;
 }
 
+Tensor embedding(const Tensor& table, const Tensor& ids) {
+    Type type = type_of(table, "table");
+    TORCH_CHECK(table.dim() == 2, "table must be [rows, size]");
+    TORCH_CHECK(ids.dim() == 1 && ids.is_contiguous() && ids.scalar_type() == at::kLong, "ids must be [tokens] int64");
+    const int64_t* id = ids.const_data_ptr<int64_t>();
+    for (int64_t i = 0; i < ids.size(0); ++i) {
+        TORCH_CHECK_INDEX(id[i] >= 0 && id[i] < table.size(0), "id ", id[i], " is outside the table of ", table.size(0), " rows");
+    }
+    Tensor out = at::empty({ids.size(0), table.size(1)}, table.options());
+    sluice::operators().embedding(table.const_data_ptr(), id, ids.size(0), table.size(1), type, out.data_ptr());
+    return out;
+}
+
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
     Type type = type_of(x, "x");
     TORCH_CHECK(x.dim() == 2, "x must be [rows, size]");
@@ -106,11 +122,13 @@ TORCH_LIBRARY(sluice_cpu, library) {
     library.def("pack(Tensor weight, str format, bool gated, int group) -> Tensor");
     library.def(
         "linear(Tensor x, Tensor packed, Tensor? norm_weight, float eps, Tensor? bias, Tensor? residual, bool float_out) -> Tensor");
+    library.def("embedding(Tensor table, Tensor ids) -> Tensor");
     library.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(sluice_cpu, CPU, library) {
     library.impl("pack", pack);
     library.impl("linear", linear);
+    library.impl("embedding", embedding);
     library.impl("rms_norm", rms_norm);
 }

@@ -93,7 +93,9 @@ def _compiler() -> str:
     named = os.environ.get("CXX")
     found = shutil.which(named) if named else shutil.which("g++") or shutil.which("clang++")
     if found is None:
-        raise BuildError(f"no C++ compiler ({named or 'g++ or clang++'}); install g++ for operators that are several times faster")
+        raise BuildError(
+            f"no C++ compiler ({named or 'g++ or clang++'}); install g++ for operators that are several times faster"
+        )
     return found
 
 

@@ -2,6 +2,7 @@
 // after the standard headers, so that no function of the standard library is compiled for more than the machine may have.
 #include "vector_math.h"
 #include "norm.h"
+#include "embedding.h"
 #include "packing.h"
 #include "rows.h"
 #include "tiles.h"
@@ -10,7 +11,9 @@
 namespace SLUICE_ISA {
 
 inline const sluice::Operators& table(const char* name) {
-    static const sluice::Operators operators{name, packed_bytes, pack, linear, rms_norm_rows};
+    static const sluice::Operators operators{
+        name, panel_outputs, Simd::byte_dot, packed_bytes, pack, linear, embedding_rows, rms_norm_rows,
+    };
     return operators;
 }
 

@@ -45,11 +45,15 @@ struct Linear {
 
 struct Operators {
     const char* name;
+    int32_t panel;  // of the weights that it packs and multiplies by: outputs a panel,
+    int32_t quads;  // and whether INT8 has 4 inputs a lane
     int64_t (*packed_bytes)(Format format, int64_t out_features, int64_t in_features, bool gated, int group);
     // weight: [out_features, in_features] of `type`; packed: packed_bytes() bytes, 64-byte aligned.
     void (*pack)(const void* weight, Type type, Format format, int64_t out_features, int64_t in_features, bool gated, int group,
                  void* packed);
     void (*linear)(const Linear& call);
+    // table: [num_rows, size]; ids within it.
+    void (*embedding)(const void* table, const int64_t* ids, int64_t rows, int64_t size, Type type, void* out);
     void (*rms_norm)(const void* x, const void* weight, float eps, int64_t rows, int64_t size, Type type, void* out);
 };
 

@@ -8,14 +8,33 @@ from dataclasses import fields
 import pytest
 
 from kernels import ops, reference
+from kernels.cpu import BuildError
+from kernels.cpu.build import runnable
 
-NAMES = [field.name for field in fields(ops.Operators) if field.name != "name"]
+PACKED = ("pack_weight", "linear")
+NAMES = [field.name for field in fields(ops.Operators) if field.name not in ("name", "reason", *PACKED)]
 
 
-def test_a_cpu_has_the_reference():
-    found = ops.for_device("cpu")
-    assert found.name == "reference"
+def test_a_cpu_without_native_operators_has_the_reference():
+    found = ops.for_device("cpu", "torch")
+    assert (found.name, found.reason) == ("reference", "plain torch, as configured")
     assert all(getattr(found, name) is getattr(reference, name) for name in NAMES)
+
+
+def test_a_cpu_with_a_compiler_has_the_best_instruction_set():
+    assert ops.for_device("cpu").name == f"cpu_{runnable()[0]}"
+
+
+def test_an_instruction_set_that_the_processor_lacks_is_refused_by_name():
+    with pytest.raises(BuildError, match=r"'avx9' is not one that this processor has: .*scalar"):
+        ops.for_device("cpu", "avx9")
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_a_native_linear_takes_the_references_arguments(name):
+    schema = getattr(ops.for_device("cpu"), name)._schema
+    wanted = inspect.signature(getattr(reference, name))
+    assert [argument.name for argument in schema.arguments] == list(wanted.parameters)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -27,6 +46,7 @@ def test_the_triton_operator_takes_the_references_arguments(name):
 
 def test_binding_is_done_once():
     assert ops.for_device("cpu") is ops.for_device("cpu")
+    assert ops.for_device("cuda") is ops.for_device("cuda")
 
 
 def test_a_cpu_process_loads_no_triton_kernels():

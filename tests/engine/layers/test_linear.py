@@ -6,11 +6,12 @@ from torch.nn import functional
 
 from engine.layers.linear import Linear
 from engine.layers.norm import make_norm
-from engine.quantization.registry import METHODS, method
+from engine.quantization.registry import method, methods
 from kernels import ops, reference
 
 CPU = torch.device("cpu")
-QUANT = method("", ops.for_device("cpu"))
+COMPOSED = ops.for_device("cpu", "torch")
+PACKED = ops.for_device("cpu")
 
 
 def filled(layer: Linear) -> dict[str, torch.Tensor]:
@@ -25,25 +26,29 @@ def filled(layer: Linear) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("added", [False, True])
-def test_every_fusion_is_the_composition_of_its_parts(bias, normed, gated, added):
+@pytest.mark.parametrize("operators", [COMPOSED, PACKED], ids=["composed", "packed"])
+def test_every_fusion_is_the_composition_of_its_parts(operators, bias, normed, gated, added):
     norm = make_norm(6, 1e-5, dtype=torch.float32, on=CPU) if normed else None
     if norm is not None:
         norm.weight.normal_()
-    layer = Linear(QUANT, 6, {"gate": 5, "up": 5}, dtype=torch.float32, on=CPU, bias=bias, norm=norm, silu_mul=gated)
+    quant = method("", operators)
+    layer = Linear(quant, 6, {"gate": 5, "up": 5}, dtype=torch.float32, on=CPU, bias=bias, norm=norm, silu_mul=gated)
     parts = filled(layer)
     x, residual = torch.randn(3, 6), torch.randn(3, 5 if gated else 10)
     wide = reference.rms_norm(x, norm.weight, 1e-5) if norm is not None else x
     gate, up = (functional.linear(wide, parts[f"mlp.{name}.weight"], parts.get(f"mlp.{name}.bias")) for name in ("gate", "up"))
     expected = functional.silu(gate) * up if gated else torch.cat((gate, up), dim=-1)
+    layer.finish()
     out = layer(x, residual if added else None)
     torch.testing.assert_close(out, expected + residual if added else expected, atol=1e-5, rtol=1e-5)
 
 
 def test_the_parts_of_a_checkpoint_are_named_and_shaped():
-    layer = Linear(QUANT, 6, {"q_proj": 8, "k_proj": 2}, dtype=torch.bfloat16, on=CPU, bias=True)
+    layer = Linear(method("", COMPOSED), 6, {"q_proj": 8, "k_proj": 2}, dtype=torch.bfloat16, on=CPU, bias=True)
     shapes = {name: tuple(view.shape) for name, view in layer.targets("a").items()}
     assert shapes == {"a.q_proj.weight": (8, 6), "a.q_proj.bias": (8,), "a.k_proj.weight": (2, 6), "a.k_proj.bias": (2,)}
 
 
-def test_every_registered_format_can_be_made():
-    assert [method(name, ops.for_device("cpu")).name for name in METHODS] == ["unquantized"]
+@pytest.mark.parametrize(("operators", "names"), [(COMPOSED, ["unquantized"]), (PACKED, ["packed", "int8", "int4"])])
+def test_every_registered_format_can_be_made(operators, names):
+    assert [method(name, operators).name for name in methods(operators)] == names

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from engine.config import EngineConfig
 from engine.errors import CheckpointError
 from engine.loading import checkpoint, load_model
+from kernels.ops import for_device
 from tests.engine.models.families import save
 from tests.engine.models.paged import CPU, Sequences, load
 
@@ -79,7 +80,7 @@ def test_auto_widens_float16_on_a_cpu(model_dir):
 
 def test_progress_rises_to_one(model_dir):
     shares: list[float] = []
-    load_model(EngineConfig(model_dir=str(model_dir)), CPU, lambda share, what: shares.append(share))
+    load_model(EngineConfig(model_dir=str(model_dir)), CPU, for_device("cpu"), lambda share, what: shares.append(share))
     assert shares == sorted(shares)
     assert (shares[0], shares[-1]) == (0.0, 1.0)
     assert len(shares) > 10

@@ -9,13 +9,14 @@ from engine.attention.registry import make_backend
 from engine.config import EngineConfig
 from engine.execution.forward_batch import ForwardBatch
 from engine.loading import LoadedModel, load_model
+from kernels.ops import for_device
 
 CPU = torch.device("cpu")
 BLOCK = 4
 
 
 def load(model_dir: Path, **settings: str) -> LoadedModel:
-    return load_model(EngineConfig(model_dir=str(model_dir), **settings), CPU)
+    return load_model(EngineConfig(model_dir=str(model_dir), **settings), CPU, for_device("cpu"))
 
 
 class Sequences:

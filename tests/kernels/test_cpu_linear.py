@@ -1,0 +1,222 @@
+"""The C++ linears and norms against their plain-torch twins, for every instruction set that this machine can run."""
+
+import itertools
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import reference
+from kernels.cpu import choose
+from kernels.cpu.build import runnable
+from tests.kernels.tolerance import assert_as_exact_as_torch
+
+FORMATS = {torch.float32: ("float32", "int8", "int4"), torch.bfloat16: ("bfloat16", "int8", "int4")}
+EPS = 1e-5
+
+
+@pytest.fixture(params=runnable())
+def native(request: pytest.FixtureRequest) -> Iterator[object]:
+    """The operators of one instruction set; what they leave unwritten is NaN."""
+    choose(request.param)
+    torch.use_deterministic_algorithms(True)
+    yield torch.ops.sluice_cpu
+    torch.use_deterministic_algorithms(False)
+    choose("auto")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One call: x [rows, in], weight [out, in] and what stands around the product, all in one dtype."""
+
+    x: Tensor
+    weight: Tensor
+    norm_weight: Tensor | None
+    bias: Tensor | None
+    residual: Tensor | None
+    gated: bool
+    group: int = 32
+
+    def run(self, operators: object, stored_as: str, *, float_out: bool = False) -> Tensor:
+        """By the operators of `torch.ops.sluice_cpu`, or of `kernels.reference`."""
+        pack = getattr(operators, "pack_weight", None) or operators.pack  # type: ignore[attr-defined]
+        packed = pack(self.weight, stored_as, self.gated, self.group)
+        return operators.linear(self.x, packed, self.norm_weight, EPS, self.bias, self.residual, float_out)  # type: ignore[attr-defined]
+
+    def to(self, dtype: torch.dtype) -> "Case":
+        def cast(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(dtype)
+
+        return Case(
+            x=self.x.to(dtype), weight=self.weight.to(dtype), norm_weight=cast(self.norm_weight), bias=cast(self.bias),
+            residual=cast(self.residual), gated=self.gated, group=self.group,
+        )  # fmt: skip
+
+    def row(self, i: int) -> "Case":
+        residual = None if self.residual is None else self.residual[i : i + 1].contiguous()
+        return Case(
+            x=self.x[i : i + 1].contiguous(), weight=self.weight, norm_weight=self.norm_weight, bias=self.bias,
+            residual=residual, gated=self.gated, group=self.group,
+        )  # fmt: skip
+
+
+def make_case(
+    rows: int, out: int, inputs: int, *, around: int = 0b1111, gated: bool = False, group: int = 32, seed: int = 0
+) -> Case:
+    """`around`: bits for norm, bias, residual."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=draw)
+
+    return Case(
+        x=normal(rows, inputs),
+        weight=normal(out, inputs) * inputs**-0.5,
+        norm_weight=normal(inputs) if around & 1 else None,
+        bias=normal(out) if around & 2 else None,
+        residual=normal(rows, out // 2 if gated else out) if around & 4 else None,
+        gated=gated,
+        group=group,
+    )
+
+
+def assert_close(native: object, case: Case, dtype: torch.dtype, stored_as: str) -> None:
+    """Against the twin in float32; the yardstick is plain torch, which rounds each part to the working type."""
+    mine = case.to(dtype)
+    exact = mine.to(torch.float32)
+    stored = reference.pack_weight(mine.weight, stored_as, mine.gated, mine.group)
+    wanted = reference.linear(exact.x, stored, exact.norm_weight, EPS, exact.bias, exact.residual, False)
+    plain = wanted.to(dtype)
+    if stored_as in ("float32", "bfloat16"):
+        x = mine.x if mine.norm_weight is None else reference.rms_norm(mine.x, mine.norm_weight, EPS)
+        plain = torch.nn.functional.linear(x, mine.weight, mine.bias)
+        plain = reference.silu_mul(plain) if mine.gated else plain
+        plain = plain if mine.residual is None else plain + mine.residual
+    actual = mine.run(native, stored_as)
+    if stored_as in ("float32", "bfloat16"):
+        assert_as_exact_as_torch(actual, plain, wanted)
+    else:
+        # A sum that falls on the other side of a half moves its input by one step of 127: rare, small, and not to be told apart.
+        step = mine.weight.float().abs().amax() * mine.run(reference, stored_as).float().abs().amax() / 64
+        assert torch.isfinite(actual).all()
+        assert (actual.float() - wanted).abs().mean().item() <= 2e-3 * (1 + wanted.abs().mean().item())
+        assert (actual.float() - wanted).abs().max().item() <= step.item() + 0.05 * wanted.abs().max().item()
+
+
+@pytest.mark.parametrize(("dtype", "stored_as"), [(dtype, name) for dtype, names in FORMATS.items() for name in names])
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 13, 63, 100])
+@pytest.mark.parametrize(
+    ("out", "inputs", "gated"), [(96, 64, False), (100, 63, False), (1, 1, False), (130, 37, True), (49, 257, False)]
+)
+def test_a_linear_is_its_twin(native, dtype, stored_as, rows, out, inputs, gated):
+    assert_close(native, make_case(rows, out, inputs, gated=gated), dtype, stored_as)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("around", range(8))
+def test_whatever_stands_around_the_product(native, around, gated):
+    for dtype in FORMATS:
+        assert_close(native, make_case(3, 38, 40, around=around, gated=gated), dtype, FORMATS[dtype][0])
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_row_is_bit_for_bit_the_same_alone_and_in_any_batch_with_any_number_of_threads(native, dtype, gated):
+    threads = torch.get_num_threads()
+    for stored_as in FORMATS[dtype]:
+        case = make_case(67, 190, 100, gated=gated).to(dtype)
+        alone = torch.cat([case.row(i).run(native, stored_as) for i in range(67)])
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            together = case.run(native, stored_as)
+            torch.set_num_threads(threads)
+            assert torch.equal(alone, together), (stored_as, count)
+
+
+def test_a_row_of_an_infinite_or_no_number_leaves_the_others_alone(native):
+    for dtype, value in itertools.product(FORMATS, (float("nan"), float("inf"))):
+        case = make_case(9, 64, 48).to(dtype)
+        wanted = case.run(native, FORMATS[dtype][0])
+        case.x[4, 7] = value
+        spoilt = case.run(native, FORMATS[dtype][0])
+        others = [0, 1, 2, 3, 5, 6, 7, 8]
+        assert torch.equal(spoilt[others], wanted[others])
+        assert not torch.isfinite(spoilt[4]).any()
+
+
+def test_no_rows_give_no_rows(native):
+    assert make_case(0, 32, 16).run(native, "float32").shape == (0, 32)
+
+
+def test_logits_come_unrounded(native):
+    case = make_case(5, 300, 96, around=1).to(torch.bfloat16)
+    exact = case.to(torch.float32)
+    stored = reference.pack_weight(case.weight, "bfloat16", False, 32)
+    wanted = reference.linear(exact.x, stored, exact.norm_weight, EPS, None, None, True)
+    actual = case.run(native, "bfloat16", float_out=True)
+    assert actual.dtype == torch.float32
+    # Rows may be rounded to bfloat16 before the product, sums are not after it.
+    torch.testing.assert_close(actual, wanted, atol=0.02, rtol=0.0)
+
+
+@pytest.mark.parametrize("group", [16, 32, 64, 128])
+def test_int4_takes_groups_that_do_not_divide_the_inputs(native, group):
+    assert_close(native, make_case(4, 50, 150, group=group), torch.float32, "int4")
+
+
+def test_fuzzed_shapes(native):
+    draw = random.Random(7)
+    for _ in range(150):
+        gated = draw.random() < 0.5
+        out = draw.randint(1, 120) * (2 if gated else 1)
+        case = make_case(
+            draw.randint(1, 40), out, draw.randint(1, 200), around=draw.randint(0, 7), gated=gated, seed=draw.randint(0, 99)
+        )
+        dtype = draw.choice(list(FORMATS))
+        assert_close(native, case, dtype, draw.choice(FORMATS[dtype]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1, 63, 64, 100])
+def test_rms_norm_is_its_twin(native, dtype, size):
+    x, weight = torch.randn(37, size).to(dtype), torch.randn(size).to(dtype)
+    plain = reference.rms_norm(x, weight, EPS)
+    assert_as_exact_as_torch(native.rms_norm(x, weight, EPS), plain, reference.rms_norm(x.float(), weight.float(), EPS))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_embedding_gives_the_rows(native, dtype):
+    table, ids = torch.randn(50, 33).to(dtype), torch.tensor([49, 0, 7, 7])
+    assert torch.equal(native.embedding(table, ids), reference.embedding(table, ids))
+
+
+@pytest.mark.parametrize("wrong", [-1, 50])
+def test_an_id_outside_the_table_is_refused(native, wrong):
+    with pytest.raises(IndexError, match=f"id {wrong} is outside the table of 50 rows"):
+        native.embedding(torch.zeros(50, 8), torch.tensor([3, wrong]))
+
+
+def wrong_calls() -> dict[str, tuple[str, dict[str, object]]]:
+    """What is wrong: (what the message says, the arguments of linear that differ)."""
+    return {
+        "inputs": (r"x must be \[rows, 48\]", {"x": torch.zeros(2, 47)}),
+        "dtype": ("x must be float32 or bfloat16, not Half", {"x": torch.zeros(2, 48, dtype=torch.float16)}),
+        "strides": ("x must be contiguous", {"x": torch.zeros(48, 2).t()}),
+        "norm": (r"norm_weight must be \[48\]", {"norm_weight": torch.zeros(47)}),
+        "bias": (r"bias must be \[64\]", {"bias": torch.zeros(63)}),
+        "residual": (r"residual must be \[2, 64\]", {"residual": torch.zeros(2, 63)}),
+        "mixed": ("bias must have x's dtype", {"bias": torch.zeros(64, dtype=torch.bfloat16)}),
+        "unpacked": ("packed must be what `pack` made", {"packed": torch.zeros(999, dtype=torch.uint8)}),
+    }
+
+
+@pytest.mark.parametrize("wrong", wrong_calls())
+def test_arguments_that_do_not_fit_are_refused(native, wrong):
+    message, differing = wrong_calls()[wrong]
+    packed = native.pack(torch.zeros(64, 48), "float32", False, 32)
+    arguments = {"x": torch.zeros(2, 48), "packed": packed, "norm_weight": None, "bias": None, "residual": None} | differing
+    with pytest.raises(RuntimeError, match=message):
+        native.linear(eps=EPS, float_out=False, **arguments)
