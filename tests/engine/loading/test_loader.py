@@ -10,10 +10,11 @@ from safetensors.torch import load_file, save_file
 
 from engine.config import EngineConfig
 from engine.errors import CheckpointError
-from engine.loading import checkpoint, load_model
+from engine.loading import LoadedModel, checkpoint, load_model
 from kernels.ops import for_device
 from tests.engine.models.families import save
-from tests.engine.models.paged import CPU, Sequences, load
+from tests.engine.models.paged import CPU, Sequences
+from tests.engine.models.paged import load as load_for
 
 
 @pytest.fixture
@@ -26,6 +27,11 @@ def change(model_dir: Path, edit) -> None:
     tensors = load_file(model_dir / "model.safetensors")
     edit(tensors)
     save_file(tensors, model_dir / "model.safetensors")
+
+
+def load(model_dir: Path, **settings: str) -> LoadedModel:
+    """For the composed operators, which leave each tensor as it was read."""
+    return load_for(model_dir, cpu_isa="torch", **settings)
 
 
 def weights(loaded) -> dict[str, torch.Tensor]:

@@ -15,8 +15,8 @@ CPU = torch.device("cpu")
 BLOCK = 4
 
 
-def load(model_dir: Path, **settings: str) -> LoadedModel:
-    return load_model(EngineConfig(model_dir=str(model_dir), **settings), CPU, for_device("cpu"))
+def load(model_dir: Path, cpu_isa: str = "auto", **settings: str) -> LoadedModel:
+    return load_model(EngineConfig(model_dir=str(model_dir), **settings), CPU, for_device("cpu", cpu_isa))
 
 
 class Sequences:
