@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 import typer
+from aiokafka.errors import KafkaError
 from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
 from rich.markup import escape
@@ -26,7 +27,10 @@ from service.cli.demo_model import NAME as DEMO_MODEL
 from service.cli.options import ConfigFile, Json, Overrides, settings_from
 from service.config import Settings, cache_dir
 from service.errors import SetupError
+from service.kafka.clients import Clients
 from service.kafka.connection import Connection
+from service.kafka.delivery import choose
+from service.kafka.topics import Topics
 from service.tokenization import Tokenization
 
 State = Literal["ok", "note", "fail"]
@@ -150,6 +154,30 @@ def _kafka(settings: Settings) -> Check:
     )
 
 
+def _delivery(settings: Settings) -> Check:
+    """Tries the broker as the service does at its start."""
+    section = settings.kafka
+    if not section.enabled:
+        return Check("delivery", "note", "kafka.enabled is false")
+    topics = Topics(section.topic_prefix)
+    try:
+        connection = Connection(section)
+        if not section.embedded and section.delivery != "at_least_once":
+            admin = AdminClient(connection.librdkafka())
+            # A token is asked for in a callback, which only `poll` runs.
+            admin.poll(0)
+            found = admin.list_topics(topics.dead_letters, timeout=BROKER_TIMEOUT_S)
+            if found.topics[topics.dead_letters].error is not None:
+                return Check("delivery", "note", "not tried before the topics exist (`sluice topics create`)")
+        delivery = asyncio.run(choose(section, Clients(section, connection.aiokafka), topics))
+    except (SetupError, KafkaException, KafkaError, TimeoutError) as error:
+        return Check("delivery", "fail", f"cannot be tried: {error or type(error).__name__}", 3)
+    mode = delivery.mode.replace("_", " ")
+    if delivery.mode == "exactly_once":
+        return Check("delivery", "ok", f"{mode}: the broker fences producers and hides aborted records")
+    return Check("delivery", "note", f"{mode}: {delivery.reason}")
+
+
 def _clock(settings: Settings) -> Check:
     # Deadlines travel as wall-clock times: a clock that is far off would expire prompts that are fresh.
     now = time.time()
@@ -192,4 +220,14 @@ def _existing(path: Path) -> Path:
     return path
 
 
-_CHECKS: tuple[Callable[[Settings], Check], ...] = (_software, _machine, _compute, _model, _kafka, _ports, _tracing, _clock)
+_CHECKS: tuple[Callable[[Settings], Check], ...] = (
+    _software,
+    _machine,
+    _compute,
+    _model,
+    _kafka,
+    _delivery,
+    _ports,
+    _tracing,
+    _clock,
+)

@@ -15,9 +15,12 @@ from aiokafka import TopicPartition as ClientPartition
 from aiokafka.errors import IllegalStateError, KafkaError
 from aiokafka.structs import OffsetAndMetadata
 
+from service.errors import RequestError
 from service.kafka.completion import Commits
+from service.kafka.idempotency import IdempotencyWindow
 from service.kafka.ownership import OwnedPartition, Partitions
 from service.kafka.records import TopicPartition
+from service.kafka.result_keys import ResultKeys
 from service.kafka.resume import ChunkReading
 from service.kafka.tracker import PartitionTracker, Progress, decode
 
@@ -37,12 +40,15 @@ class Assignment:
         partitions: Partitions,
         commits: Commits,
         reading: ChunkReading,
+        result_keys: ResultKeys,
         window: int,
+        wall_ns: Callable[[], int],
     ) -> None:
         """`progress`: what is committed for a partition, as `membership.progress` reads it."""
         self._consumer, self._progress = consumer, progress
-        self._partitions, self._commits, self._reading = partitions, commits, reading
-        self._window = window
+        self._partitions, self._commits = partitions, commits
+        self._reading, self._result_keys = reading, result_keys
+        self._window, self._wall_ns = window, wall_ns
 
     async def open(self, partition: TopicPartition) -> None:
         """Opens `partition`, retrying until it has or is cancelled."""
@@ -50,7 +56,7 @@ class Assignment:
         while True:
             try:
                 await self._open(ClientPartition(*partition))
-            except (KafkaError, IllegalStateError, OSError, TimeoutError) as error:
+            except (KafkaError, RequestError, IllegalStateError, OSError, TimeoutError) as error:
                 _log.info(
                     "a partition is not open yet", partition=f"{partition.topic}-{partition.partition}", error=repr(error)
                 )
@@ -80,7 +86,8 @@ class Assignment:
         name, chunks = TopicPartition(*partition), self._reading.partition(TopicPartition(*partition))
         progress = decode(point.metadata)
         begin = (await self._consumer.beginning_offsets([partition]))[partition]
-        ends = await self._consumer.end_offsets([partition, chunks])
+        results = ClientPartition(*self._result_keys.partition(name))
+        ends = await self._consumer.end_offsets([partition, chunks, results])
         low, done = _bounded(partition, point.offset, progress, begin, ends[partition])
         tracker = PartitionTracker(low=low, epoch=progress.epoch + 1, done=done, window=self._window, chunk_end=ends[chunks])
         said, chunk_end = await self._reading.unfinished(
@@ -89,7 +96,19 @@ class Assignment:
         tracker.chunks_written(chunk_end)
         for offset, was in said.items():
             tracker.has_chunks(offset, was.first_offset)
-        return OwnedPartition(name, tracker, redelivered_below=min(progress.next_offset, ends[partition]), said=said)
+        keys = await self._keys(name, progress.result_low, ends[results])
+        tracker.result_low = lambda: keys.low
+        return OwnedPartition(name, tracker, redelivered_below=min(progress.next_offset, ends[partition]), said=said, keys=keys)
+
+    async def _keys(self, name: TopicPartition, result_low: int, end: int) -> IdempotencyWindow:
+        """`end`: of the committed results."""
+        if result_low >= 0:
+            # The end of all records: another class's open transaction may hide ours behind it for a while.
+            end = await self._reading.end(self._result_keys.partition(name))
+        keys = IdempotencyWindow(end=end, wall_ms=lambda: self._wall_ns() // 1_000_000)
+        if result_low >= 0:
+            await self._result_keys.restore(keys, name, begin=result_low, end=end)
+        return keys
 
     def _admit(self, owned: OwnedPartition) -> None:
         partition = ClientPartition(*owned.partition)

@@ -104,7 +104,8 @@ class ChunkWriter:
             if not self._urgent and (remaining_s := self._due_s - loop.time()) > 0:
                 # Only patient streams: they gather until the oldest is due, unless an urgent one comes.
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._wake.wait(), remaining_s)
+                    async with asyncio.timeout(remaining_s):
+                        await self._wake.wait()
                 self._wake.clear()
             streams, self._urgent = self._urgent, {}
             if self._waiting and loop.time() >= self._due_s:

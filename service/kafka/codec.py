@@ -19,7 +19,10 @@ from service.kafka.records import (
     HEADER_CONVERSATION,
     HEADER_CORRELATION,
     HEADER_DEADLINE,
+    HEADER_DUPLICATE_OF,
+    HEADER_IDEMPOTENCY,
     HEADER_LABEL,
+    HEADER_PROMPT_DIGEST,
     HEADER_REPLAY_OF,
     HEADER_REPLY_TO,
     HEADER_TENANT,
@@ -44,6 +47,8 @@ class Envelope:
     label: str = ""
     correlation_id: bytes | None = None
     replay_of: bytes | None = None
+    idempotency_key: bytes | None = None
+    prompt_digest: bytes = b""
     media_type: str = wire.JSON
 
     @classmethod
@@ -57,11 +62,16 @@ class Envelope:
         replay_of = headers.get(HEADER_REPLAY_OF)
         if replay_of is not None and len(replay_of) > MAX_HEADER_BYTES:
             replay_of = None
+        key = headers.get(HEADER_IDEMPOTENCY)
+        if not key or len(key) > MAX_HEADER_BYTES:
+            key = None
         return cls(
             source=source,
             label=_label(headers),
             correlation_id=correlation,
             replay_of=replay_of,
+            idempotency_key=key,
+            prompt_digest=b"" if key is None else _digest(record.value or b""),
             media_type=_media_type(headers),
         )
 
@@ -95,6 +105,8 @@ def read_prompt(record: InRecord, *, trust_tenant: bool = False) -> ReadPrompt:
     check_text(f"headers.{HEADER_LABEL}", label, MAX_LABEL_BYTES)
     if len(headers.get(HEADER_CORRELATION, b"")) > MAX_HEADER_BYTES:
         raise invalid(f"headers.{HEADER_CORRELATION}", f"is longer than {MAX_HEADER_BYTES} bytes")
+    if len(headers.get(HEADER_IDEMPOTENCY, b"")) > MAX_HEADER_BYTES:
+        raise invalid(f"headers.{HEADER_IDEMPOTENCY}", f"is longer than {MAX_HEADER_BYTES} bytes")
     prompt = wire.prompt_from_bytes(record.value or b"", _text(headers, HEADER_CONTENT_TYPE))
     prompt = replace(prompt, label=prompt.label or label)
     if prompt.sampling.seed is None:
@@ -114,8 +126,13 @@ def derived_seed(source: Source) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def result_record(topic: str, envelope: Envelope, result: inference_pb2.Result, trace_headers: Headers = ()) -> OutRecord:
-    """The result as a record in the content type that the prompt came in, on the partition that it came from."""
+def result_record(
+    topic: str, envelope: Envelope, result: inference_pb2.Result, trace_headers: Headers = (), *, duplicate_of: str = ""
+) -> OutRecord:
+    """The result as a record in the content type that the prompt came in, on the partition that it came from.
+
+    A finished one carries the prompt's idempotency key, for later owners to know it by; a repeated one, `duplicate_of` which request.
+    """
     headers: list[tuple[str, bytes]] = [(HEADER_TYPE, b"result"), (HEADER_CONTENT_TYPE, envelope.media_type.encode())]
     if result.label:
         headers.append((HEADER_LABEL, result.label.encode()))
@@ -123,6 +140,10 @@ def result_record(topic: str, envelope: Envelope, result: inference_pb2.Result, 
         headers.append((HEADER_CORRELATION, envelope.correlation_id))
     if envelope.replay_of is not None:
         headers.append((HEADER_REPLAY_OF, envelope.replay_of))
+    if duplicate_of:
+        headers.append((HEADER_DUPLICATE_OF, duplicate_of.encode()))
+    elif envelope.idempotency_key is not None and result.status == inference_pb2.Result.finished:
+        headers += [(HEADER_IDEMPOTENCY, envelope.idempotency_key), (HEADER_PROMPT_DIGEST, envelope.prompt_digest)]
     return OutRecord(
         topic=topic,
         key=envelope.request_id.encode(),
@@ -149,6 +170,10 @@ def too_large(result: inference_pb2.Result) -> tuple[inference_pb2.Result, Reque
     smaller.status = inference_pb2.Result.failed
     smaller.error.CopyFrom(wire.error_to_proto(error))
     return smaller, error
+
+
+def _digest(value: bytes) -> bytes:
+    return hashlib.blake2b(value, digest_size=16, person=b"sluice.prompt").hexdigest().encode()
 
 
 def _last(record: InRecord) -> dict[str, bytes]:

@@ -127,7 +127,9 @@ class Committer:
 
     async def _attempt(self, points: Mapping[TopicPartition, tuple[int, str]], timeout_s: float) -> bool:
         try:
-            await asyncio.wait_for(self._offsets.commit(points), timeout_s)
+            # Not `wait_for`, which before Python 3.12 loses a cancellation that comes together with the answer.
+            async with asyncio.timeout(timeout_s):
+                await self._offsets.commit(points)
         except (KafkaError, IllegalStateError, TimeoutError) as error:
             _log.info("offsets are not committed yet", error=type(error).__name__)
             return False
@@ -146,15 +148,16 @@ class Committer:
 
     async def _until_durable(self, completion: Completion) -> bool:
         """Writes until every record is acknowledged; False when the partition was lost first."""
-        left, num_durable = completion.records, 0
+        left = completion.records
+        offsets: list[int] = []
         pause_s = _RETRY_S
         while await completion.owned.may_write():
             try:
                 while left:
-                    await (await self._output.send(left[0]))
-                    left, num_durable = left[1:], num_durable + 1
+                    offsets.append(await (await self._output.send(left[0])))
+                    left = left[1:]
             except RequestError as error:
-                if left == (smaller := completion.replacement(num_durable)):
+                if left == (smaller := completion.replacement(len(offsets))):
                     _log.error("a terminal record cannot be written", code=error.code, offset=completion.offset)
                     await asyncio.sleep(_RETRY_MAX_S)
                 left = smaller
@@ -163,5 +166,6 @@ class Committer:
                 await asyncio.sleep(pause_s)
                 pause_s = min(pause_s * 2, _RETRY_MAX_S)
             else:
+                completion.written(offsets)
                 return True
         return False

@@ -1,6 +1,6 @@
 """A prompt that has ended, and what takes it from there: the border between the handler and the two ways of making it durable."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,7 +16,8 @@ class Completion:
 
     `replacement` is asked when one of these is refused for its size: told how many are taken by then, it gives what to write in
     place of the rest. `settled` is called once: True when the records are durable and the offset is done, False when the partition
-    was lost before. `links`: the prompt's span, for the commit that it is part of.
+    was lost before; right before a True, `written` hears the records' offsets, where they are known. `links`: the prompt's span, for
+    the commit that it is part of.
     """
 
     owned: OwnedPartition
@@ -24,6 +25,7 @@ class Completion:
     records: tuple[OutRecord, ...]
     replacement: Callable[[int], tuple[OutRecord, ...]]
     settled: Callable[[bool], None]
+    written: Callable[[Sequence[int]], None] = lambda offsets: None
     links: tuple[Link, ...] = ()
 
 

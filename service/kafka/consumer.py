@@ -27,6 +27,7 @@ from service.kafka.completion import Commits
 from service.kafka.handler import PromptHandler
 from service.kafka.ownership import OwnedPartition, Partitions
 from service.kafka.records import InRecord, TopicPartition
+from service.kafka.result_keys import ResultKeys
 from service.kafka.resume import ChunkReading
 from service.kafka.topics import WEIGHTS, Topics
 from service.kafka.unreadable import UNREADABLE, Unreadable
@@ -62,6 +63,8 @@ class PromptConsumer(ConsumerRebalanceListener):
         prepare: Callable[[AIOKafkaAdminClient], Awaitable[Sequence[str]]],
         explain: Callable[[], Awaitable[str]],
         reading: ChunkReading,
+        result_keys: ResultKeys,
+        wall_ns: Callable[[], int],
         engine_alive: Callable[[], bool],
         on_state: Callable[[bool, str], None],
     ) -> None:
@@ -72,7 +75,8 @@ class PromptConsumer(ConsumerRebalanceListener):
         self._section, self._topics = section, topics
         self._partitions, self._budget, self._metrics = partitions, budget, metrics
         self._make_consumer, self._make_admin, self._prepare = make_consumer, make_admin, prepare
-        self._explain, self._reading = explain, reading
+        self._explain, self._reading, self._result_keys = explain, reading, result_keys
+        self._wall_ns = wall_ns
         self._engine_alive, self._on_state = engine_alive, on_state
         self._commits: Commits | None = None
         self._handler: PromptHandler | None = None
@@ -179,7 +183,7 @@ class PromptConsumer(ConsumerRebalanceListener):
         assert self._commits is not None
         assignment = Assignment(
             consumer=consumer, progress=self.progress, partitions=self._partitions, commits=self._commits,
-            reading=self._reading, window=self._section.window_offsets,
+            reading=self._reading, result_keys=self._result_keys, window=self._section.window_offsets, wall_ns=self._wall_ns,
         )  # fmt: skip
         name = f"open {partition.topic}-{partition.partition}"
         self._opening[partition] = asyncio.create_task(assignment.open(partition), name=name)
@@ -241,7 +245,9 @@ class PromptConsumer(ConsumerRebalanceListener):
             try:
                 if partitions:
                     asked = [ClientPartition(*owned.partition) for owned in partitions]
-                    ends = await asyncio.wait_for(consumer.end_offsets(asked), _WATCH_S)
+                    # Not `wait_for`, which before Python 3.12 loses a cancellation that comes together with the answer.
+                    async with asyncio.timeout(_WATCH_S):
+                        ends = await consumer.end_offsets(asked)
                     for owned in partitions:
                         if owned.state != "lost":
                             lag = max(ends[ClientPartition(*owned.partition)] - owned.tracker.low, 0)

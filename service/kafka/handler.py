@@ -13,6 +13,7 @@ from typing import Protocol
 import structlog
 from opentelemetry.trace import Span, SpanKind
 
+from schemas.v1 import inference_pb2
 from service import wire
 from service.config import KafkaSection
 from service.contract import Call, Delta, Event, Failed, PromptRequest, Started
@@ -24,7 +25,8 @@ from service.kafka.codec import Envelope, ReadPrompt, read_prompt
 from service.kafka.completion import Commits, Completion
 from service.kafka.dead_letter import Stage
 from service.kafka.ownership import OwnedPartition
-from service.kafka.records import InRecord
+from service.kafka.records import HEADER_IDEMPOTENCY, InRecord
+from service.kafka.result_keys import ResultKeys
 from service.kafka.terminal import Ending, Taken, Terminals
 from service.kafka.topics import Topics
 from service.telemetry import names, tracing
@@ -66,6 +68,7 @@ class PromptHandler:
         commits: Commits,
         chunks: ChunkWriter | None,
         cancels: Cancels,
+        result_keys: ResultKeys,
         topics: Topics,
         section: KafkaSection,
         spans: tracing.Tracing,
@@ -76,7 +79,7 @@ class PromptHandler:
         self._generation = generation
         self._commits = commits
         self._chunks = chunks
-        self._cancels = cancels
+        self._cancels, self._result_keys = cancels, result_keys
         self._section = section
         listener = None if chunks is None else chunks.listener
         self._terminals = Terminals(
@@ -106,6 +109,8 @@ class PromptHandler:
             if completion is None:
                 # Lost, stopping, or cancelled: nothing is written here, and the record comes again to whoever owns it.
                 owned.tracker.release(record.offset)
+                if taken.envelope.idempotency_key is not None:
+                    owned.keys.settle(taken.envelope.idempotency_key, record.offset, None)
                 self._spans.end(span)
                 release()
         if completion is not None:
@@ -149,6 +154,8 @@ class PromptHandler:
             if read.conversation_id:
                 span.set_attribute(names.MESSAGING_MESSAGE_CONVERSATION_ID, read.conversation_id)
             stage = "admit"
+            if (first := await self._repeated(taken)) is not None:
+                return Ending(event=None, error=None, stage="write", label=label, repeats=first)
             call = self._call(taken, read, said, span)
             stream = await self._start(read.prompt, call)
             stage = "generate"
@@ -159,6 +166,25 @@ class PromptHandler:
             _log.error("a record failed", request_id=taken.request_id, error=type(error).__name__, where=_where(error))
             fault = RequestError("internal", "a fault of Sluice; the log has this request")
             return Ending(event=None, error=fault, stage=stage, label=label)
+
+    async def _repeated(self, taken: Taken) -> inference_pb2.Result | None:
+        """The finished result of an earlier prompt with the same idempotency key; None: this one is to run. Raises `RequestError`."""
+        key, owned = taken.envelope.idempotency_key, taken.owned
+        while key is not None and (known := await owned.keys.claim(key, taken.record.offset)) is not None:
+            if known.digest != taken.envelope.prompt_digest:
+                message = f"was given to another prompt before: {known.request_id}"
+                raise RequestError("invalid_field", message, field=f"headers.{HEADER_IDEMPOTENCY}")
+            try:
+                first = await self._result_keys.result(owned.partition, known)
+            except RequestError as error:
+                _log.info("a repeated prompt waits for the broker", request_id=taken.request_id, code=error.code)
+                await asyncio.sleep(_RETRY_MAX_S)
+                continue
+            if first is not None:
+                self._metrics.duplicate()
+                return first
+            owned.keys.forget(key)
+        return None
 
     def _call(self, taken: Taken, read: ReadPrompt, said: Said | None, span: Span) -> Call:
         """How the prompt is asked for: a continuation where something had been said. Raises `RequestError`."""

@@ -21,7 +21,8 @@ _TIMEOUT_S = 5.0
 async def progress(admin: AIOKafkaAdminClient, group_id: str, partition: TopicPartition) -> OffsetAndMetadata:
     """What is committed; offset -1 when nothing was. Raises `KafkaError`, `TimeoutError`."""
     asked = ClientPartition(*partition)
-    found = await asyncio.wait_for(admin.list_consumer_group_offsets(group_id, partitions=[asked]), _TIMEOUT_S)
+    async with asyncio.timeout(_TIMEOUT_S):
+        found = await admin.list_consumer_group_offsets(group_id, partitions=[asked])
     if asked not in found:
         # Asked for by name, a partition without a commit comes back as -1. The client drops the answer's own error (the
         # coordinator moves, or loads): taken for "never committed", it would hand the whole log out again.
@@ -38,7 +39,8 @@ async def in_good_standing(consumer: AIOKafkaConsumer) -> bool:
     if group.coordinator_id is None or group.generation < 0:
         return False
     try:
-        answer = await asyncio.wait_for(group._send_req(request), _TIMEOUT_S)
+        async with asyncio.timeout(_TIMEOUT_S):
+            answer = await group._send_req(request)
     except (KafkaError, TimeoutError):
         return False
     return bool(answer.error_code == 0)

@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from service.kafka.chunk_records import Said
+from service.kafka.idempotency import IdempotencyWindow
 from service.kafka.records import TopicPartition
 from service.kafka.tracker import PartitionTracker
 
@@ -28,12 +29,17 @@ class OwnedPartition:
         *,
         redelivered_below: int = 0,
         said: Mapping[int, Said] = MappingProxyType({}),
+        keys: IdempotencyWindow | None = None,
     ) -> None:
-        """`redelivered_below`: offsets below it were taken by an earlier owner already. `said`: what they had said of which."""
+        """`redelivered_below`: offsets below it were taken by an earlier owner already. `said`: what they had said of which.
+
+        `keys`: the idempotency keys that are known; none by default.
+        """
         self.partition = partition
         self.tracker = tracker
         self.redelivered_below = redelivered_below
         self.said = dict(said)
+        self.keys = IdempotencyWindow() if keys is None else keys
         self.state: State = "opening"
         self._settled = asyncio.Event()
         self._tasks: dict[int, asyncio.Task[None]] = {}

@@ -20,7 +20,7 @@ from service.kafka.topics import Topics
 
 
 class Readers:
-    """`live` and `cancels` are the owner's to fill and to ask; `durable` is for the other transports."""
+    """`live` and `cancels` are the owner's to fill and to ask, `log_reader` reads for it, too; `durable` is for the other transports."""
 
     def __init__(
         self,
@@ -36,7 +36,7 @@ class Readers:
         knows_times = not section.embedded
         self.cancels = Cancels(since_ms=wall_ns() // 1_000_000, on_cancel=on_cancel)
         self._control = ControlReader(make_reader, topics.control, self.cancels, knows_times=knows_times)
-        self._log_reader = LogReader(
+        self.log_reader = LogReader(
             make_consumer=make_reader,
             make_admin=clients.admin,
             group_id=section.group_id,
@@ -44,7 +44,7 @@ class Readers:
         )
         self._tail = Tail(make_reader, topics)
         self._submission = Submission(clients.producer)
-        log = RequestLog(self._log_reader, self._tail, topics, wall_ns=wall_ns)
+        log = RequestLog(self.log_reader, self._tail, topics, wall_ns=wall_ns)
         self.live = LiveRequests(on_end=log.remember)
         self.durable = DurableRequests(
             log=log, live=self.live, cancels=self.cancels, submission=self._submission, topics=topics, wall_ns=wall_ns
@@ -58,4 +58,4 @@ class Readers:
         """Ends every client; idempotent."""
         await self._tail.close()
         await self._submission.close()
-        await self._log_reader.close()
+        await self.log_reader.close()

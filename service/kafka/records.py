@@ -15,6 +15,9 @@ HEADER_TTL = "sluice-ttl-ms"
 HEADER_REPLY_TO = "sluice-reply-to"
 HEADER_CORRELATION = "correlation-id"
 HEADER_CONVERSATION = "sluice-conversation-id"
+HEADER_IDEMPOTENCY = "sluice-idempotency-key"
+HEADER_PROMPT_DIGEST = "sluice-prompt-digest"
+HEADER_DUPLICATE_OF = "sluice-duplicate-of"
 HEADER_REPLAY_OF = "sluice-replay-of"
 
 

@@ -30,6 +30,15 @@ class ChunkReading:
         """The partition of the chunk topic that the prompts of `of` speak on."""
         return ClientPartition(self._topic, of.partition)
 
+    async def end(self, partition: TopicPartition) -> int:
+        """Where a partition ends, records that are not committed yet included. Raises `KafkaError`."""
+        asked, consumer = ClientPartition(*partition), self._make()
+        try:
+            await consumer.start()
+            return int((await consumer.end_offsets([asked]))[asked])
+        finally:
+            await consumer.stop()
+
     async def unfinished(
         self, of: TopicPartition, is_done: Callable[[int], bool], *, begin: int, end: int
     ) -> tuple[dict[int, Said], int]:

@@ -4,7 +4,7 @@ Guarantees: they always fit (a result drops its logprobs, then its choices; a de
 refused all the same is replaced by something smaller as long as there is any. Text enters neither logs nor spans.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from opentelemetry.trace import Span, SpanKind
@@ -17,6 +17,7 @@ from service.kafka.chunks import LiveListener
 from service.kafka.codec import Envelope, result_record, too_large, without_logprobs
 from service.kafka.completion import Completion
 from service.kafka.dead_letter import Stage, dead_letter
+from service.kafka.idempotency import Known
 from service.kafka.ownership import OwnedPartition
 from service.kafka.records import Headers, InRecord, OutRecord
 from service.kafka.topics import Topics
@@ -47,6 +48,8 @@ class Ending:
     stage: Stage
     label: str = ""
     model: str = ""
+    repeats: inference_pb2.Result | None = None
+    """The finished result of an earlier prompt with the same idempotency key."""
 
 
 class Terminals:
@@ -87,7 +90,8 @@ class Terminals:
         )
         trace_headers: Headers = tuple((name, value.encode()) for name, value in tracing.inject(send))
         result = self._result(taken, ending, tracing.trace_id(span))
-        written, result, misfit = self._fitting(taken.envelope, result, trace_headers)
+        first = "" if ending.repeats is None else ending.repeats.request_id
+        written, result, misfit = self._fitting(taken.envelope, result, trace_headers, first)
         error = misfit or ending.error
         stage = ending.stage if misfit is None else "write"
 
@@ -116,7 +120,17 @@ class Terminals:
             stage = "write"
             return (result_record(self._topics.results, taken.envelope, result, trace_headers), *letter(self._max_bytes))
 
+        stands = -1
+
+        def written_at(offsets: Sequence[int]) -> None:
+            nonlocal stands
+            if offsets:
+                stands = offsets[0]
+                taken.owned.keys.written(stands + 1)
+
         def settled(durable: bool) -> None:
+            finished = durable and result.status == inference_pb2.Result.finished and ending.repeats is None
+            self._settle_key(taken, stands if finished else None)
             if durable and self._listener is not None:
                 self._listener.ended(taken.envelope.source, result)
             self._spans.end(send)
@@ -126,9 +140,32 @@ class Terminals:
                     self._metrics.dead_letter(error.code)
 
         records = (written, *letter(self._max_bytes))
-        return self._completion(taken, records, smaller, settled, span, release)
+        return self._completion(taken, records, smaller, settled, span, release, written_at)
+
+    def _settle_key(self, taken: Taken, stands: int | None) -> None:
+        """The prompt's idempotency key is known from now on by a result that stands there (-1: not known where), or (None) is free."""
+        key, keys = taken.envelope.idempotency_key, taken.owned.keys
+        if key is None:
+            return
+        known = None
+        if stands is not None:
+            known = Known(
+                result_offset=stands if stands >= 0 else keys.end,
+                request_id=taken.request_id,
+                digest=taken.envelope.prompt_digest,
+                time_ms=self._wall_ns() // 1_000_000,
+            )
+        keys.settle(key, taken.record.offset, known)
 
     def _result(self, taken: Taken, ending: Ending, trace_id: str) -> inference_pb2.Result:
+        if ending.repeats is not None:
+            result = inference_pb2.Result()
+            result.CopyFrom(ending.repeats)
+            result.request_id, result.label, result.trace_id = taken.request_id, ending.label, trace_id
+            result.epoch, result.attempt = taken.owned.epoch, taken.attempt
+            result.source.CopyFrom(wire.source_to_proto(taken.envelope.source))
+            result.time.CopyFrom(wire.timestamp(self._wall_ns()))
+            return result
         if ending.event is not None:
             return wire.result_to_proto(
                 ending.event,
@@ -154,14 +191,14 @@ class Terminals:
         )
 
     def _fitting(
-        self, envelope: Envelope, result: inference_pb2.Result, trace_headers: Headers
+        self, envelope: Envelope, result: inference_pb2.Result, trace_headers: Headers, duplicate_of: str
     ) -> tuple[OutRecord, inference_pb2.Result, RequestError | None]:
         """The result within the limit and its record: whole, without logprobs, or as `result_too_large`."""
         for candidate in (result, without_logprobs(result)):
             # Neither form is smaller than the binary one: what cannot fit is not spelled out, which would hold up the loop.
             if candidate.ByteSize() > self._max_bytes:
                 continue
-            written = result_record(self._topics.results, envelope, candidate, trace_headers)
+            written = result_record(self._topics.results, envelope, candidate, trace_headers, duplicate_of=duplicate_of)
             if written.num_bytes <= self._max_bytes:
                 return written, candidate, None
         shrunk, error = too_large(result)
@@ -175,6 +212,7 @@ class Terminals:
         settled: Callable[[bool], None],
         span: Span,
         release: Callable[[], None],
+        written: Callable[[Sequence[int]], None] = lambda offsets: None,
     ) -> Completion:
         owned, offset = taken.owned, taken.record.offset
 
@@ -186,4 +224,6 @@ class Terminals:
             release()
 
         links = tracing.link_to(tracing.context_of(span))
-        return Completion(owned=owned, offset=offset, records=records, replacement=replacement, settled=end, links=links)
+        return Completion(
+            owned=owned, offset=offset, records=records, replacement=replacement, settled=end, written=written, links=links
+        )

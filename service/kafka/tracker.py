@@ -8,6 +8,7 @@ Pure: knows no Kafka client, no clock. `commit_point` is what goes into the comm
 
 import base64
 import binascii
+from collections.abc import Callable
 from dataclasses import dataclass
 
 METADATA_LIMIT_BYTES = 4_096
@@ -19,7 +20,8 @@ class Progress:
     """What a commit's metadata says: `done` has bit i set when offset low + i is done; `next_offset` is 0 when not known.
 
     `chunk_low`: every chunk record of an unfinished prompt stands at or above this offset of the chunk topic; -1 when not known.
-    `commits` counts this epoch's commits: who lost the answer to one reads here whether it landed.
+    `commits` counts this epoch's commits: who lost the answer to one reads here whether it landed. `result_low`: no result whose
+    idempotency key is remembered stands below this offset of the results topic; -1 when not known.
     """
 
     epoch: int = 0
@@ -27,6 +29,7 @@ class Progress:
     done: int = 0
     chunk_low: int = -1
     commits: int = 0
+    result_low: int = -1
 
 
 class PartitionTracker:
@@ -42,6 +45,8 @@ class PartitionTracker:
         self.epoch = epoch
         self.window = window
         self.commits = 0
+        self.result_low: Callable[[], int] = lambda: -1
+        """Where the results of remembered keys begin, asked at each commit."""
         self._chunk_end = chunk_end
         self._chunks: dict[int, int] = {}
         self._low = low
@@ -150,6 +155,7 @@ class PartitionTracker:
             done=done >> count,
             chunk_low=min(marks, default=self._chunk_end),
             commits=self.commits + 1,
+            result_low=self.result_low(),
         )
         return low, encode(progress)
 
@@ -180,6 +186,8 @@ def encode(progress: Progress) -> str:
     words = [_VERSION, f"e={progress.epoch}", f"n={progress.next_offset}", f"t={progress.commits}"]
     if progress.chunk_low >= 0:
         words.append(f"c={progress.chunk_low}")
+    if progress.result_low >= 0:
+        words.append(f"k={progress.result_low}")
     if progress.done:
         plain = "b=" + _to_text(progress.done.to_bytes((progress.done.bit_length() + 7) // 8, "little"))
         # Runs cannot win once there are many; not building them keeps a full window cheap.
@@ -207,6 +215,7 @@ def decode(metadata: str | None) -> Progress:
             done=done,
             chunk_low=_count(read["c"]) if "c" in read else -1,
             commits=_count(read.get("t", "0")),
+            result_low=_count(read["k"]) if "k" in read else -1,
         )
     except ValueError:
         return Progress()

@@ -11,7 +11,7 @@ Bounded by the intake: a record's tokens are released only once it is durable.
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -69,7 +69,7 @@ class TransactionalCommitter:
         self._on_commit = on_commit
         self._fenced: dict[TopicPartition, Transactions] = {}
         self._lanes: dict[OwnedPartition, _Lane] = {}
-        self._ending: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def fence(self, partition: TopicPartition) -> None:
         if (unused := self._fenced.pop(partition, None)) is not None:
@@ -85,11 +85,16 @@ class TransactionalCommitter:
         self._lanes[owned] = lane
         task = asyncio.create_task(lane.run(), name=f"commit {owned.partition.topic}-{owned.partition.partition}")
         owned.keep(task)
-        self._ending.add(task)
+        self._tasks.add(task)
 
         def ended(done: asyncio.Task[None]) -> None:
-            self._ending.discard(done)
+            # Here and not in the task, which may be cancelled before it has begun.
+            self._tasks.discard(done)
             self._lanes.pop(owned, None)
+            lane.abandon()
+            closing = asyncio.ensure_future(transactions.close())
+            self._tasks.add(closing)
+            closing.add_done_callback(self._tasks.discard)
             if not done.cancelled() and (error := done.exception()) is not None:
                 done.get_loop().call_exception_handler({"message": "a lane failed", "exception": error, "task": done})
 
@@ -117,9 +122,10 @@ class TransactionalCommitter:
         try:
             await asyncio.get_running_loop().create_future()
         finally:
-            for task in self._ending:
-                task.cancel()
-            await asyncio.gather(*self._ending, return_exceptions=True)
+            for owned in tuple(self._lanes):
+                owned.lose()
+            while self._tasks:
+                await asyncio.gather(*self._tasks, return_exceptions=True)
             await asyncio.gather(*(unused.close() for unused in self._fenced.values()))
 
 
@@ -159,23 +165,22 @@ class _Lane:
     async def run(self) -> None:
         """Until the partition is lost, or cancelled."""
         loop = asyncio.get_running_loop()
-        try:
-            while True:
-                await self._wake.wait()
-                self._wake.clear()
-                while self._queue:
-                    began_s = loop.time()
-                    if not (await self._owned.may_write() and await self._commit(self._next())):
-                        return
-                    await asyncio.sleep(max(0.0, began_s + self._interval_s - loop.time()))
-        finally:
-            for completion in self._unsettled.values():
-                completion.settled(False)
-            self._unsettled.clear()
-            self._queue.clear()
-            self.idle.set()
-            # Another owner's partition, or nobody's.
-            await self._transactions.close()
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            while self._queue:
+                began_s = loop.time()
+                if not (await self._owned.may_write() and await self._commit(self._next())):
+                    return
+                await asyncio.sleep(max(0.0, began_s + self._interval_s - loop.time()))
+
+    def abandon(self) -> None:
+        """Another owner's, or nobody's: what is left is settled as lost."""
+        for completion in self._unsettled.values():
+            completion.settled(False)
+        self._unsettled.clear()
+        self._queue.clear()
+        self.idle.set()
 
     def _next(self) -> tuple[Completion, ...]:
         num_bytes = 0
@@ -188,10 +193,11 @@ class _Lane:
 
     async def _commit(self, batch: tuple[Completion, ...]) -> bool:
         """True once each of `batch` is durable or set aside; False when the partition is this replica's no longer."""
+        offsets: Sequence[int] = ()
         while batch:
             number = self._owned.tracker.commits + 1
             try:
-                await self._transact(batch)
+                offsets = await self._transact(batch)
             except RefusedError as error:
                 self._on_commit(batch, False)
                 if await self._recovered(number) is None:
@@ -210,30 +216,35 @@ class _Lane:
                 if landed is None:
                     return False
                 if landed:
+                    offsets = ()
                     break
             else:
                 break
-        self._landed(batch)
+        self._landed(batch, offsets)
         return True
 
-    async def _transact(self, batch: tuple[Completion, ...]) -> None:
+    async def _transact(self, batch: tuple[Completion, ...]) -> Sequence[int]:
         if not self._transactions.usable:
             raise LostError("there is no producer now")
         records: list[OutRecord] = []
         for completion in batch:
             records += completion.records
         point = self._owned.tracker.commit_point(*(completion.offset for completion in batch))
-        await self._transactions.commit(self._owned.partition, records, point)
+        return await self._transactions.commit(self._owned.partition, records, point)
 
-    def _landed(self, batch: tuple[Completion, ...]) -> None:
+    def _landed(self, batch: tuple[Completion, ...], offsets: Sequence[int]) -> None:
         if not batch:
             return
         self._owned.tracker.committed()
         for completion in batch:
             self._owned.tracker.complete(completion.offset)
+        begin = 0
         for completion in batch:
             del self._unsettled[completion.offset]
+            end = begin + len(completion.records)
+            completion.written((offsets or ())[begin:end])
             completion.settled(True)
+            begin = end
         if not self._unsettled:
             self.idle.set()
         self._on_commit(batch, True)

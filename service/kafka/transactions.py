@@ -107,14 +107,17 @@ class Transactions:
         records: Sequence[OutRecord],
         point: tuple[int, str],
         timeout_s: float = COMMIT_TIMEOUT_S,
-    ) -> None:
-        """Writes `records` and commits `point`, both or neither. Raises `LostError` or `RefusedError`; either ends this producer."""
+    ) -> Sequence[int]:
+        """Writes `records` and commits `point`, both or neither; gives the records' offsets.
+
+        Raises `LostError` or `RefusedError`; either ends this producer.
+        """
         producer = self._producer
         if producer is None:
             raise LostError("there is no producer now")
         try:
             async with asyncio.timeout(timeout_s):
-                await self._commit(producer, ClientPartition(*partition), records, point)
+                offsets = await self._commit(producer, ClientPartition(*partition), records, point)
         except (KafkaError, TimeoutError, _TransportLostError, OSError) as error:
             raise LostError(error, fenced=isinstance(error, ProducerFenced)) from error
         except AssertionError as error:
@@ -122,6 +125,7 @@ class Transactions:
             raise LostError("the producer had failed") from error
         else:
             producer = None
+            return offsets
         finally:
             # A cancelled commit, too, leaves nobody who knows how it ended.
             if producer is not None:
@@ -136,7 +140,7 @@ class Transactions:
 
     async def _commit(
         self, producer: AIOKafkaProducer, partition: ClientPartition, records: Sequence[OutRecord], point: tuple[int, str]
-    ) -> None:
+    ) -> Sequence[int]:
         await producer.begin_transaction()
         futures: list[asyncio.Future[Any]] = []
         try:
@@ -158,6 +162,7 @@ class Transactions:
             if isinstance(answer, BaseException):
                 raise answer
         await producer.commit_transaction()
+        return [future.result().offset for future in futures]
 
 
 async def _send(producer: AIOKafkaProducer, record: OutRecord) -> "asyncio.Future[Any]":

@@ -32,6 +32,7 @@ from service.kafka.output import ProducerOutput
 from service.kafka.ownership import Partitions
 from service.kafka.readers import Readers
 from service.kafka.records import TopicPartition
+from service.kafka.result_keys import ResultKeys
 from service.kafka.resume import ChunkReading
 from service.kafka.topic_check import check
 from service.kafka.topics import Topics
@@ -102,6 +103,7 @@ class KafkaTransport:
         self._output = ProducerOutput(self._clients.producer)
         self.readers = Readers(section, self._clients, on_cancel=generation.cancel, wall_ns=wall_ns)
         """For the other transports; `close` it after they have ended."""
+        self._result_keys = ResultKeys(self.readers.log_reader, self._topics.results)
         self._metrics = metrics
         self._consumer = PromptConsumer(
             section=section,
@@ -114,6 +116,8 @@ class KafkaTransport:
             prepare=self._prepare,
             explain=self._connection.explain,
             reading=ChunkReading(self._clients.reader, self._topics.chunks),
+            result_keys=self._result_keys,
+            wall_ns=wall_ns,
             engine_alive=engine_alive,
             on_state=self._changed,
         )
@@ -273,6 +277,7 @@ class KafkaTransport:
             commits=commits,
             chunks=self._chunks if self._section.chunks_enabled else None,
             cancels=self.readers.cancels,
+            result_keys=self._result_keys,
             topics=self._topics,
             section=self._section,
             spans=self._spans,

@@ -179,9 +179,16 @@ class KafkaMetrics:
         self._fenced = Counter(
             names.METRIC_KAFKA_FENCED, "Transactions that another owner of the partition fenced", registry=registry
         )
+        self._duplicates = Counter(
+            names.METRIC_KAFKA_DUPLICATES, "Prompts answered with an earlier one's result by idempotency key", registry=registry
+        )
         self._handed_over = Counter(
             names.METRIC_KAFKA_HANDOVERS, "Running prompts given up for another owner to go on", registry=registry
         )
+
+    def duplicate(self) -> None:
+        """A prompt was answered with the result of an earlier one, whose idempotency key it had."""
+        self._duplicates.inc()
 
     def lag(self, topic: str, partition: int, records: int) -> None:
         """Records between the position and the end of an owned partition."""

@@ -56,14 +56,15 @@ class Broker:
         found: list[Any] = []
         async with asyncio.timeout(within_s):
             while len(found) < count:
-                found = await asyncio.to_thread(self._read_all, topic)
+                found = await asyncio.to_thread(self.read_now, topic)
         return found
 
     async def results(self, count: int, **bound: float) -> list[dict[str, Any]]:
         """The result records as JSON."""
         return [json.loads(record.value()) for record in await self.read(self.topics.results, count=count, **bound)]
 
-    def _read_all(self, topic: str) -> list[Any]:
+    def read_now(self, topic: str) -> list[Any]:
+        """All committed records of a topic; blocks. None of a topic that is too young to have a leader."""
         consumer = Consumer(
             {
                 "bootstrap.servers": self.bootstrap,
@@ -121,10 +122,10 @@ async def serving(
 
 async def crash(transport: KafkaTransport) -> None:
     """Ends a transport without flush, commit or leave: what a killed process leaves behind, but for its open sockets."""
-    transport._consumer.stop_polling()
-    transport._partitions.revoke_all()
-    for owned in tuple(transport._partitions):
-        transport._partitions.lose(owned.partition)
+    tasks, transport._tasks = transport._tasks, set()
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
     await transport._stop()
 
 

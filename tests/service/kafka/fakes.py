@@ -40,7 +40,8 @@ class FakeGeneration:
     """Answers every prompt with its own words, one delta each; what a prompt says can hold it or make it fail.
 
     "hold …": waits until `let_go(text)`. "fail <code>": ends with that code. "refuse <code>": is refused. "break": a fault.
-    "huge <n>": answers with n characters. `answers` has other words for some prompts.
+    "huge <n>": answers with n characters. "pause <n> …": waits for `let_all_go` after n words. `answers` has other words for some
+    prompts. What was said before is not said again.
     """
 
     def __init__(self) -> None:
@@ -48,7 +49,7 @@ class FakeGeneration:
         self.answers: dict[str, str] = {}
         self.closed_early: list[str] = []
         self.cancelled: list[str] = []
-        self.running = 0
+        self.running = self.paused = 0
         self.most_running = 0
         self._held: dict[str, asyncio.Event] = {}
         self._free = False
@@ -89,8 +90,15 @@ class FakeGeneration:
             answer = "x" * int(text.split()[1]) if text.startswith("huge ") else self.answers.get(text, text)
             words = answer.split(" ")
             offset = 0
+            already = len(call.said[0]) if call.said else 0
             for index, word in enumerate(words):
                 said = word if index == 0 else f" {word}"
+                if index < already:
+                    offset += len(said)
+                    continue
+                if text.startswith(f"pause {index} ") and not self._free:
+                    self.paused += 1
+                    await self._held.setdefault(text, asyncio.Event()).wait()
                 yield Delta(choice=0, seq=index, token_ids=(index,), text=said, text_offset=offset)
                 offset += len(said)
             usage = Usage(prompt_tokens=3, cached_prompt_tokens=0, completion_tokens=len(words))

@@ -9,6 +9,7 @@ from aiokafka.structs import OffsetAndMetadata
 
 from service.kafka.assignment import Assignment
 from service.kafka.chunk_records import Said
+from service.kafka.idempotency import IdempotencyWindow
 from service.kafka.ownership import OwnedPartition, Partitions
 from service.kafka.records import TopicPartition
 from service.kafka.tracker import Progress, decode, encode
@@ -56,6 +57,12 @@ class FakeGroup:
     def partition(self, of: TopicPartition) -> ClientPartition:
         return ClientPartition("chunks", of.partition)
 
+    async def end(self, partition: TopicPartition) -> int:
+        return 100
+
+    async def restore(self, window: IdempotencyWindow, of: TopicPartition, *, begin: int, end: int) -> None:
+        self.events.append(f"read keys {begin}-{end}")
+
     async def unfinished(
         self, of: TopicPartition, is_done: Callable[[int], bool], *, begin: int, end: int
     ) -> tuple[dict[int, Said], int]:
@@ -67,8 +74,9 @@ async def opened(group: FakeGroup, partitions: Partitions | None = None) -> Part
     partitions = partitions or Partitions()
     anything: Any = group
     assignment = Assignment(
-        consumer=anything, progress=group.progress, partitions=partitions, commits=anything, reading=anything, window=64
-    )
+        consumer=anything, progress=group.progress, partitions=partitions, commits=anything, reading=anything,
+        result_keys=anything, window=64, wall_ns=lambda: 0,
+    )  # fmt: skip
     await assignment.open(PARTITION)
     return partitions
 
@@ -78,9 +86,10 @@ def point(low: int, **progress: int) -> OffsetAndMetadata:
 
 
 async def test_a_new_owner_fences_reads_commits_its_epoch_and_only_then_opens() -> None:
-    group = FakeGroup(point(40, epoch=3, next_offset=50, done=0b10, chunk_low=7))
+    group = FakeGroup(point(40, epoch=3, next_offset=50, done=0b10, chunk_low=7, result_low=60))
     (owned,) = await opened(group)
-    assert group.events == ["fence", "progress", "read chunks 7-100", "commit", "seek", "resume", "opened"]
+    read = ["read chunks 7-100", "read keys 60-100"]
+    assert group.events == ["fence", "progress", *read, "commit", "seek", "resume", "opened"]
     assert (owned.tracker.low, owned.epoch, owned.tracker.commits, group.position) == (40, 4, 1, 40)
     assert [(low, decode(metadata).epoch) for low, metadata in group.commits] == [(40, 4)]
 

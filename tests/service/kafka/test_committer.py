@@ -199,3 +199,18 @@ async def test_only_what_is_not_durable_is_replaced() -> None:
         bench.submit(0, RESULT, OutRecord(topic="letters", value=b"l"), replacement=replacement)
         await until(lambda: bench.offsets.lows() == [1])
         assert (asked, [record.value for record in bench.output.sent]) == ([1], [b"r", b"l", b"s"])
+
+
+async def test_a_cancellation_that_comes_together_with_a_commits_answer_ends_the_committer() -> None:
+    bench = Bench()
+    task = asyncio.create_task(bench.committer.run())
+    taken = bench.offsets.commit
+
+    async def commit(points: Mapping[TopicPartition, tuple[int, str]]) -> None:
+        await taken(points)
+        task.cancel()
+
+    bench.offsets.commit = commit  # type: ignore[method-assign]
+    bench.submit(0, RESULT)
+    done, _ = await asyncio.wait({task}, timeout=10)
+    assert done == {task}

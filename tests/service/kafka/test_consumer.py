@@ -12,6 +12,7 @@ from service.kafka.committer import Committer
 from service.kafka.consumer import PromptConsumer
 from service.kafka.ownership import Partitions
 from service.kafka.records import TopicPartition
+from service.kafka.result_keys import ResultKeys
 from service.kafka.resume import ChunkReading
 from service.kafka.topics import Topics
 from service.telemetry.metrics import Metrics
@@ -42,7 +43,8 @@ def consumer_of(group: Any) -> PromptConsumer:
     consumer = PromptConsumer(
         section=KafkaSection(), topics=Topics("t."), partitions=Partitions(), budget=IntakeBudget(high=10, low=1),
         metrics=Metrics().kafka, make_consumer=lambda: group, make_admin=lambda: group, prepare=no_topics,
-        explain=no_reason, reading=ChunkReading(lambda: group, "t.chunks"), engine_alive=lambda: True,
+        explain=no_reason, reading=ChunkReading(lambda: group, "t.chunks"),
+        result_keys=ResultKeys(group, "t.results"), wall_ns=lambda: 0, engine_alive=lambda: True,
         on_state=lambda served, reason: None,
     )  # fmt: skip
     consumer._consumer = group

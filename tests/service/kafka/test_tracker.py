@@ -77,9 +77,14 @@ TestTracker.settings = settings(max_examples=500, stateful_step_count=100, deadl
     next_offset=st.integers(0, 2**62),
     chunk_low=st.integers(-1, 2**62),
     commits=st.integers(0, 2**40),
+    result_low=st.integers(-1, 2**62),
 )
-def test_metadata_gives_back_what_it_was_made_of(done: int, epoch: int, next_offset: int, chunk_low: int, commits: int) -> None:
-    progress = Progress(epoch=epoch, next_offset=next_offset, done=done, chunk_low=chunk_low, commits=commits)
+def test_metadata_gives_back_what_it_was_made_of(
+    done: int, epoch: int, next_offset: int, chunk_low: int, commits: int, result_low: int
+) -> None:
+    progress = Progress(
+        epoch=epoch, next_offset=next_offset, done=done, chunk_low=chunk_low, commits=commits, result_low=result_low
+    )
     assert decode(encode(progress)) == progress
 
 
