@@ -92,6 +92,7 @@ class Engine:
             max_model_len=pool.max_model_len,
             block_size=config.block_size,
             vocab_size=spec.vocab_size,
+            operators=operators,
         )
         scheduler = Scheduler(
             SchedulerConfig(

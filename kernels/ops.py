@@ -94,6 +94,9 @@ def _native(instruction_set: str, reason: str) -> Operators:
         rms_norm=native.rms_norm.default,
         pack_weight=native.pack.default,
         linear=native.linear.default,
+        greedy=native.greedy.default,
+        sample=native.sample.default,
+        logprobs=native.logprobs.default,
     )
 
 

@@ -21,7 +21,7 @@ from engine.execution.forward_batch import ForwardBatch
 from engine.execution.sampler import PendingSample, Sampler
 from engine.execution.slot_table import Ints, SlotTable
 from engine.scheduling.step import Chunk, ChunkResult, StepPlan, StepResult
-from kernels import ops
+from kernels.ops import Operators
 
 _NOTHING = ChunkResult()
 _NO_SLOTS = np.zeros(0, np.int64)
@@ -75,6 +75,7 @@ class Runner:
         max_model_len: int,
         block_size: int,
         vocab_size: int,
+        operators: Operators,
     ) -> None:
         self._model = model
         self._backend = backend
@@ -83,9 +84,7 @@ class Runner:
         self._on_host = device.type == "cpu"
         self._block_size = block_size
         self._slots = SlotTable(num_slots=num_slots, max_tokens=max_model_len, block_size=block_size)
-        self._sampler = Sampler(
-            num_slots=num_slots, vocab_size=vocab_size, device=device, operators=ops.for_device(device.type)
-        )
+        self._sampler = Sampler(num_slots=num_slots, vocab_size=vocab_size, device=device, operators=operators)
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Runs the plan to its end. Raises `OutOfMemoryError`: the step said nothing, and its sequences must be sent anew."""

@@ -110,6 +110,48 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
     return out;
 }
 
+void check_logits(const Tensor& logits) {
+    TORCH_CHECK(type_of(logits, "logits") == Type::f32, "logits must be float32");
+    TORCH_CHECK(logits.dim() == 2 && logits.size(1) > 0, "logits must be [rows, vocab], vocab above 0");
+}
+
+template <class Number>
+const Number* checked_rows(const Tensor& x, const char* name, int64_t rows, int64_t columns) {
+    TORCH_CHECK(x.device().is_cpu() && x.is_contiguous(), name, " must be contiguous and on the CPU");
+    bool fits = columns == 0 ? x.dim() == 1 : x.dim() == 2 && x.size(1) == columns;
+    TORCH_CHECK(fits && x.size(0) == rows, name, " must have ", rows, " rows of ", columns);
+    return x.const_data_ptr<Number>();
+}
+
+Tensor greedy(const Tensor& logits) {
+    check_logits(logits);
+    Tensor tokens = at::empty({logits.size(0)}, at::kLong);
+    sluice::operators().greedy(logits.const_data_ptr<float>(), logits.size(0), logits.size(1), tokens.data_ptr<int64_t>());
+    return tokens;
+}
+
+Tensor sample(const Tensor& logits, const Tensor& filters, const Tensor& draws) {
+    check_logits(logits);
+    int64_t rows = logits.size(0);
+    Tensor tokens = at::empty({rows}, at::kLong);
+    const double* filter = checked_rows<double>(filters, "filters", rows, 4);
+    const int64_t* draw = checked_rows<int64_t>(draws, "draws", rows, 3);
+    sluice::operators().sample({logits.const_data_ptr<float>(), rows, logits.size(1), filter, draw, tokens.data_ptr<int64_t>()});
+    return tokens;
+}
+
+std::tuple<Tensor, Tensor, Tensor> logprobs(const Tensor& logits, const Tensor& tokens, int64_t count) {
+    check_logits(logits);
+    int64_t rows = logits.size(0), vocab = logits.size(1);
+    TORCH_CHECK(count >= 0 && count <= vocab, "count must lie in [0, ", vocab, "]");
+    const int64_t* ids = checked_rows<int64_t>(tokens, "tokens", rows, 0);
+    for (int64_t i = 0; i < rows; ++i) TORCH_CHECK(ids[i] >= 0 && ids[i] < vocab, "tokens must lie in [0, ", vocab, ")");
+    Tensor chosen = at::empty({rows}, at::kFloat), top_ids = at::empty({rows, count}, at::kLong), top = at::empty({rows, count}, at::kFloat);
+    sluice::operators().logprobs({logits.const_data_ptr<float>(), rows, vocab, ids, count, chosen.data_ptr<float>(),
+                                  top_ids.data_ptr<int64_t>(), top.data_ptr<float>()});
+    return {chosen, top_ids, top};
+}
+
 std::vector<std::string> instruction_sets() { return sluice::available(); }
 
 std::string select_one(std::string name) { return sluice::select(name); }
@@ -124,6 +166,9 @@ TORCH_LIBRARY(sluice_cpu, library) {
         "linear(Tensor x, Tensor packed, Tensor? norm_weight, float eps, Tensor? bias, Tensor? residual, bool float_out) -> Tensor");
     library.def("embedding(Tensor table, Tensor ids) -> Tensor");
     library.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
+    library.def("greedy(Tensor logits) -> Tensor");
+    library.def("sample(Tensor logits, Tensor filters, Tensor draws) -> Tensor");
+    library.def("logprobs(Tensor logits, Tensor tokens, int count) -> (Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(sluice_cpu, CPU, library) {
@@ -131,4 +176,7 @@ TORCH_LIBRARY_IMPL(sluice_cpu, CPU, library) {
     library.impl("linear", linear);
     library.impl("embedding", embedding);
     library.impl("rms_norm", rms_norm);
+    library.impl("greedy", greedy);
+    library.impl("sample", sample);
+    library.impl("logprobs", logprobs);
 }

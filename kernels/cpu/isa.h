@@ -7,12 +7,13 @@
 #include "rows.h"
 #include "tiles.h"
 #include "linear.h"
+#include "sampling.h"
 
 namespace SLUICE_ISA {
 
 inline const sluice::Operators& table(const char* name) {
     static const sluice::Operators operators{
-        name, panel_outputs, Simd::byte_dot, packed_bytes, pack, linear, embedding_rows, rms_norm_rows,
+        name, panel_outputs, Simd::byte_dot, packed_bytes, pack, linear, embedding_rows, rms_norm_rows, greedy, sample, logprobs,
     };
     return operators;
 }

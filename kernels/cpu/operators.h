@@ -43,6 +43,28 @@ struct Linear {
     Type out_type;
 };
 
+// The next token of each row of float logits; -1 where the row holds NaN, +inf or nothing finite.
+struct Sample {
+    const float* logits;    // [rows, vocab]
+    int64_t rows;
+    int64_t vocab;
+    const double* filters;  // [rows, 4]: temperature (0: greedy), top-k (0: off), top-p (1: off), min-p (0: off)
+    const int64_t* draws;   // [rows, 3]: seed, choice, output position
+    int64_t* tokens;        // [rows]
+};
+
+// Natural-log probabilities of one token a row and of its `count` best, best first.
+struct Logprobs {
+    const float* logits;    // [rows, vocab]
+    int64_t rows;
+    int64_t vocab;
+    const int64_t* tokens;  // [rows]
+    int64_t count;          // 0 <= count <= vocab
+    float* chosen;          // [rows]
+    int64_t* top_ids;       // [rows, count]
+    float* top;             // [rows, count]
+};
+
 struct Operators {
     const char* name;
     int32_t panel;  // of the weights that it packs and multiplies by: outputs a panel,
@@ -55,6 +77,9 @@ struct Operators {
     // table: [num_rows, size]; ids within it.
     void (*embedding)(const void* table, const int64_t* ids, int64_t rows, int64_t size, Type type, void* out);
     void (*rms_norm)(const void* x, const void* weight, float eps, int64_t rows, int64_t size, Type type, void* out);
+    void (*greedy)(const float* logits, int64_t rows, int64_t vocab, int64_t* tokens);
+    void (*sample)(const Sample& call);
+    void (*logprobs)(const Logprobs& call);
 };
 
 const Operators& operators_scalar();

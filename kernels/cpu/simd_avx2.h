@@ -88,6 +88,16 @@ struct Simd {
         return _mm_cvtss_f32(_mm_max_ss(two, _mm_shuffle_ps(two, two, 1)));
     }
     // 2^n for whole n in [-127, 127]; -127 gives 0.
+    // Whether a lane of x is not below the limit, or no number.
+    static bool any_not_below(F x, F limit) { return _mm256_movemask_ps(_mm256_cmp_ps(x, limit, _CMP_NLT_UQ)) != 0; }
+    // sum + w where x <= limit, sum elsewhere.
+    static F add_where_not_above(F sum, F x, F limit, F w) {
+        return _mm256_add_ps(sum, _mm256_and_ps(w, _mm256_cmp_ps(x, limit, _CMP_LE_OQ)));
+    }
+    // Bit i: low < lane i <= high.
+    static uint32_t lanes_between(F x, F low, F high) {
+        return (uint32_t)_mm256_movemask_ps(_mm256_and_ps(_mm256_cmp_ps(low, x, _CMP_LT_OQ), _mm256_cmp_ps(x, high, _CMP_LE_OQ)));
+    }
     static F power_of_two(F n) {
         return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
     }

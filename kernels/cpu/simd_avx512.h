@@ -95,6 +95,13 @@ struct Simd {
         __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
         return _mm_cvtss_f32(_mm_max_ss(two, _mm_shuffle_ps(two, two, 1)));
     }
+    static bool any_not_below(F x, F limit) { return _mm512_cmp_ps_mask(x, limit, _CMP_NLT_UQ) != 0; }
+    static F add_where_not_above(F sum, F x, F limit, F w) {
+        return _mm512_mask_add_ps(sum, _mm512_cmp_ps_mask(x, limit, _CMP_LE_OQ), sum, w);
+    }
+    static uint32_t lanes_between(F x, F low, F high) {
+        return _mm512_mask_cmp_ps_mask(_mm512_cmp_ps_mask(low, x, _CMP_LT_OQ), x, high, _CMP_LE_OQ);
+    }
     static F power_of_two(F n) {
         return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
     }

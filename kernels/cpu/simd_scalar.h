@@ -118,6 +118,19 @@ struct Simd {
         for (int i = 1; i < width; ++i) found = x.lane[i] > found ? x.lane[i] : found;
         return found;
     }
+    static bool any_not_below(F x, F limit) {
+        bool found = false;
+        for (int i = 0; i < width; ++i) found |= !(x.lane[i] < limit.lane[i]);
+        return found;
+    }
+    static F add_where_not_above(F sum, F x, F limit, F w) {
+        return each([&](int i) { return sum.lane[i] + (x.lane[i] <= limit.lane[i] ? w.lane[i] : 0.0f); });
+    }
+    static uint32_t lanes_between(F x, F low, F high) {
+        uint32_t found = 0;
+        for (int i = 0; i < width; ++i) found |= (uint32_t)(low.lane[i] < x.lane[i] && x.lane[i] <= high.lane[i]) << i;
+        return found;
+    }
     static F power_of_two(F n) { return each([&](int i) { return as_float((uint32_t)((int)n.lane[i] + 127) << 23); }); }
 };
 

@@ -1,18 +1,23 @@
 """greedy, sample and logprobs: what holds for every implementation that this machine can run, and equality with the reference."""
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
 
+from kernels import reference
 from kernels.ops import Operators
 from tests.kernels.sampling_cases import KINDS, VOCABULARIES, make_case
-from tests.kernels.sampling_implementations import IMPLEMENTATIONS
-
-each = pytest.mark.parametrize("operators", IMPLEMENTATIONS, ids=lambda operators: operators.name)
+from tests.kernels.sampling_implementations import IMPLEMENTATIONS, operators_of
 
 
-@each
+@pytest.fixture(params=IMPLEMENTATIONS)
+def operators(request: pytest.FixtureRequest) -> Iterator[Operators]:
+    yield operators_of(request.param)
+    operators_of("auto")
+
+
 @pytest.mark.parametrize("vocab", [1, 63, 64, 100, 1000, 49_152])
 def test_greedy_gives_the_first_greatest_value(operators: Operators, vocab: int) -> None:
     """Odd sizes, repeated maxima, at the end of the row too."""
@@ -22,7 +27,6 @@ def test_greedy_gives_the_first_greatest_value(operators: Operators, vocab: int)
     assert operators.greedy(logits).tolist() == [row.index(max(row)) for row in logits.tolist()]
 
 
-@each
 @pytest.mark.parametrize("place", [0, 15, 63, 64, 99])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_row_that_is_not_finite_is_minus_one(operators: Operators, bad: float, place: int) -> None:
@@ -35,7 +39,6 @@ def test_a_row_that_is_not_finite_is_minus_one(operators: Operators, bad: float,
     assert operators.sample(logits, filters, draws)[0].item() == -1
 
 
-@each
 def test_a_row_without_a_finite_value_is_minus_one(operators: Operators) -> None:
     """All -inf; a row with one finite value has that one, however it is sampled."""
     logits = torch.full((2, 130), -math.inf)
@@ -45,19 +48,15 @@ def test_a_row_without_a_finite_value_is_minus_one(operators: Operators) -> None
     assert operators.sample(logits, filters, draws).tolist() == [-1, 129]
 
 
-@each
 @pytest.mark.parametrize("vocab", VOCABULARIES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_sample_says_what_the_reference_says(operators: Operators, kind: str, vocab: int) -> None:
     """Twelve rows of random filters and draws over hard logits: the same tokens."""
-    from kernels import reference
-
     case = make_case(vocab, kind, vocab, 12)
     expected = reference.sample(case.logits, case.filters, case.draws).tolist()
     assert operators.sample(case.logits, case.filters, case.draws).tolist() == expected
 
 
-@each
 def test_a_row_depends_on_itself_alone(operators: Operators) -> None:
     """Alone, among others, in another place and with another number of threads: the same token."""
     case = make_case(5, "normal", 5000, 16)
@@ -73,7 +72,6 @@ def test_a_row_depends_on_itself_alone(operators: Operators) -> None:
     assert together == backwards[::-1] == alone == threaded
 
 
-@each
 def test_logits_stay_as_they_are(operators: Operators) -> None:
     """No operator writes to its input."""
     case = make_case(6, "normal", 1000, 4)
@@ -84,7 +82,6 @@ def test_logits_stay_as_they_are(operators: Operators) -> None:
     assert torch.equal(case.logits, before)
 
 
-@each
 @pytest.mark.parametrize(("vocab", "count"), [(1, 1), (63, 20), (100, 0), (49_152, 20)])
 def test_logprobs_are_the_log_softmax_and_its_best(operators: Operators, vocab: int, count: int) -> None:
     """Within a few roundings of float64; the best first, equal values by id."""

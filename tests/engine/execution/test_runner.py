@@ -13,6 +13,7 @@ from engine.execution.forward_batch import ForwardBatch
 from engine.execution.runner import Runner
 from engine.request import SamplingParams
 from engine.scheduling.step import Chunk, ChunkResult, SequenceStart, StepPlan
+from kernels import ops
 
 VOCAB, BLOCK = 32, 4
 GREEDY = SamplingParams(max_tokens=50, seed=0, temperature=0.0)
@@ -70,6 +71,7 @@ def _runner() -> tuple[Runner, NextIdModel]:
         max_model_len=40,
         block_size=BLOCK,
         vocab_size=VOCAB,
+        operators=ops.for_device("cpu", "torch"),
     )
     return runner, model
 
