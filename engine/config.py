@@ -80,7 +80,12 @@ class EngineConfig:
     """Share of the pool kept back when a waiting sequence is let in, so that running ones can grow before they preempt."""
 
     num_threads: int = 0
-    """Compute threads on a CPU; 0: the cores that the process may use."""
+    """Compute threads on a CPU; 0: the cores that the process may use, by affinity and cgroup quota."""
+
+    pin_threads: bool = False
+    """Keeps each compute thread of the engine child on a core of its own; OMP_PLACES and OMP_PROC_BIND in the environment win.
+
+    Off: a pinned thread cannot leave a core that something else uses, and then every thread waits for it."""
 
     stand_in_tokens_per_s: float = 0.0
     """Pace of one sequence of the stand-in engine; 0: as fast as it can."""

@@ -22,14 +22,16 @@ import sys
 import traceback
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol
 
 import msgspec
 
 from engine.config import EngineConfig
+from engine.cores import usable_cores
 from engine.errors import CheckpointError, ConfigError, EngineError, FrameError
 from engine.frames import PROTOCOL_VERSION, Abort, Close, FrameDecoder, Hello, Payload, encode
-from engine.openmp import prefer_short_spin
+from engine.openmp import pin_threads, prefer_short_spin
 from engine.output import EngineFacts, EngineFailure, EngineProgress, StepOutput, StepStats, TokenOutput
 from engine.request import Request
 
@@ -239,7 +241,12 @@ def serve(connection: socket.socket, config_json: str) -> int:
 
     try:
         outbox.put(encode(EngineProgress(phase="starting", fraction=0.0)))
-        engine, encode_output = build(read_config(config_json), progress)
+        config = read_config(config_json)
+        if config.pin_threads:
+            # Counted before: from the moment that OpenMP loads, this thread may use one core alone.
+            config = replace(config, num_threads=config.num_threads or usable_cores())
+            pin_threads()
+        engine, encode_output = build(config, progress)
         gc.collect()
         gc.freeze()
         outbox.put(encode(Hello(protocol_version=PROTOCOL_VERSION, facts=engine.facts)))

@@ -98,7 +98,11 @@ class EngineSection(Section):
     """Share of the pool kept back when a waiting sequence is let in."""
 
     num_threads: int = Field(default=0, ge=0)
-    """Compute threads on a CPU; 0: the cores that the process may use."""
+    """Compute threads on a CPU; 0: the cores that the process may use, by affinity and cgroup quota. How they wait for each other is
+    OpenMP's: GOMP_SPINCOUNT (3000 rounds unless set) and OMP_WAIT_POLICY reach the engine from the service's environment."""
+
+    pin_threads: bool = False
+    """Keep each compute thread on a core of its own: for machines that nothing else uses."""
 
     stand_in_tokens_per_s: float = Field(default=0.0, ge=0)
     """Pace of one stand-in sequence; 0: as fast as it can."""
