@@ -8,12 +8,13 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import typer
 from aiokafka.errors import KafkaError
@@ -37,14 +38,6 @@ State = Literal["ok", "note", "fail"]
 BROKER_TIMEOUT_S = 5.0
 RELEASED_S = 1_793_000_000  # autumn 2026: no clock that is right shows less
 MARKS = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "fail": "[red]fail[/]"}
-
-# Asked of a child, so that this process stays small and a broken torch is one line and not a traceback.
-_COMPUTE = """
-import json, torch
-name = torch.cuda.get_device_name(0) if torch.cuda.is_available() else ""
-print(json.dumps({"torch": torch.__version__, "gpu": name, "threads": torch.get_num_threads(),
-                  "cpu": torch.backends.cpu.get_cpu_capability()}))
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,14 +86,28 @@ def _machine(settings: Settings) -> Check:
 
 
 def _compute(settings: Settings) -> Check:
-    done = subprocess.run([sys.executable, "-c", _COMPUTE], capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        lines = done.stderr.strip().splitlines()
-        return Check("compute", "fail", f"torch does not start: {lines[-1] if lines else done.returncode}", 3)
-    found = json.loads(done.stdout)
-    if found["gpu"]:
-        return Check("compute", "ok", f"{found['gpu']}: Triton kernels")
-    return Check("compute", "note", f"no GPU: plain torch on the CPU ({found['cpu']}, {found['threads']} threads)")
+    # Asked of a child, so that this process stays small and a broken torch is one line and not a traceback.
+    engine = settings.engine
+    command = [sys.executable, "-m", "engine.compute_path", engine.device, engine.cpu_isa, str(engine.num_threads)]
+    with (
+        tempfile.TemporaryFile("w+") as said,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True) as child,
+    ):
+        found: dict[str, Any] = {}
+        for line in child.stdout or ():
+            found = json.loads(line)
+            if "doing" in found:
+                output.err.print(f"{found['doing']} …")
+        if child.wait() != 0:
+            said.seek(0)
+            lines = said.read().strip().splitlines()
+            return Check("compute", "fail", lines[-1] if lines else f"the engine's Python ended with {child.returncode}", 3)
+    if not found["on_cpu"]:
+        return Check("compute", "ok", f"{found['device']}: {found['reason']}")
+    waiting = ", ".join(f"{name}={value}" for name, value in found["waiting"].items())
+    state: State = "note" if found["operators"] == "reference" else "ok"
+    pinned = ", pinned" if engine.pin_threads else ""
+    return Check("compute", state, f"{found['reason']}; {found['threads']} threads{pinned}; {waiting}")
 
 
 def _model(settings: Settings) -> Check:
