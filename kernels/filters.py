@@ -4,9 +4,7 @@ Every function treats rows independently. Rows are cut into blocks of `BLOCK` en
 in for a sort of the vocabulary: the k best blocks hold the k best values. Knows tensors only, no requests.
 """
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
@@ -47,12 +45,11 @@ def keep_from(scaled: Tensor, weights: Tensor, floor: Tensor, spare: Tensor) -> 
     weights.mul_(torch.ge(scaled, floor.unsqueeze(1), out=spare))
 
 
-def keep_thresholds(
-    scaled: Tensor, weights: Tensor, top_k: NDArray[np.int64], top_p: NDArray[np.float64], spare: Tensor
-) -> Tensor:
+def keep_thresholds(scaled: Tensor, weights: Tensor, top_k: Tensor, top_p: Tensor, spare: Tensor) -> Tensor:
     """Each row's smallest value that top-k, then top-p over what top-k kept, lets through: [N] float32.
 
-    scaled: [N, V'] float32, greatest value 0; weights: exp(scaled); top_k: 0 = off; top_p: 1 = off. A filter keeps every value
+    scaled: [N, V'] float32, greatest value 0; weights: exp(scaled); on the host top_k: [N] int64, 0 = off, and top_p: [N] float64,
+    1 = off. A filter keeps every value
     that equals its threshold, so the order of equal values cannot matter. top-p keeps the smallest set of best values whose
     share of the mass reaches top_p (Holtzman et al. 2020). `weights` loses what top-k filters out, in place;
     `spare` is a buffer of the same shape.
@@ -62,14 +59,14 @@ def keep_thresholds(
     longest = int(top_k[limited].max()) if limited.any() else 0
     wants_mass = bool((top_p < 1.0).any())
     length = min(vocab, max(longest, _MIN_PREFIX if wants_mass else 1))
-    counts = torch.from_numpy(np.where(limited, top_k, length)).to(scaled.device)
-    has_count = torch.from_numpy(limited).to(scaled.device)
+    counts = torch.where(limited, top_k, length).to(scaled.device)
+    has_count = limited.to(scaled.device)
     values = sorted_prefix(scaled, length)
     lowest = torch.full_like(values[:, 0], float("-inf"))
     by_count = torch.where(has_count, values.gather(1, counts.unsqueeze(1) - 1).squeeze(1), lowest)
     if not wants_mass:
         return by_count
-    shares = torch.from_numpy(top_p).to(scaled.device)
+    shares = top_p.to(scaled.device)
     if longest:
         keep_from(scaled, weights, by_count, spare)
     wanted = shares * block_sums(weights).sum(dim=-1)

@@ -7,7 +7,6 @@ their strides are the backend's choice. Arithmetic that sums runs in float32 and
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -190,23 +189,21 @@ def sample(logits: Tensor, filters: Tensor, draws: Tensor) -> Tensor:
     best, tokens = row_best(rows)
     drawn = (filters[:, 0] > 0.0).nonzero().squeeze(1)
     if drawn.numel():
-        temperature, top_k, top_p, min_p = filters[drawn].numpy().T
-        index = drawn.to(logits.device)
-        scaled = rows[index].sub_(best[index].unsqueeze(1))
-        scaled.mul_(torch.from_numpy((1.0 / temperature).astype(np.float32)).to(logits.device).unsqueeze(1))
+        on = logits.device
+        temperature, top_k, top_p, min_p = filters[drawn].unbind(1)
+        index = drawn.to(on)
+        scaled = rows[index].sub_(best[index].unsqueeze(1)).mul_((1.0 / temperature).float().to(on).unsqueeze(1))
         weights = scaled.exp()
-        filtered = np.flatnonzero((top_k > 0) | (top_p < 1.0) | (min_p > 0.0))
-        if filtered.size:
-            with np.errstate(divide="ignore"):
-                floor = torch.from_numpy(np.log(min_p[filtered]).astype(np.float32)).to(logits.device)
-            picked = torch.from_numpy(filtered).to(logits.device)
+        filtered = ((top_k > 0) | (top_p < 1.0) | (min_p > 0.0)).nonzero().squeeze(1)
+        if filtered.numel():
+            picked = filtered.to(on)
             part, mass = scaled[picked], weights[picked]
             spare = torch.empty_like(part)
-            least = keep_thresholds(part, mass, top_k[filtered].astype(np.int64), top_p[filtered], spare)
-            keep_from(part, mass, torch.maximum(floor, least), spare)
+            least = keep_thresholds(part, mass, top_k[filtered].long(), top_p[filtered], spare)
+            keep_from(part, mass, torch.maximum(min_p[filtered].log().float().to(on), least), spare)
             weights[picked] = mass
-        chances = uniforms(*draws[drawn].numpy().T)
-        tokens[index] = inverse_cdf(weights, torch.from_numpy(chances).to(logits.device))
+        chances = uniforms(*draws[drawn].unbind(1)).to(on)
+        tokens[index] = inverse_cdf(weights, chances)
     return torch.where(torch.isfinite(best), tokens, -1)
 
 

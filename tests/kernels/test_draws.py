@@ -1,12 +1,12 @@
 """The counter-based random numbers: right by the published vectors, functions of (seed, choice, position) alone."""
 
-import numpy as np
+import torch
 
 from kernels.draws import philox, uniforms
 
 
 def _one(seed: int, choice: int, position: int) -> float:
-    return float(uniforms(np.array([seed]), np.array([choice]), np.array([position]))[0])
+    return float(uniforms(torch.tensor([seed]), torch.tensor([choice]), torch.tensor([position])))
 
 
 def test_philox_gives_the_published_vectors() -> None:
@@ -20,14 +20,14 @@ def test_philox_gives_the_published_vectors() -> None:
             [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
         ),
     ]
-    counters = np.array([case[0] for case in cases], np.uint64).T
-    keys = np.array([case[1] for case in cases], np.uint64).T
+    counters = torch.tensor([case[0] for case in cases]).T
+    keys = torch.tensor([case[1] for case in cases]).T
     assert philox(counters, keys).T.tolist() == [case[2] for case in cases]
 
 
 def test_a_row_does_not_depend_on_the_others() -> None:
     """One row computed alone equals the same row among others."""
-    seeds, choices, positions = np.arange(50) * 7919, np.arange(50) % 4, np.arange(50)[::-1].copy()
+    seeds, choices, positions = torch.arange(50) * 7919, torch.arange(50) % 4, torch.arange(50).flip(0)
     together = uniforms(seeds, choices, positions)
     assert [_one(int(s), int(c), int(p)) for s, c, p in zip(seeds, choices, positions, strict=True)] == together.tolist()
 
@@ -41,8 +41,8 @@ def test_each_part_of_the_key_matters() -> None:
 def test_numbers_are_uniform() -> None:
     """100,000 numbers over positions: in [0, 1), and 100 equal bins within chi-square's 1e-6 limit for 99 degrees."""
     count = 100_000
-    numbers = uniforms(np.full(count, 42), np.zeros(count, np.int64), np.arange(count))
+    numbers = uniforms(torch.full((count,), 42), torch.zeros(count, dtype=torch.int64), torch.arange(count))
     assert numbers.min() >= 0.0
     assert numbers.max() < 1.0
-    bins = np.histogram(numbers, bins=100, range=(0.0, 1.0))[0]
+    bins = torch.histc(numbers, bins=100, min=0.0, max=1.0)
     assert float(((bins - count / 100) ** 2 / (count / 100)).sum()) < 182.0

@@ -26,7 +26,9 @@ def _kept(logits: torch.Tensor, temperature: float, top_k: int, top_p: float, mi
     """What our thresholds keep: [N, V] bool."""
     scaled = pad_to_blocks((logits - logits.amax(-1, keepdim=True)) / temperature)
     rows = len(logits)
-    floor = keep_thresholds(scaled, scaled.exp(), np.full(rows, top_k), np.full(rows, top_p), torch.empty_like(scaled))
+    floor = keep_thresholds(
+        scaled, scaled.exp(), torch.full((rows,), top_k), torch.full((rows,), top_p).double(), torch.empty_like(scaled)
+    )
     if min_p:
         floor = floor.clamp(min=float(np.log(min_p)))
     return scaled[:, : logits.shape[1]] >= floor.unsqueeze(1)

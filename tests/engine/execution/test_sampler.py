@@ -73,7 +73,7 @@ def test_tokens_equal_a_naive_sampler(vocab: int) -> None:
             if row.temperature == 0.0:
                 expected.append(int(values.argmax()))
             else:
-                uniform = float(uniforms(np.array([row.seed]), np.array([0]), np.array([position]))[0])
+                uniform = float(uniforms(torch.tensor([row.seed]), torch.tensor([0]), torch.tensor([position]))[0])
                 expected.append(naive.draw(naive.filtered(values, row), uniform))
         assert [result.token_ids[0] for result in rows.step(logits, list(range(len(params))))] == expected
 
