@@ -1,28 +1,27 @@
-"""`sluice publish` and `sluice tail`: prompts in, chunks and results out, from a terminal."""
+"""`sluice publish`: prompts straight to Kafka; and how every command that speaks to a broker connects."""
 
 import asyncio
-import json
 import logging
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Protocol
 
 import typer
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.errors import KafkaError
-from aiokafka.structs import ConsumerRecord
 from opentelemetry.trace import SpanKind
-from rich.markup import escape
 
 from service import wire
 from service.cli import output, prompts
 from service.cli.options import ConfigFile, Json, Overrides, settings_from
+from service.cli.results import as_document, show_result
 from service.config import Settings
 from service.contract import PromptRequest, Source
 from service.errors import RequestError, SetupError
 from service.kafka.connection import Connection
+from service.kafka.request_log import read_result
 from service.telemetry import names, tracing
 
 CONNECT_TIMEOUT_S = 10.0
@@ -74,20 +73,6 @@ def publish(
     asyncio.run(_publish(settings, requests, key, timeout if wait else 0.0, as_json))
 
 
-def tail(
-    chunks: Annotated[bool, typer.Option("--chunks", help="Follow the tokens as they are made, not the results.")] = False,
-    from_beginning: Annotated[bool, typer.Option("--from-beginning", help="Everything that the topic holds.")] = False,
-    count: Annotated[int, typer.Option("--count", "-n", min=0, help="End after this many records; 0: never.")] = 0,
-    brokers: Brokers = None,
-    config: ConfigFile = None,
-    overrides: Overrides = None,
-    as_json: Json = False,
-) -> None:
-    """Follow the results (or chunks) topic until Ctrl-C."""
-    settings = settings_from(config, overrides, {"kafka": {"bootstrap_servers": brokers}})
-    asyncio.run(_tail(settings, "chunks" if chunks else "results", from_beginning, count, as_json))
-
-
 def _read_lines(file: Path) -> Iterator[PromptRequest]:
     try:
         lines = file.read_bytes().splitlines()
@@ -107,7 +92,9 @@ async def _publish(settings: Settings, requests: list[PromptRequest], key: str, 
     spans = tracing.Tracing(settings.tracing)
     results = settings.kafka.topic_prefix + "results"
     try:
-        async with _producer(settings) as producer, _reader(settings, results, wait_s > 0) as reader:
+        async with _producer(settings) as producer, AsyncExitStack() as stack:
+            # Placed before anything is written, so that no result is missed.
+            waiting = await stack.enter_async_context(reader(settings, results, at_end)) if wait_s > 0 else None
             pending: set[str] = set()
             for request in requests:
                 span = spans.start(
@@ -129,90 +116,30 @@ async def _publish(settings: Settings, requests: list[PromptRequest], key: str, 
                     output.out.print(
                         f"[bold]{request_id}[/]" + (f" [dim]trace {tracing.trace_id(span)}[/]" if spans.enabled else "")
                     )
-            if reader is not None:
-                await _await_results(reader, pending, wait_s, as_json)
+            if waiting is not None:
+                await _await_results(waiting, pending, wait_s, as_json)
     except KafkaError as error:
         raise unreachable(settings, error) from error
     finally:
         spans.shutdown()
 
 
-async def _await_results(reader: AIOKafkaConsumer, pending: set[str], wait_s: float, as_json: bool) -> None:
+async def _await_results(records: AIOKafkaConsumer, pending: set[str], wait_s: float, as_json: bool) -> None:
     try:
         async with asyncio.timeout(wait_s):
             while pending:
-                record = await reader.getone()
+                record = await records.getone()
                 request_id = (record.key or b"").decode("utf-8", "replace")
                 if request_id in pending:
                     pending.discard(request_id)
-                    _show_result(record, as_json)
+                    terminal = read_result(record)
+                    if terminal is not None:
+                        show_result(as_document(terminal.result), as_json)
     except TimeoutError:
         missing = ", ".join(sorted(pending))
         raise SetupError(
             f"no result for {missing} within {wait_s:g} s; is a replica running? `sluice doctor` looks", exit_code=1
         ) from None
-
-
-async def _tail(settings: Settings, kind: str, from_beginning: bool, count: int, as_json: bool) -> None:
-    topic = settings.kafka.topic_prefix + kind
-    try:
-        async with _reader(settings, topic, True, from_beginning=from_beginning) as reader:
-            assert reader is not None
-            seen = 0
-            async for record in reader:
-                (_show_result if kind == "results" else _show_chunk)(record, as_json)
-                seen += 1
-                if seen == count:
-                    return
-    except KafkaError as error:
-        raise unreachable(settings, error) from error
-
-
-def _show_result(record: ConsumerRecord, as_json: bool) -> None:
-    value = _value(record)
-    if as_json:
-        output.print_json(value)
-        return
-    failed = value.get("status") == "failed"
-    output.out.print(f"[bold {'red' if failed else 'green'}]{escape(str(value.get('request_id', '')))}[/]", end=" ")
-    if failed:
-        error = value.get("error", {})
-        output.out.print(escape(f"{error.get('code')}: {error.get('field', '')} {error.get('message')}"))
-        return
-    usage, timings = value.get("usage", {}), value.get("timings", {})
-    output.out.print(
-        f"[dim]{usage.get('prompt_tokens')} prompt ({usage.get('cached_prompt_tokens')} cached), {usage.get('completion_tokens')} tokens, "
-        f"TTFT {timings.get('ttft_ms', 0):.0f} ms, {timings.get('total_ms', 0):.0f} ms[/]"
-    )
-    for choice in value.get("choices", []):
-        output.write(choice.get("text", "") + "\n")
-
-
-def _show_chunk(record: ConsumerRecord, as_json: bool) -> None:
-    kind = next((v.decode("ascii", "replace") for k, v in record.headers if k == "sluice-type"), "chunk")
-    value = _value(record)
-    if as_json:
-        output.print_json({"type": kind} | value)
-    elif kind == "chunk":
-        output.out.print(
-            f"[dim]{escape(str(value.get('request_id')))}[{value.get('choice', 0)}] {value.get('seq', 0)}:[/]", end=" "
-        )
-        output.write(value.get("text", "") + "\n")
-    else:
-        output.out.print(f"[dim]{escape(str(value.get('request_id')))} {kind}[/]")
-
-
-def _value(record: ConsumerRecord) -> dict[str, Any]:
-    try:
-        value = json.loads(record.value or b"{}")
-    except ValueError:
-        value = None
-    # Any program may write to a topic: what is not ours is shown as what it is.
-    return (
-        value
-        if isinstance(value, dict)
-        else {"request_id": f"{record.topic}-{record.partition}-{record.offset}", "unreadable": True}
-    )
 
 
 @asynccontextmanager
@@ -223,26 +150,28 @@ async def _producer(settings: Settings) -> AsyncIterator[AIOKafkaProducer]:
 
 
 @asynccontextmanager
-async def _reader(
-    settings: Settings, topic: str, wanted: bool, *, from_beginning: bool = False
-) -> AsyncIterator[AIOKafkaConsumer | None]:
-    """A reader of the whole topic without a group, placed before anything that is written from now on."""
-    if not wanted:
-        yield None
-        return
+async def reader(
+    settings: Settings, topic: str, place: Callable[[AIOKafkaConsumer], Awaitable[None]]
+) -> AsyncIterator[AIOKafkaConsumer]:
+    """A reader of the whole topic without a group, where `place` has put it. Raises `SetupError`."""
     consumer = AIOKafkaConsumer(
         topic,
         **Connection(settings.kafka).aiokafka(),
-        auto_offset_reset="earliest" if from_beginning else "latest",
+        auto_offset_reset="earliest",
         isolation_level="read_uncommitted" if topic.endswith("chunks") else "read_committed",
         enable_auto_commit=False,
     )
     async with connected(consumer, consumer.stop, settings):
         if not consumer.partitions_for_topic(topic):
             raise SetupError(f"topic {topic} does not exist; make it with `sluice topics create`", exit_code=1)
-        for partition in consumer.assignment():
-            await consumer.position(partition)
+        await place(consumer)
         yield consumer
+
+
+async def at_end(consumer: AIOKafkaConsumer) -> None:
+    """Before anything that is written from now on."""
+    for partition, end in (await consumer.end_offsets(list(consumer.assignment()))).items():
+        consumer.seek(partition, end)
 
 
 class Startable(Protocol):

@@ -13,7 +13,7 @@ import typer
 from rich.markup import escape
 
 from engine import EngineError
-from service.cli import bench, config, demo, dlq, doctor, generate, kafka, model, offsets, serve, stream, topics
+from service.cli import bench, config, demo, dlq, doctor, durable, generate, kafka, model, offsets, serve, stream, tail, topics
 from service.cli.output import err
 from service.errors import RequestError, SetupError
 
@@ -28,8 +28,12 @@ app.command("demo")(demo.demo)
 app.command("serve")(serve.serve)
 app.command("generate")(generate.generate)
 app.command("publish")(kafka.publish)
-app.command("tail")(kafka.tail)
+app.command("tail")(tail.tail)
 app.command("stream")(stream.stream)
+app.command("submit")(durable.submit)
+app.command("attach")(durable.attach)
+app.command("get")(durable.get)
+app.command("cancel")(durable.cancel)
 app.command("bench")(bench.bench)
 app.command("doctor")(doctor.doctor)
 app.add_typer(model.app, name="model")

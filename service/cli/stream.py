@@ -1,23 +1,20 @@
 """`sluice stream`: one prompt to a running replica over gRPC; its tokens as they come."""
 
-import asyncio
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
 
 from service.cli import output, prompts
 from service.cli.options import ConfigFile, Json, Overrides, settings_from
+from service.cli.replicas import Target, speak, targets
 from service.contract import Delta, Finished, PromptRequest, Reset
-from service.errors import SetupError
 from service.rpc.client import SluiceClient, StreamItem
-from service.rpc.client_errors import SluiceError
 
 
 def stream(
     text: prompts.Text,
-    target: Annotated[
-        str, typer.Option("--target", "-t", help="host:port of a replica; default: grpc.host:grpc.port.", show_default=False)
-    ] = "",
+    target: Target = "",
     raw: prompts.Raw = False,
     system: prompts.System = "",
     max_tokens: prompts.MaxTokens = None,
@@ -47,17 +44,12 @@ def stream(
         label=label,
         model=model,
     )
-    address = target or f"{settings.grpc.host}:{settings.grpc.port}"
-    try:
-        asyncio.run(_stream(address, request, as_json))
-    except SluiceError as error:
-        unreachable = error.code == "unavailable"
-        hint = f"; is a replica running at {address}? `make serve` starts one" if unreachable else ""
-        raise SetupError(f"{error}{hint}", exit_code=3 if unreachable else 2 if error.code == "invalid_field" else 1) from error
+    replicas = targets(settings, target)
+    speak(replicas, _stream(replicas, request, as_json))
 
 
-async def _stream(address: str, request: PromptRequest, as_json: bool) -> None:
-    async with SluiceClient(address) as client:
+async def _stream(replicas: Sequence[str], request: PromptRequest, as_json: bool) -> None:
+    async with SluiceClient(replicas) as client:
         # A stream outlasts a replica that restarts; where none was ever there a person should not wait for one.
         await client.health()
         async with client.stream(request) as events:

@@ -58,6 +58,16 @@ class ReaderFold:
         counts = [choice.given for choice in self._choices]
         return (*counts, *self._after[len(counts) :])
 
+    def join(self, chunk: events_pb2.Chunk) -> None:
+        """For a reader that comes in the middle, before `take`: what stands before this chunk is taken as given. Else nothing."""
+        if self._announced or chunk.choice >= MAX_CHOICES:
+            return
+        self._speaker = max(self._speaker, (chunk.epoch, chunk.attempt))
+        choice = self._choice(chunk.choice)
+        if not choice.said and choice.given < chunk.seq:
+            choice.said, choice.valid = [None] * chunk.seq, chunk.seq
+            choice.given, choice.text_given = chunk.seq, chunk.text_offset
+
     def take(self, message: ChunkMessage | Terminal) -> Iterator[ReaderEvent]:
         """What the reader is to see of it."""
         if self.ended:

@@ -37,12 +37,12 @@ async def test_publish_waits_for_its_results_and_tail_shows_what_the_topics_hold
         assert (code, errors) == (0, "")
         assert {item["request_id"] for item in results} == {item["request_id"] for item in published if "trace_id" in item}
         assert [item["usage"]["completion_tokens"] for item in results] == [5, 5, 5]
-        code, out, _ = await run("tail", "--from-beginning", "--count", "3", "--json", *kafka)
+        code, out, _ = await run("tail", "--from", "beginning", "--count", "3", "--json", *kafka)
         assert (code, {json.loads(line)["request_id"] for line in out.splitlines()}) == (
             0,
             {item["request_id"] for item in results},
         )
-        code, out, _ = await run("tail", "--chunks", "--from-beginning", "--count", "1", "--json", *kafka)
+        code, out, _ = await run("tail", "--chunks", "--from", "beginning", "--count", "1", "--json", *kafka)
         assert (code, json.loads(out)["type"]) == (0, "started")
 
 
@@ -71,7 +71,7 @@ async def test_tail_ends_with_130_on_ctrl_c(topics_of_its_own: Broker, tmp_path:
     producer = Producer({"bootstrap.servers": broker.bootstrap})
     producer.produce(broker.topics.results, b"not ours")
     assert await asyncio.to_thread(producer.flush, 20) == 0
-    async with command("tail", "--from-beginning", "--json", *kafka) as tail:
+    async with command("tail", "--from", "beginning", "--json", *kafka) as tail:
         assert tail.process.stdout is not None
         line = await asyncio.wait_for(tail.process.stdout.readline(), 30)
         tail.send(signal.SIGINT)

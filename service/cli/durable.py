@@ -1,0 +1,147 @@
+"""`sluice submit`, `attach`, `get` and `cancel`: durable requests over gRPC, on any replica of a group."""
+
+import asyncio
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from service.cli import output, prompts
+from service.cli.options import ConfigFile, Json, Overrides, settings_from
+from service.cli.replicas import RequestId, Target, speak, targets
+from service.cli.results import as_document, show_result
+from service.cli.stream import show
+from service.contract import PromptRequest
+from service.rpc.client import CallOptions, SluiceClient
+
+_POLL_S = 0.5
+
+
+def submit(
+    text: prompts.Text,
+    target: Target = "",
+    key: Annotated[
+        str,
+        typer.Option("--key", help="The record's key; default: the label, else the prompt's beginning.", show_default=False),
+    ] = "",
+    idempotency_key: Annotated[
+        str, typer.Option("--idempotency-key", help="Prompts of one key are one prompt.", show_default=False)
+    ] = "",
+    follow: Annotated[bool, typer.Option("--attach", "-a", help="Then show the tokens as they come.")] = False,
+    raw: prompts.Raw = False,
+    system: prompts.System = "",
+    max_tokens: prompts.MaxTokens = None,
+    temperature: prompts.Temperature = 0.0,
+    top_p: prompts.TopP = None,
+    seed: prompts.Seed = None,
+    stop: prompts.Stop = None,
+    label: prompts.Label = "",
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Hand a prompt over for good: prints its request id once it is written to Kafka."""
+    replicas = targets(settings_from(config, overrides), target)
+    request = prompts.prompt_request(
+        text,
+        raw=raw,
+        system=system,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        stop=stop,
+        label=label,
+    )
+    speak(replicas, _submit(replicas, request, key, CallOptions(idempotency_key=idempotency_key), follow, as_json))
+
+
+def attach(
+    request_id: RequestId,
+    after_seq: Annotated[
+        list[int] | None,
+        typer.Option("--after-seq", min=0, help="Tokens read before; repeat it, one number a choice.", show_default=False),
+    ] = None,
+    target: Target = "",
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Read a durable request's tokens, live or past. Leaving ends the reading, not the request."""
+    replicas = targets(settings_from(config, overrides), target)
+    speak(replicas, _attach(replicas, request_id, after_seq or (), as_json))
+
+
+def get(
+    request_id: RequestId,
+    wait: Annotated[bool, typer.Option("--wait", "-w", help="Wait until it has ended.")] = False,
+    target: Target = "",
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Show a durable request's result; exit 1 when it failed, was cancelled, or has not ended yet."""
+    replicas = targets(settings_from(config, overrides), target)
+    value = speak(replicas, _get(replicas, request_id, wait))
+    show_result(value, as_json)
+    if value["status"] != "finished":
+        raise typer.Exit(1)
+
+
+def cancel(
+    request_id: Annotated[str, typer.Argument(metavar="ID", help="A request id.")],
+    target: Target = "",
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """End a running or waiting request, wherever it is; once more does no harm."""
+    replicas = targets(settings_from(config, overrides), target)
+    was_running = speak(replicas, _cancel(replicas, request_id))
+    if as_json:
+        output.print_json({"request_id": request_id, "was_running": was_running})
+    else:
+        said = "is being cancelled" if was_running else "had ended, or is not known there"
+        output.out.print(f"[bold]{escape(request_id)}[/] {said}")
+
+
+async def _submit(
+    replicas: Sequence[str], request: PromptRequest, key: str, options: CallOptions, follow: bool, as_json: bool
+) -> None:
+    async with SluiceClient(replicas) as client:
+        request_id = await client.submit(request, key=key, options=options)
+    if as_json:
+        output.print_json({"request_id": request_id})
+    else:
+        output.out.print(f"[bold]{escape(request_id)}[/]")
+    if follow:
+        await _attach(replicas, request_id, (), as_json)
+
+
+async def _attach(replicas: Sequence[str], request_id: str, after: Sequence[int], as_json: bool) -> None:
+    async with SluiceClient(replicas) as client:
+        # A reader outlasts a replica that restarts; where none was ever there a person should not wait for one.
+        await client.health()
+        async with client.attach(request_id, after) as events:
+            try:
+                async for event in events:
+                    show(event, as_json)
+            except asyncio.CancelledError:
+                read = " ".join(f"--after-seq {count}" for count in events.counts if count)
+                output.err.print(f"\nit goes on: [bold]sluice attach {escape(request_id)} {read}[/]")
+                raise
+
+
+async def _get(replicas: Sequence[str], request_id: str, wait: bool) -> dict[str, object]:
+    async with SluiceClient(replicas) as client:
+        while True:
+            value = as_document(await client.get(request_id))
+            if value["status"] != "pending" or not wait:
+                return value
+            await asyncio.sleep(_POLL_S)
+
+
+async def _cancel(replicas: Sequence[str], request_id: str) -> bool:
+    async with SluiceClient(replicas) as client:
+        return await client.cancel(request_id)
