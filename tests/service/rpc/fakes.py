@@ -180,7 +180,7 @@ class Service:
 
 
 @asynccontextmanager
-async def serving(generation: FakeGeneration | None = None, *, tracing: Tracing | None = None, **settings):  # type: ignore[no-untyped-def]
+async def serving(generation: FakeGeneration | None = None, *, tracing: Tracing | None = None, durable=None, **settings):  # type: ignore[no-untyped-def]
     """A ready service on a free port; `settings` are fields of GrpcSection."""
     generation = generation or FakeGeneration()
     section = GrpcSection(**{"port": 0, **settings})
@@ -194,6 +194,7 @@ async def serving(generation: FakeGeneration | None = None, *, tracing: Tracing 
         metrics=metrics,
         models=lambda: [inference_pb2.Model(name="fake", context_tokens=128, ready=health.report().ready)],
         new_request_id=lambda: f"request-{next(ids)}",
+        durable=durable,
     )
     server = RpcServer(section, inference, health)
     port = await server.start()

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from schemas.v1 import inference_pb2
-from service.contract import Delta, Started
+from service.contract import Delta, Reset, Started
 from service.rpc.client_fold import ProtocolError, StreamFold
 
 TOKENS = tuple(range(100, 120))
@@ -94,3 +94,43 @@ def test_what_only_the_transport_needs_is_not_shown(kind):
     event = inference_pb2.StreamEvent()
     getattr(event, kind).SetInParent()
     assert StreamFold(1).take(event) is None
+
+
+def reset(*resume_from: int, epoch: int = 2) -> inference_pb2.StreamEvent:
+    return inference_pb2.StreamEvent(epoch=epoch, reset=inference_pb2.Reset(resume_from=resume_from))
+
+
+def test_a_reader_that_comes_back_goes_on_after_what_it_has():
+    fold = StreamFold(None, [5])
+    event = fold.take(delta(3, 8))
+    assert (event.seq, event.token_ids) == (5, TOKENS[5:8])
+    # What it has read of the text is not known here: the first delta says where the text begins.
+    assert (event.text, event.text_offset) == ("".join(WORDS[3:8]), len("".join(WORDS[:3])))
+    assert fold.counts == (8,)
+
+
+def test_choices_that_nobody_counted_come_as_they_are():
+    fold = StreamFold(None)
+    fold.take(delta(0, 2, choice=3))
+    assert fold.counts == (0, 0, 0, 2)
+    with pytest.raises(ProtocolError):
+        fold.take(delta(0, 1, choice=16))
+
+
+def test_a_hand_over_that_voids_nothing_is_not_shown():
+    fold = StreamFold(1)
+    fold.take(delta(0, 4))
+    assert fold.take(reset(4)) is None
+    assert fold.counts == (4,)
+
+
+def test_what_a_new_owner_says_instead_takes_the_place_of_what_was_seen():
+    fold = StreamFold(1)
+    fold.take(delta(0, 4))
+    assert fold.take(reset(2)) == Reset(epoch=2, resume_from=(2,))
+    other = inference_pb2.Delta(token_ids=[7, 8], text="other", text_offset=len("".join(WORDS[:2])))
+    event = fold.take(inference_pb2.StreamEvent(seq=2, delta=other))
+    assert (event.seq, event.token_ids, event.text) == (2, (7, 8), "other")
+    end = inference_pb2.ChoiceEnd(index=0, finish_reason=inference_pb2.FinishReason.stop, text_length=100)
+    finished = fold.take(inference_pb2.StreamEvent(finished=inference_pb2.Finished(choices=[end])))
+    assert (finished.choices[0].text, finished.choices[0].token_ids) == ("".join(WORDS[:2]) + "other", (*TOKENS[:2], 7, 8))
