@@ -47,6 +47,29 @@ async def test_publish_waits_for_its_results_and_tail_shows_what_the_topics_hold
 
 
 @pytest.mark.kafka
+async def test_a_durable_prompt_from_the_command_line(tiny_model_dir: Path, topics_of_its_own: Broker) -> None:
+    config = values(tiny_model_dir, broker=topics_of_its_own, engine={"stand_in_tokens_per_s": 100.0})
+    async with serve(config) as sluice:
+        target = ("--target", sluice.facts["grpc"], "--json")
+        code, out, errors = await run("submit", "hello", "--max-tokens", "30", "--seed", "5", *target)
+        request_id = json.loads(out)["request_id"]
+        assert (code, errors) == (0, "")
+        code, out, _ = await run("get", request_id, "--wait", *target)
+        result = json.loads(out)
+        assert (code, result["status"], len(result["choices"][0]["token_ids"])) == (0, "finished", 30)
+        code, out, errors = await run("attach", request_id, "--after-seq", "10", *target)
+        said = [token for line in out.splitlines() for token in json.loads(line).get("token_ids", ())]
+        assert (code, said, errors) == (0, result["choices"][0]["token_ids"][10:], "")
+        code, out, _ = await run("cancel", request_id, *target)
+        assert (code, json.loads(out)["was_running"]) == (0, False)
+        code, out, errors = await run("get", f"{topics_of_its_own.topics.prompts}-0-99", "--target", sluice.facts["grpc"])
+        assert (code, out) == (1, "")
+        assert "unknown_request: request_id: " in errors
+        code, out, _ = await run("tail", "--chunks", "--from", "1h", "--count", "2", "--json", *only("kafka", config))
+        assert [json.loads(line)["type"] for line in out.splitlines()] == ["started", "delta"]
+
+
+@pytest.mark.kafka
 async def test_publish_writes_nothing_of_a_file_with_a_wrong_line(topics_of_its_own: Broker, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "good"}\n{"promt": "bad"}\n')

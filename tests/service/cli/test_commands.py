@@ -47,6 +47,10 @@ WRONG = {
     "can never fit": (["generate", "a", "--max-tokens", "100000"], 1, "too_many_tokens: sampling.max_tokens"),
     "longer than the context": (["generate", "x" * 9000], 1, "prompt_too_long"),
     "nothing to publish": (["publish"], 2, "give TEXT"),
+    "tail from nowhere": (["tail", "--from", "banana"], 2, "--from banana"),
+    "raw results": (["tail", "--raw"], 2, "--raw goes with --chunks"),
+    "no target": (["get", "a-0-1", "--target", ","], 2, "--target"),
+    "nobody there": (["attach", "a-0-1", "--target", "127.0.0.1:1"], 3, "is a replica running at 127.0.0.1:1?"),
     "no such command": (["nonsense"], 2, "nonsense"),
 }
 
