@@ -24,6 +24,8 @@ from service.kafka.unreadable import UNREADABLE
 _log = structlog.get_logger(__name__)
 
 LOOK_TIMEOUT_S = 30.0
+_COORDINATOR_S = 10.0
+_RETRY_S = 0.2
 _STOP_S = 2.0
 _POLL_MS = 200
 FAILURES = (KafkaError, IllegalStateError, OSError, TimeoutError, *UNREADABLE)
@@ -68,13 +70,19 @@ class LogReader:
     async def progress(self, partition: TopicPartition) -> tuple[int, Progress]:
         """What the group has committed: (low, its metadata); low is -1 when nothing was."""
         asked = ClientPartition(*partition)
-        async with self._asking() as admin:
-            # The consumer's own `committed()` drops the metadata.
-            found = await admin.list_consumer_group_offsets(self._group_id, partitions=[asked])
-        if asked not in found:
-            # The client drops the answer's own error: the coordinator moves, or loads.
-            raise unavailable()
-        return found[asked].offset, decode(found[asked].metadata)
+        async with self._asking() as admin, asyncio.timeout(_COORDINATOR_S):
+            while True:
+                try:
+                    # The consumer's own `committed()` drops the metadata.
+                    found = await admin.list_consumer_group_offsets(self._group_id, partitions=[asked])
+                except KafkaError as error:
+                    if not error.retriable:
+                        raise
+                    found = {}
+                if asked in found:
+                    return found[asked].offset, decode(found[asked].metadata)
+                # The coordinator moves, or loads: the client may drop the answer's own error.
+                await asyncio.sleep(_RETRY_S)
 
     async def bounds(self, partition: TopicPartition) -> tuple[int, int]:
         """The first offset there is, and the one after the last record that may be read."""
