@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.bench.peers import build, summary, targets
+from tests.bench.peers.blocks import Hold, HoldError
 from tests.bench.peers.cases import CASES
 from tests.bench.peers.ggufs import write_gguf
 from tests.bench.peers.machine import Clock, foreign_share
@@ -142,6 +144,23 @@ def test_the_report_names_a_peer_that_cannot_run_and_a_missed_target() -> None:
     assert "| vLLM bf16 | unavailable: no AVX-512 |" in text
     assert "missed: 48% of it" in text
     assert "not measured: no `service` in these documents" in text
+
+
+def test_a_machine_that_is_not_given_is_not_measured() -> None:
+    hold = Hold("false")
+    with pytest.raises(HoldError, match="false does not give the machine: exit code 1"):
+        hold.take()
+    hold.give_back()
+
+
+def test_a_held_machine_stays_held_until_it_is_given_back(tmp_path: Path) -> None:
+    hold = Hold(f"flock {tmp_path}/lock")
+    hold.take()
+    hold.take()
+    taken = ["flock", "--nonblock", f"{tmp_path}/lock", "true"]
+    assert subprocess.run(taken, check=False).returncode == 1
+    hold.give_back()
+    assert subprocess.run(taken, check=False).returncode == 0
 
 
 def test_foreign_time_is_what_neither_the_system_nor_the_driver_used() -> None:

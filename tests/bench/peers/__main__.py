@@ -77,11 +77,11 @@ def main() -> int:
     # The systems, which lead sessions of their own, are ended too, and what was measured is printed.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     runs = [run for file in arguments.merge for run in json.loads(file.read_text("utf-8"))["runs"]]
-    if not arguments.merge_only:
-        runs.append(measure(arguments))
     try:
+        if not arguments.merge_only:
+            runs.append(measure(arguments))
         document = summary.document(runs)
-    except summary.MergeError as error:
+    except (summary.MergeError, blocks.HoldError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     report.print_report(document)

@@ -4,6 +4,7 @@ A system is stopped whenever it is not its turn. A turn during which other proce
 the hypervisor took more than `MAX_STOLEN`, is marked disturbed.
 """
 
+import contextlib
 import os
 import random
 import shlex
@@ -28,6 +29,10 @@ HOLD_S = 75.0
 Json = dict[str, Any]
 
 
+class HoldError(RuntimeError):
+    """The machine cannot be had. One line."""
+
+
 class Hold:
     """The machine for ourselves, where it is shared through a command that waits for its turn and then runs its arguments.
 
@@ -40,15 +45,17 @@ class Hold:
         self._since = 0.0
 
     def take(self) -> None:
-        """Returns once the machine is held; at once without a command."""
+        """Returns once the machine is held; at once without a command. Raises `HoldError` when the command ends without a hold."""
         if not self._command or (self._holder is not None and time.monotonic() - self._since < HOLD_S):
             return
         self.give_back()
         self._holder = subprocess.Popen([*self._command, "cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
         assert self._holder.stdin is not None
         assert self._holder.stdout is not None
-        self._holder.stdin.write(b"held\n")
-        self._holder.stdout.readline()
+        with contextlib.suppress(BrokenPipeError):
+            self._holder.stdin.write(b"held\n")
+        if self._holder.stdout.readline() != b"held\n":
+            raise HoldError(f"{shlex.join(self._command)} does not give the machine: exit code {self._holder.wait()}")
         self._since = time.monotonic()
 
     def give_back(self) -> None:
