@@ -95,7 +95,8 @@ Case = tuple[str, list[Call], float, float]
 def _linears(ops: Operators, row_counts: list[int], dtype: torch.dtype, cache_bytes: int) -> "itertools.chain[Case]":
     def of_shape(name: str, inputs: int, outputs: int, gated: bool) -> list[Case]:
         num_bytes = inputs * outputs * dtype.itemsize
-        weights = [torch.randn(outputs, inputs, dtype=dtype) for _ in range(_copies(num_bytes, cache_bytes))]
+        one = torch.randn(outputs, inputs, dtype=dtype)
+        weights = [one.clone() for _ in range(_copies(num_bytes, cache_bytes))]
         apply = _linear(ops, weights, gated, str(dtype).removeprefix("torch."))
         found = []
         for rows in row_counts:
@@ -124,11 +125,12 @@ def _attentions(ops: Operators, dtype: torch.dtype, cache_bytes: int) -> list[Ca
     for name, (sequences, context, chunk) in ATTENTIONS.items():
         num_bytes = 2 * sequences * context * HEADS[1] * HEAD_DIM * dtype.itemsize
         pairs = sequences * (context * chunk - chunk * (chunk - 1) // 2)
+        case = paged_case([(context, chunk)] * sequences, heads=HEADS, head_dim=HEAD_DIM, dtype=dtype, by_head=False)
         built = [
-            paged_case([(context, chunk)] * sequences, heads=HEADS, head_dim=HEAD_DIM, dtype=dtype, seed=i, by_head=False)
-            for i in range(_copies(num_bytes, cache_bytes))
+            case.arguments() | {"k_cache": case.k_cache.clone(), "v_cache": case.v_cache.clone()}
+            for _ in range(_copies(num_bytes, cache_bytes))
         ]
-        calls: list[Call] = [lambda case=case: ops.paged_attention(**case.arguments()) for case in built]
+        calls: list[Call] = [lambda one=one: ops.paged_attention(**one) for one in built]
         found.append((f"attention {name}", calls, float(num_bytes), 4.0 * pairs * HEADS[0] * HEAD_DIM))
     return found
 

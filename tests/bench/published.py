@@ -26,7 +26,8 @@ def main() -> int:
     arguments = parser.parse_args()
     documents = [json.loads(file.read_text("utf-8")) for file in arguments.files]
     peers = next((one for one in documents if one.get("benchmark") == "peers"), None)
-    suite: Json = {name: report for one in documents if one.get("benchmark") != "peers" for name, report in one.items()}
+    rest = [report for one in documents if one.get("benchmark") != "peers" for report in one.values()]
+    suite: Json = {report["benchmark"]: report for report in rest if isinstance(report, dict) and "benchmark" in report}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     picture = arguments.out.with_suffix(".png")
     if peers:
