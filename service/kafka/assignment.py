@@ -78,7 +78,7 @@ class Assignment:
         # Who wrote last may have a transaction open: what it ends as is known only once it is fenced.
         await self._commits.fence(name)
         owned = await self._begin(partition, await self._progress(name))
-        await self._consumer.commit({partition: owned.tracker.commit_point()})
+        await self._commits.claim(name, owned.tracker.commit_point())
         owned.tracker.committed()
         self._admit(owned)
 

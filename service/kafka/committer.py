@@ -70,6 +70,9 @@ class Committer:
     async def fence(self, partition: TopicPartition) -> None:
         """Nothing is to be fenced: the group's generation is all that tells an old owner's commit from a new one's."""
 
+    async def claim(self, partition: TopicPartition, point: tuple[int, str]) -> None:
+        await self._offsets.commit({partition: point})
+
     def opened(self, owned: OwnedPartition) -> None:
         """What was done while its owner was being decided is to be committed."""
         self._dirty.setdefault(owned, [])

@@ -36,6 +36,13 @@ class Commits(Protocol):
         """Before a new owner reads what was committed: nothing of an earlier owner lands after this. Raises what may pass."""
         ...
 
+    async def claim(self, partition: TopicPartition, point: tuple[int, str]) -> None:
+        """Commits a new owner's first progress, as its predecessor left it but for the epoch: not if anybody has fenced since.
+
+        Raises what may pass.
+        """
+        ...
+
     def opened(self, owned: OwnedPartition) -> None:
         """A partition is open, or open again."""
         ...

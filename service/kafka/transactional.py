@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Protocol
 
 import structlog
-from aiokafka.errors import KafkaError
+from aiokafka.errors import CommitFailedError, KafkaConnectionError, KafkaError
 from aiokafka.structs import OffsetAndMetadata
 
 from service.kafka.completion import Completion
@@ -76,6 +76,16 @@ class TransactionalCommitter:
             await unused.close()
         transactions = self._fenced[partition] = self._make(partition)
         await transactions.fence()
+
+    async def claim(self, partition: TopicPartition, point: tuple[int, str]) -> None:
+        if not await self._group.in_good_standing():
+            raise CommitFailedError("the group does not know this member now")
+        try:
+            # Not a plain commit: an earlier owner that was halted may wake and fence, read the epoch that is still its own, and commit.
+            # The group would let our older progress overwrite that; our producer, fenced by then, does not.
+            await self._fenced[partition].commit(partition, (), point)
+        except (LostError, RefusedError) as error:
+            raise KafkaConnectionError(f"the first progress was not committed: {error}") from error
 
     def opened(self, owned: OwnedPartition) -> None:
         if owned in self._lanes:

@@ -23,7 +23,7 @@ from tests.chaos.scene import Stage, stage
 from tests.servers.kafka import LOGS
 
 SHAPE = Shape(
-    prompts=120, duration_s=12.0, replicas=2, brokers=1, partitions=3, min_tokens=24, max_tokens=64, tokens_per_s=50.0, bad_prompts=3
+    prompts=110, duration_s=10.0, replicas=2, brokers=1, partitions=3, min_tokens=24, max_tokens=64, tokens_per_s=50.0, bad_prompts=3
 )  # fmt: skip
 SETTLE_S = 12.0
 CONTROL = "control"

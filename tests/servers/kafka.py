@@ -25,7 +25,7 @@ from service.config import cache_dir
 
 VERSION = "4.1.0"
 SLF4J_VERSION = "1.7.36"
-READY_TIMEOUT_S = 60.0
+READY_TIMEOUT_S = 180.0
 LOGS = Path(__file__).resolve().parents[1] / ".logs"
 
 _POM = f"""<project xmlns="http://maven.apache.org/POM/4.0.0">

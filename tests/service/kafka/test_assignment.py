@@ -37,9 +37,9 @@ class FakeGroup:
     async def end_offsets(self, partitions: Sequence[ClientPartition]) -> dict[ClientPartition, int]:
         return dict.fromkeys(partitions, 100)
 
-    async def commit(self, points: Any) -> None:
-        self.events.append("commit")
-        self.commits += points.values()
+    async def claim(self, partition: TopicPartition, point: tuple[int, str]) -> None:
+        self.events.append("claim")
+        self.commits.append(point)
 
     def seek(self, partition: ClientPartition, offset: int) -> None:
         self.events.append("seek")
@@ -89,7 +89,7 @@ async def test_a_new_owner_fences_reads_commits_its_epoch_and_only_then_opens() 
     group = FakeGroup(point(40, epoch=3, next_offset=50, done=0b10, chunk_low=7, result_low=60))
     (owned,) = await opened(group)
     read = ["read chunks 7-100", "read keys 60-100"]
-    assert group.events == ["fence", "progress", *read, "commit", "seek", "resume", "opened"]
+    assert group.events == ["fence", "progress", *read, "claim", "seek", "resume", "opened"]
     assert (owned.tracker.low, owned.epoch, owned.tracker.commits, group.position) == (40, 4, 1, 40)
     assert [(low, decode(metadata).epoch) for low, metadata in group.commits] == [(40, 4)]
 
