@@ -91,7 +91,11 @@ class Faults:
             await self._start(replica)
 
     async def _start(self, replica: Replica) -> None:
-        await replica.start()
+        try:
+            await replica.start()
+        except ReplicaError as error:
+            self.crashes.append(str(error))
+            return
         # One that has just started has nothing to lose yet: the next fault finds it at work, unless the brokers are away.
         await replica.serving(_SERVING_S)
 

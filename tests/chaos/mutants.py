@@ -35,8 +35,8 @@ LATE_COMMITS = tuple(Fault(at_s=3.0 + 0.8 * number, kind="late-commit", for_s=0.
 DROPPED_COMMITS = tuple(Fault(at_s=at_s, kind="late-commit", for_s=1.0, amount=6.0) for at_s in (3.0, 5.0, 7.0, 9.0, 11.0))
 
 
-async def _in_one(transactions: Any, producer: Any, records: Any, offsets: Any) -> None:
-    """One transaction of these records and offsets."""
+async def _in_one(transactions: Any, producer: Any, records: Any, offsets: Any) -> list[int]:
+    """One transaction of these records and offsets; where the records stand."""
     from service.kafka import transactions as module
 
     await producer.begin_transaction()
@@ -46,15 +46,17 @@ async def _in_one(transactions: Any, producer: Any, records: Any, offsets: Any) 
     if offsets is not None:
         await producer.send_offsets_to_transaction(offsets, transactions._group_id)
     await producer.commit_transaction()
+    return [future.result().offset for future in futures]
 
 
 def _offsets_after_the_transaction() -> None:
     from service.kafka.transactions import Transactions
 
-    async def commit(self: Any, producer: Any, partition: Any, records: Any, point: Any) -> None:
-        await _in_one(self, producer, records, None)
+    async def commit(self: Any, producer: Any, partition: Any, records: Any, point: Any) -> list[int]:
+        written = await _in_one(self, producer, records, None)
         await asyncio.sleep(WINDOW_S)
         await _in_one(self, producer, (), {partition: point})
+        return written
 
     Transactions._commit = commit  # type: ignore[method-assign]
 
@@ -62,10 +64,10 @@ def _offsets_after_the_transaction() -> None:
 def _offsets_before_the_transaction() -> None:
     from service.kafka.transactions import Transactions
 
-    async def commit(self: Any, producer: Any, partition: Any, records: Any, point: Any) -> None:
+    async def commit(self: Any, producer: Any, partition: Any, records: Any, point: Any) -> list[int]:
         await _in_one(self, producer, (), {partition: point})
         await asyncio.sleep(WINDOW_S)
-        await _in_one(self, producer, records, None)
+        return await _in_one(self, producer, records, None)
 
     Transactions._commit = commit  # type: ignore[method-assign]
 
@@ -73,12 +75,15 @@ def _offsets_before_the_transaction() -> None:
 def _dead_letter_outside_the_transaction() -> None:
     from service.kafka.transactions import Transactions
 
-    async def commit(self: Any, producer: Any, partition: Any, records: Any, point: Any) -> None:
+    async def commit(self: Any, producer: Any, partition: Any, records: Any, point: Any) -> list[int]:
         letters = [record for record in records if record.topic.endswith("dlq")]
+        others = [record for record in records if record not in letters]
+        at: dict[int, int] = {}
         if letters:
-            await _in_one(self, producer, letters, None)
+            at |= dict(zip(map(id, letters), await _in_one(self, producer, letters, None), strict=True))
             await asyncio.sleep(WINDOW_S)
-        await _in_one(self, producer, [record for record in records if record not in letters], {partition: point})
+        at |= dict(zip(map(id, others), await _in_one(self, producer, others, {partition: point}), strict=True))
+        return [at[id(record)] for record in records]
 
     Transactions._commit = commit  # type: ignore[method-assign]
 
@@ -115,7 +120,7 @@ def _lost_answer_taken_for_success() -> None:
 def _no_new_producer_after_a_transport_error() -> None:
     from service.kafka import transactions as module
 
-    async def commit(self: Any, producer: Any, partition: Any, records: Any, point: Any) -> None:
+    async def commit(self: Any, producer: Any, partition: Any, records: Any, point: Any) -> list[int]:
         # A transaction after another, with time in the middle for a late request of the one before.
         half = (len(records) + 1) // 2
         await producer.begin_transaction()
@@ -128,6 +133,7 @@ def _no_new_producer_after_a_transport_error() -> None:
             await asyncio.wait(futures)
         await producer.send_offsets_to_transaction({partition: point}, self._group_id)
         await producer.commit_transaction()
+        return [future.result().offset for future in futures]
 
     module._never_retry = lambda producer: None  # type: ignore[assignment]
     module.Transactions._commit = commit  # type: ignore[method-assign]
