@@ -25,11 +25,15 @@ class Broker:
     bootstrap: str
     partitions: int = 2
     prefix: str = field(default_factory=lambda: f"t{uuid.uuid4().hex[:10]}.")
+    max_result_bytes: int = 1_048_588
+    """What the results topic takes; a change of it later would reach the broker at its own time."""
 
     def __post_init__(self) -> None:
         self.topics = Topics(self.prefix)
         admin = AdminClient({"bootstrap.servers": self.bootstrap})
-        for future in admin.create_topics([NewTopic(name, self.partitions, 1) for name in self.topics.required]).values():
+        limits = {self.topics.results: {"max.message.bytes": str(self.max_result_bytes)}}
+        topics = [NewTopic(name, self.partitions, 1, config=limits.get(name, {})) for name in self.topics.required]
+        for future in admin.create_topics(topics).values():
             future.result(30)
         self._producer = Producer({"bootstrap.servers": self.bootstrap, "linger.ms": 0})
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import aiokafka.client
 import pytest
-from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource, ResourceType
 
 from service.config import KafkaSection
 from service.kafka import EmbeddedBroker, Topics
@@ -109,8 +108,8 @@ async def test_a_commit_cut_off_in_the_network_ends_its_producer_and_never_a_lat
     assert (proxy.num_trapped, written.partition) == (1, 0)
 
 
-async def test_a_record_over_the_topics_limit_is_refused_and_its_transaction_with_it(broker: Broker) -> None:
-    _limit(broker, broker.topics.results, 2_000)
+async def test_a_record_over_the_topics_limit_is_refused_and_its_transaction_with_it(kafka_server: str) -> None:
+    broker = Broker(kafka_server, max_result_bytes=2_000)
     transactions = transactions_of(broker)
     await transactions.fence()
     with pytest.raises(RefusedError) as refused:
@@ -121,8 +120,8 @@ async def test_a_record_over_the_topics_limit_is_refused_and_its_transaction_wit
     assert await committed(broker) == (-1, "")
 
 
-async def test_one_record_too_large_for_its_topic_fails_alone(broker: Broker) -> None:
-    _limit(broker, broker.topics.results, 3_000)
+async def test_one_record_too_large_for_its_topic_fails_alone(kafka_server: str) -> None:
+    broker = Broker(kafka_server, max_result_bytes=3_000)
     async with serving(broker.section(), FakeGeneration()) as transport:
         await broker.say(*(f"small {index}" for index in range(10)), "huge 5000", *(f"more {index}" for index in range(10)))
         results = await broker.results(21)
@@ -278,14 +277,6 @@ async def said(broker: Broker) -> tuple[list[tuple[int, int, list[str]]], list[i
         else:
             tokens += body["token_ids"]
     return starts, tokens
-
-
-def _limit(broker: Broker, topic: str, num_bytes: int) -> None:
-    entry = ConfigEntry("max.message.bytes", str(num_bytes), incremental_operation=AlterConfigOpType.SET)
-    resource = ConfigResource(ResourceType.TOPIC, topic, incremental_configs=[entry])
-    admin = AdminClient({"bootstrap.servers": broker.bootstrap})
-    for future in admin.incremental_alter_configs([resource]).values():
-        future.result(30)
 
 
 def _value(metrics: Metrics, name: str) -> float:
