@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from engine.attention.base import KVCacheSpec
-from engine.attention.registry import make_backend
+from engine.attention.registry import check_backend, cpu_refusal, make_backend
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.execution.kv_cache import KVCache, pool_size
@@ -57,6 +57,12 @@ def bind_operators(config: EngineConfig, device: torch.device, progress: Progres
         raise ConfigError(f"engine.cpu_isa: {error}", field="engine.cpu_isa") from error
 
 
+def _reason(operators: Operators, spec: KVCacheSpec) -> str:
+    """Why it is these operators, and why attention is not among them where it could be."""
+    refusal = cpu_refusal(operators, spec) if operators.attends else ""
+    return f"{operators.reason}; attention in plain torch for {refusal}" if refusal else operators.reason
+
+
 class Engine:
     """A loaded model that continues requests. Owner of the KV tensors, the scheduler and the runner."""
 
@@ -69,7 +75,7 @@ class Engine:
         """
         began_ns = clock()
         device = resolve_device(config.device)
-        backend = make_backend(config.attention_backend, device)
+        check_backend(config.attention_backend, device)
         threads = set_compute_threads(config.num_threads)
         operators = bind_operators(config, device, progress)
         loaded = load_model(config, device, operators, progress)
@@ -81,6 +87,7 @@ class Engine:
             block_size=config.block_size,
             dtype=spec.dtype,
         )
+        backend = make_backend(config.attention_backend, device, operators, kv_spec)
         pool = pool_size(config, kv_spec, spec.max_position, device)
         cache = KVCache(backend, kv_spec, pool.num_blocks, device)
         runner = Runner(
@@ -116,7 +123,7 @@ class Engine:
             dtype=str(spec.dtype).removeprefix("torch."),
             device=str(device),
             operators=operators.name,
-            operators_reason=operators.reason,
+            operators_reason=_reason(operators, kv_spec),
             quantize=config.quantize,
             attention_backend=backend.name,
             max_model_len=pool.max_model_len,

@@ -20,7 +20,7 @@ class Operators:
     """One implementation of every operator; each field has the signature of its namesake in `kernels/reference.py`.
 
     `reason` says in one sentence why it is this one. `pack_weight` and `linear` go together; None where linears are composed of a
-    library's product and the operators around it.
+    library's product and the operators around it. `attends`: `kernels.cpu.attention`, one call for a layer's attention, may be used.
     """
 
     name: str
@@ -36,6 +36,7 @@ class Operators:
     logprobs: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
     pack_weight: Callable[[Tensor, str, bool, int], Any] | None = None
     linear: Callable[..., Tensor] | None = None
+    attends: bool = False
 
 
 def for_device(device_type: str, cpu_isa: str = "auto", tell: Callable[[str], None] = lambda what: None) -> Operators:
@@ -97,6 +98,7 @@ def _native(instruction_set: str, reason: str) -> Operators:
         greedy=native.greedy.default,
         sample=native.sample.default,
         logprobs=native.logprobs.default,
+        attends=True,
     )
 
 

@@ -28,7 +28,10 @@ class KVCacheSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerCache:
-    """One layer's keys and values: both `[num_blocks, block_size, num_kv_heads, head_dim]` by shape, strides as the backend likes."""
+    """One layer's keys and values, as the backend that allocated them lays them; num_blocks is the first dimension of both.
+
+    By torch and Triton: both `[num_blocks, block_size, num_kv_heads, head_dim]` by shape. In C++: `kernels.cpu.attention.new_cache`.
+    """
 
     k: Tensor
     v: Tensor

@@ -1,27 +1,48 @@
-"""Attention backends by name. `auto` is Triton on CUDA and ROCm, plain torch elsewhere; imported on demand."""
+"""Attention backends by name, imported on demand. `auto` is Triton on CUDA and ROCm; on a CPU C++ where it can be had, else plain torch."""
 
 from importlib import import_module
 
 from torch import device
 
-from engine.attention.base import AttentionBackend
+from engine.attention.base import AttentionBackend, KVCacheSpec
 from engine.errors import ConfigError
+from kernels.cpu import attention
+from kernels.ops import Operators
 
 BACKENDS = {
     "torch_paged": "engine.attention.torch_paged:TorchPagedAttention",
+    "cpu_paged": "engine.attention.cpu_paged:CpuPagedAttention",
     "triton_paged": "engine.attention.triton_paged:TritonPagedAttention",
 }
+_FIELD = "engine.attention_backend"
 
 
-def make_backend(name: str, on: device) -> AttentionBackend:
-    """A new backend. Raises `ConfigError` for a name that is not in `BACKENDS`, or that cannot run on this device."""
-    if name == "auto":
-        name = "triton_paged" if on.type == "cuda" else "torch_paged"
-    if name not in BACKENDS:
+def check_backend(name: str, on: device) -> None:
+    """Raises `ConfigError` for a name that is neither `auto` nor in `BACKENDS`, or that cannot run on this device."""
+    if name not in ("auto", *BACKENDS):
         known = ", ".join(("auto", *BACKENDS))
-        raise ConfigError(f"engine.attention_backend {name!r} is unknown; known are {known}", field="engine.attention_backend")
+        raise ConfigError(f"{_FIELD} {name!r} is unknown; known are {known}", field=_FIELD)
     if name == "triton_paged" and on.type != "cuda":
-        raise ConfigError("engine.attention_backend triton_paged needs a GPU", field="engine.attention_backend")
+        raise ConfigError(f"{_FIELD} triton_paged needs a GPU", field=_FIELD)
+    if name == "cpu_paged" and on.type != "cpu":
+        raise ConfigError(f"{_FIELD} cpu_paged is for a CPU, not {on}", field=_FIELD)
+
+
+def cpu_refusal(operators: Operators, spec: KVCacheSpec) -> str:
+    """Why the C++ operators do not compute attention over such a cache; "" when they do."""
+    if not operators.attends:
+        return operators.reason
+    return attention.refusal(spec.head_dim, spec.block_size, spec.dtype)
+
+
+def make_backend(name: str, on: device, operators: Operators, spec: KVCacheSpec) -> AttentionBackend:
+    """A new backend for caches of `spec`. Raises `ConfigError` as `check_backend` does, and for `cpu_paged` where it is refused."""
+    check_backend(name, on)
+    refusal = cpu_refusal(operators, spec) if on.type == "cpu" else ""
+    if name == "auto":
+        name = "triton_paged" if on.type == "cuda" else "torch_paged" if on.type != "cpu" or refusal else "cpu_paged"
+    if name == "cpu_paged" and refusal:
+        raise ConfigError(f"{_FIELD} cpu_paged cannot be had: {refusal}", field=_FIELD)
     module, _, class_name = BACKENDS[name].partition(":")
     backend: AttentionBackend = getattr(import_module(module), class_name)()
     return backend

@@ -29,8 +29,8 @@ class Attention(Module):
     ) -> None:
         super().__init__()
         self._ops = ops
-        self._num_q_heads, self._num_kv_heads, self._head_dim = num_q_heads, num_kv_heads, head_dim
-        self._sizes = [num_q_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim]
+        self._head_dim = head_dim
+        self._num_heads = [num_q_heads, num_kv_heads, num_kv_heads]
         self._cos_sin = cos_sin
         self._scale = head_dim**-0.5
         self._sliding_window = sliding_window
@@ -40,17 +40,13 @@ class Attention(Module):
         self, qkv: Tensor, positions: Tensor, backend: AttentionBackend, cache: LayerCache, metadata: AttentionMetadata
     ) -> Tensor:
         """qkv: [T, (Hq + 2 Hkv) * D]; positions: [T] int64; out: [T, Hq * D]."""
-        q, k, v = qkv.split(self._sizes, dim=-1)
-        q = self._heads(q, self._num_q_heads, self.q_norm)
-        k = self._heads(k, self._num_kv_heads, self.k_norm)
-        v = self._heads(v, self._num_kv_heads, None)
+        q, k, v = qkv.view(qkv.shape[0], -1, self._head_dim).split(self._num_heads, dim=1)
+        q, k = self._normed(q, self.q_norm), self._normed(k, self.k_norm)
         out = backend.forward(q, k, v, self._cos_sin, positions, cache, metadata, self._scale, self._sliding_window)
         return out.view(out.shape[0], -1)
 
-    def _heads(self, x: Tensor, num_heads: int, norm: Norm | None) -> Tensor:
-        heads = x.unflatten(-1, (num_heads, self._head_dim))
+    def _normed(self, heads: Tensor, norm: Norm | None) -> Tensor:
+        """[T, heads, D]: each head is a row of its own to the operator."""
         if norm is None:
             return heads
-        # Each head is a row of its own to the operator.
-        rows = heads.reshape(-1, self._head_dim)
-        return self._ops.rms_norm(rows, norm.weight, norm.eps).view(heads.shape)
+        return self._ops.rms_norm(heads.reshape(-1, self._head_dim), norm.weight, norm.eps).view(heads.shape)

@@ -130,7 +130,10 @@ def _build(library: Path, tell: Callable[[str], None]) -> None:
     os.environ["CXX"] = _compiler()
     tell("building the C++ operators for this processor, once (about a minute)")
     built = runnable()
-    sources = [_SOURCES / name for name in ("bindings.cpp", "dispatch.cpp", *(f"isa_{isa}.cpp" for isa in built))]
+    sources = [
+        _SOURCES / name
+        for name in ("bindings.cpp", "attention_bindings.cpp", "dispatch.cpp", *(f"isa_{isa}.cpp" for isa in built))
+    ]
     flags = [*_FLAGS, *(f"-DSLUICE_HAS_{isa}" for isa in built)]
     with tempfile.TemporaryDirectory(dir=library.parent) as work:
         log = library.parent / "build.log"

@@ -8,12 +8,17 @@
 #include "tiles.h"
 #include "linear.h"
 #include "sampling.h"
+#include "attention_tiles.h"
+#include "attention_heads.h"
+#include "attention_rows.h"
+#include "attention.h"
 
 namespace SLUICE_ISA {
 
 inline const sluice::Operators& table(const char* name) {
     static const sluice::Operators operators{
-        name, panel_outputs, Simd::byte_dot, packed_bytes, pack, linear, embedding_rows, rms_norm_rows, greedy, sample, logprobs,
+        name,   panel_outputs, Simd::byte_dot, packed_bytes, pack, linear, embedding_rows, rms_norm_rows,
+        greedy, sample,        logprobs,       attention,
     };
     return operators;
 }

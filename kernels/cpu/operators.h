@@ -65,6 +65,8 @@ struct Logprobs {
     float* top;             // [rows, count]
 };
 
+struct Attention;  // attention_call.h
+
 struct Operators {
     const char* name;
     int32_t panel;  // of the weights that it packs and multiplies by: outputs a panel,
@@ -80,6 +82,7 @@ struct Operators {
     void (*greedy)(const float* logits, int64_t rows, int64_t vocab, int64_t* tokens);
     void (*sample)(const Sample& call);
     void (*logprobs)(const Logprobs& call);
+    void (*attention)(const Attention& call);
 };
 
 const Operators& operators_scalar();

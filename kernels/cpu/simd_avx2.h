@@ -56,7 +56,8 @@ struct Simd {
         return _mm256_set1_epi32(lane);
     }
     static F low(I pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
-    static F high(I pairs) { return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32((int)0xffff0000))); }
+    // Two shifts, for a mask would hold a register that the tiles have not.
+    static F high(I pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_srli_epi32(pairs, 16), 16)); }
 
     static I zero_lanes() { return _mm256_setzero_si256(); }
     static F to_float(I lanes) { return _mm256_cvtepi32_ps(lanes); }

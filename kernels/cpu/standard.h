@@ -13,4 +13,5 @@
 #include <immintrin.h>
 #endif
 
+#include "attention_call.h"
 #include "operators.h"

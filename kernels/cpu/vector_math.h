@@ -9,9 +9,9 @@ using sluice::Type;
 
 constexpr int width = Simd::width;
 
-// e^x to about one rounding for x in [-87.3, 88.3], clamped outside: range reduction by ln 2 in two parts, then the Taylor series to x^7.
+// e^x to about one rounding for x in [-87.3, 88.3], clamped outside, NaN of NaN: range reduction by ln 2 in two parts, then the Taylor series to x^7.
 inline F exp(F x) {
-    x = Simd::min(Simd::max(x, Simd::set1(-87.33f)), Simd::set1(88.37f));
+    x = Simd::min(Simd::set1(88.37f), Simd::max(Simd::set1(-87.33f), x));
     F n = Simd::round(Simd::mul(x, Simd::set1(1.44269504f)));
     F r = Simd::fma(n, Simd::set1(-0.693359375f), x);
     r = Simd::fma(n, Simd::set1(2.12194440e-4f), r);

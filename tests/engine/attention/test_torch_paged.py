@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from engine.attention.base import AttentionMetadata, KVCacheSpec, LayerCache
-from engine.attention.registry import make_backend
+from engine.attention.torch_paged import TorchPagedAttention
 from engine.attention.torch_plan import MAX_GROUP_POSITIONS, split
-from engine.errors import ConfigError
 from kernels import reference
 
 CPU = torch.device("cpu")
@@ -19,7 +18,7 @@ class Case:
 
     def __init__(self, sizes: list[tuple[int, int]], *, dtype: torch.dtype = torch.float32, block_size: int = BLOCK) -> None:
         torch.manual_seed(len(sizes) * 1000 + sizes[0][0])
-        self.backend = make_backend("torch_paged", CPU)
+        self.backend = TorchPagedAttention()
         num_blocks = sum(-(-length // block_size) for length, _ in sizes) + 1
         spec = KVCacheSpec(num_layers=1, num_kv_heads=KV_HEADS, head_dim=DIM, block_size=block_size, dtype=dtype)
         (self.cache,) = self.backend.allocate(spec, num_blocks, CPU)
@@ -147,13 +146,3 @@ def test_groups_are_bounded_and_lose_nobody():
 
 def test_short_sequences_of_similar_length_share_a_group():
     assert len(split([200, 190, 60, 1])) == 1
-
-
-def test_an_unknown_backend_is_named():
-    with pytest.raises(ConfigError, match="attention_backend 'flash' is unknown; known are auto, torch_paged"):
-        make_backend("flash", CPU)
-
-
-def test_triton_without_a_gpu_is_refused():
-    with pytest.raises(ConfigError, match="needs a GPU"):
-        make_backend("triton_paged", CPU)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from engine.attention.base import KVCacheSpec
-from engine.attention.registry import make_backend
+from engine.attention.torch_paged import TorchPagedAttention
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.execution.kv_cache import KVCache, pool_size
@@ -64,7 +64,7 @@ def test_a_pool_that_cannot_serve_is_refused_by_name(changes: dict[str, int], fi
 
 def test_the_caches_have_the_pinned_shape() -> None:
     """One a layer: [num_blocks, block_size, num_kv_heads, head_dim], and the bytes that the facts report."""
-    cache = KVCache(make_backend("torch_paged", CPU), SPEC, 5, CPU)
+    cache = KVCache(TorchPagedAttention(), SPEC, 5, CPU)
     assert [tuple(layer.k.shape) for layer in cache.layers] == [(5, 16, 3, 8)] * 2
     assert [tuple(layer.v.shape) for layer in cache.layers] == [(5, 16, 3, 8)] * 2
     assert cache.num_bytes == 5 * BLOCK_BYTES
@@ -73,5 +73,5 @@ def test_the_caches_have_the_pinned_shape() -> None:
 def test_a_cache_that_no_memory_can_hold_is_a_configuration_error() -> None:
     """Names the setting that helps."""
     with pytest.raises(ConfigError) as caught:
-        KVCache(make_backend("torch_paged", CPU), SPEC, 1 << 50, CPU)
+        KVCache(TorchPagedAttention(), SPEC, 1 << 50, CPU)
     assert caught.value.field == "engine.kv_cache_bytes"

@@ -24,7 +24,6 @@ class Sequences:
 
     def __init__(self, loaded: LoadedModel, count: int, max_len: int) -> None:
         self.model, spec = loaded.model, loaded.spec
-        self.backend = make_backend("auto", CPU)
         self.num_blocks = -(-max_len // BLOCK)
         cache = KVCacheSpec(
             num_layers=spec.num_layers,
@@ -33,6 +32,7 @@ class Sequences:
             block_size=BLOCK,
             dtype=spec.dtype,
         )
+        self.backend = make_backend("auto", CPU, for_device("cpu"), cache)
         self.caches = self.backend.allocate(cache, self.num_blocks * count, CPU)
         self.tables = torch.arange(self.num_blocks * count, dtype=torch.int32).view(self.num_blocks, count).t().contiguous()
         self.computed = [0] * count

@@ -1,0 +1,90 @@
+"""Attention of a CPU in C++: rotary positions, KV write and paged attention of one layer as one call, over a cache of its own layout.
+
+A row's result does not depend, bit for bit, on the other rows of the step, on how its prompt was cut into chunks, on the block size,
+or on the number of threads. The operators are there once `kernels.cpu.choose` has loaded them.
+"""
+
+from typing import cast
+
+import torch
+from torch import Tensor
+
+LANES = 16
+MAX_HEAD_DIM = 256
+
+
+def refusal(head_dim: int, block_size: int, dtype: torch.dtype) -> str:
+    """Why these shapes cannot be computed here; "" when they can."""
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"numbers of {str(dtype).removeprefix('torch.')} (float32 and bfloat16 can be computed)"
+    if head_dim % LANES or not 0 < head_dim <= MAX_HEAD_DIM:
+        return f"heads of {head_dim} numbers (multiples of {LANES} up to {MAX_HEAD_DIM} can be computed)"
+    if block_size % LANES or block_size <= 0:
+        return f"blocks of {block_size} tokens (multiples of {LANES} can be computed)"
+    return ""
+
+
+def new_cache(num_blocks: int, num_kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Keys [num_blocks, Hkv, D / pair, block_size, pair] and values [num_blocks, Hkv, block_size / pair, D, pair], zeroed.
+
+    `pair` is 2 for bfloat16 and 1 for float32: neighbours along the summed dimension lie side by side. A block's keys and values are
+    one stretch of memory, which is taken from the system when it is first written. Raises `RuntimeError` when it cannot be had.
+    """
+    pair = 4 // dtype.itemsize
+    half = num_kv_heads * head_dim * block_size
+    memory: Tensor = torch.ops.sluice_cpu.zeroed_memory(num_blocks * 2 * half * dtype.itemsize)
+    both = memory.view(dtype).view(num_blocks, 2, half)
+    keys = both[:, 0].view(num_blocks, num_kv_heads, head_dim // pair, block_size, pair)
+    values = both[:, 1].view(num_blocks, num_kv_heads, block_size // pair, head_dim, pair)
+    return keys, values
+
+
+def plan(query_start_loc: Tensor, seq_lens: Tensor, num_q_heads: int, num_kv_heads: int, sliding_window: int) -> Tensor:
+    """The step's work for `attend`, cut for the present number of threads. query_start_loc: [S + 1] int32, seq_lens: [S] int32."""
+    return cast(
+        Tensor,
+        torch.ops.sluice_cpu.attention_plan.default(query_start_loc, seq_lens, num_q_heads, num_kv_heads, sliding_window),
+    )
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos_sin: Tensor,
+    positions: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+    slot_mapping: Tensor,
+    work: Tensor,
+    scale: float,
+    sliding_window: int,
+) -> Tensor:
+    """`rotary_kv_write`, then `paged_attention` of kernels/reference.py; arithmetic in float32, rounded at k's write and at the end.
+
+    q: [T, Hq, D]; k, v: [T, Hkv, D], each may be a part of wider rows; the caches as `new_cache` made them; `work`: of `plan` for the
+    same sequences, heads and window. out: [T, Hq, D], contiguous. On a processor with bf16 products, q and the weights of the values
+    are rounded to bf16 too.
+    """
+    return cast(
+        Tensor,
+        torch.ops.sluice_cpu.attention.default(
+            q,
+            k,
+            v,
+            cos_sin,
+            positions,
+            k_cache,
+            v_cache,
+            block_tables,
+            seq_lens,
+            query_start_loc,
+            slot_mapping,
+            work,
+            scale,
+            sliding_window,
+        ),
+    )
