@@ -2,9 +2,10 @@
 
 With `engine_process.py` this is the asyncio scheduler of the pipeline: this decides who enters and when, that drives the engine.
 Bounds: requests and tokens (prompt + n x max_tokens) admitted and unfinished. A direct call that does not fit is refused at once with
-`overloaded` and the time after which room is likely; a caller that waits stands in line, first come first served for each tenant
-and tenants in turn. Those who wait may fill `WAITING_SHARE` of the bounds, so that a backlog on a topic leaves room for direct calls.
-Guarantee: what a ticket holds is given back exactly once. Knows no text and no engine.
+`overloaded` and the time after which room is likely; a caller that waits stands in a line of its tenant and weight, first come first
+served. Lines share the room by deficit round robin (Shreedhar & Varghese, 1996) in tokens, weighted: neither many prompts nor large
+ones get a tenant more than its share. Those who wait may fill `WAITING_SHARE` of the bounds, so that a backlog on a topic leaves room
+for direct calls. Guarantee: what a ticket holds is given back exactly once. Knows no text and no engine.
 """
 
 import asyncio
@@ -43,9 +44,18 @@ class Ticket:
 @dataclass(slots=True, eq=False)
 class _Waiter:
     request_id: str
-    tenant: str
+    line: tuple[str, int]
     tokens: int
     turn: asyncio.Future[Ticket] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+
+@dataclass(slots=True, eq=False)
+class _Line:
+    """Those of one tenant and weight who wait, and the tokens that they may enter with now. A round adds `weight` tokens."""
+
+    weight: int
+    credit: int = 0
+    waiters: deque[_Waiter] = field(default_factory=deque)
 
 
 class Admission:
@@ -61,7 +71,7 @@ class Admission:
         self._max_tokens = section.max_tokens
         self._concurrency = concurrency
         self._clock = clock
-        self._tenants: OrderedDict[str, deque[_Waiter]] = OrderedDict()
+        self._lines: OrderedDict[tuple[str, int], _Line] = OrderedDict()
         self._draining = False
         self._freed = 0.0
         self._busy_s = 0.0
@@ -74,8 +84,10 @@ class Admission:
     def draining(self) -> bool:
         return self._draining
 
-    async def enter(self, request_id: str, tenant: str, tokens: int, *, deadline_ns: int = 0, waits: bool = False) -> Ticket:
-        """A ticket for `tokens`; release it when the request has ended.
+    async def enter(
+        self, request_id: str, tenant: str, tokens: int, *, deadline_ns: int = 0, waits: bool = False, weight: int = 1
+    ) -> Ticket:
+        """A ticket for `tokens`; release it when the request has ended. `weight`: its line's share of the room against others'.
 
         Raises `RequestError`: `draining`; `too_many_tokens` for what could never fit; `deadline_exceeded` when the estimated
         wait, or the wait itself, passes the deadline; `overloaded` when there is no room and the caller does not wait, or too
@@ -97,12 +109,12 @@ class Admission:
             raise RequestError("overloaded", "the intake is full", retry_after_s=retry_after_s)
         if self.num_waiting >= MAX_WAITING:
             raise RequestError("overloaded", "too many prompts wait already", retry_after_s=retry_after_s)
-        return await self._wait(_Waiter(request_id, tenant, tokens), deadline_ns)
+        return await self._wait(_Waiter(request_id, (tenant, weight), tokens), deadline_ns)
 
     def cancel(self, request_id: str, code: Code = "cancelled") -> bool:
         """Ends a wait; False when that request does not wait here."""
-        for line in self._tenants.values():
-            for waiter in line:
+        for line in self._lines.values():
+            for waiter in line.waiters:
                 if waiter.request_id == request_id and not waiter.turn.done():
                     waiter.turn.set_exception(RequestError(code, "ended while it waited to enter"))
                     return True
@@ -111,8 +123,8 @@ class Admission:
     def drain(self) -> None:
         """From now on nobody enters; those who wait are told `draining`. Idempotent."""
         self._draining = True
-        for line in self._tenants.values():
-            for waiter in line:
+        for line in self._lines.values():
+            for waiter in line.waiters:
                 if not waiter.turn.done():
                     waiter.turn.set_exception(RequestError("draining", "this replica is stopping"))
 
@@ -124,7 +136,7 @@ class Admission:
         self._count_busy_time()
         if self._busy_s <= 0 or self._freed <= 0:
             return 0.0
-        queued = sum(waiter.tokens for line in self._tenants.values() for waiter in line)
+        queued = sum(waiter.tokens for line in self._lines.values() for waiter in line.waiters)
         to_fit = max(0.0, self.num_tokens + queued + tokens - self._max_tokens)
         mean_tokens = self.num_tokens / self.num_requests if self.num_requests else 0.0
         if self.num_requests >= self._max_requests:
@@ -133,7 +145,8 @@ class Admission:
         return max(to_fit, in_engine) * self._busy_s / self._freed
 
     async def _wait(self, waiter: _Waiter, deadline_ns: int) -> Ticket:
-        self._tenants.setdefault(waiter.tenant, deque()).append(waiter)
+        line = self._lines.setdefault(waiter.line, _Line(weight=waiter.line[1]))
+        line.waiters.append(waiter)
         self.num_waiting += 1
         timeout_s = (deadline_ns - self._clock()) / _NS if deadline_ns else None
         try:
@@ -150,12 +163,12 @@ class Admission:
             self._leave_line(waiter)
 
     def _leave_line(self, waiter: _Waiter) -> None:
-        line = self._tenants.get(waiter.tenant)
-        if line is not None and waiter in line:
-            line.remove(waiter)
+        line = self._lines.get(waiter.line)
+        if line is not None and waiter in line.waiters:
+            line.waiters.remove(waiter)
             self.num_waiting -= 1
-            if not line:
-                del self._tenants[waiter.tenant]
+            if not line.waiters:
+                del self._lines[waiter.line]
             # It may have stood before others that fit.
             self._admit_waiting()
 
@@ -178,20 +191,34 @@ class Admission:
         self._admit_waiting()
 
     def _admit_waiting(self) -> None:
-        while self._tenants and not self._draining:
-            tenant, line = next(iter(self._tenants.items()))
-            waiter = line[0]
+        while self._lines and not self._draining:
+            name, line = next(iter(self._lines.items()))
+            waiter = line.waiters[0]
             if not waiter.turn.done():
-                # No one overtakes the head of the line: else a large prompt would wait for ever behind small ones.
+                if waiter.tokens > line.credit:
+                    self._next_line()
+                    continue
+                # No one overtakes whose turn it is: else a large prompt would wait for ever behind small ones.
                 if not self._fits(waiter.tokens, WAITING_SHARE):
                     return
+                line.credit -= waiter.tokens
                 waiter.turn.set_result(self._admit(waiter.tokens))
-            line.popleft()
+            line.waiters.popleft()
             self.num_waiting -= 1
-            if line:
-                self._tenants.move_to_end(tenant)
-            else:
-                del self._tenants[tenant]
+            if not line.waiters:
+                del self._lines[name]
+            elif line.waiters[0].tokens > line.credit:
+                self._lines.move_to_end(name)
+
+    def _next_line(self) -> None:
+        """Puts a line whose first has credit at the head: the next in turn, after as many rounds as it takes until there is one."""
+        rounds = min(-(-(line.waiters[0].tokens - line.credit) // line.weight) for line in self._lines.values())
+        for line in self._lines.values():
+            line.credit += max(rounds, 0) * line.weight
+        for name, line in tuple(self._lines.items()):
+            if line.waiters[0].tokens <= line.credit:
+                break
+            self._lines.move_to_end(name)
 
     def _count_busy_time(self) -> None:
         """Ages the measure; idle time does not count, for it says nothing of how fast room comes back."""

@@ -2,7 +2,7 @@
 
 from typing import Literal, Self
 
-from pydantic import Field, SecretStr, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from service.config_base import Section
@@ -82,6 +82,9 @@ class KafkaSection(Section):
     trusted_tenant_header: bool = False
     """Believe the sluice-tenant header: only where the topic is protected by ACLs."""
 
+    topic_tenants: tuple[str, ...] = ()
+    """Whose the prompts of a topic are, where no header is believed or none is there: "topic=tenant" each. Tenants share room fairly."""
+
     security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
     """How to reach the brokers, in Kafka's words. Credentials over SASL_PLAINTEXT can be read on the way."""
 
@@ -123,6 +126,19 @@ class KafkaSection(Section):
         if fault := _security_fault(self):
             raise PydanticCustomError("security", "{fault}", {"fault": fault})
         return self
+
+    @field_validator("topic_tenants")
+    @classmethod
+    def _each_names_both(cls, pairs: tuple[str, ...]) -> tuple[str, ...]:
+        for pair in pairs:
+            topic, _, tenant = pair.partition("=")
+            if not (topic and tenant):
+                raise PydanticCustomError("pair", "{pair}: write it as topic=tenant", {"pair": pair})
+        return pairs
+
+    def tenant_of(self, topic: str) -> str:
+        """The tenant whose prompts a topic holds; "" when it is nobody's in particular."""
+        return dict(pair.split("=", 1) for pair in self.topic_tenants).get(topic, "")
 
 
 def _security_fault(section: KafkaSection) -> str:

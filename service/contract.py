@@ -92,7 +92,8 @@ class Call:
 
     `parent` is the trace context that the `chat` span hangs on (the transport's own span). `deadline_ns` is CLOCK_MONOTONIC,
     0 for none. `waits`: wait for room at admission (Kafka, which holds back by itself) instead of being refused with
-    `overloaded`. `said` and `seed` continue an earlier attempt; `said_logprobs`, one a token or none, come back in the result.
+    `overloaded`; `weight` is its share of the room against others who wait. `said` and `seed` continue an earlier attempt;
+    `said_logprobs`, one a token or none, come back in the result.
     """
 
     request_id: str
@@ -101,6 +102,7 @@ class Call:
     tenant: str = ""
     deadline_ns: int = 0
     waits: bool = False
+    weight: int = 1
     source: Source | None = None
     epoch: int = 0
     attempt: int = 1

@@ -208,7 +208,12 @@ class Generation:
             trace.accepted(resolved.request.sampling, len(ids), sum(len(said) for said in call.said))
             self._report_admission()
             ticket = await self._admission.enter(
-                call.request_id, call.tenant, resolved.cost_tokens, deadline_ns=deadline_ns, waits=call.waits
+                call.request_id,
+                call.tenant,
+                resolved.cost_tokens,
+                deadline_ns=deadline_ns,
+                waits=call.waits,
+                weight=call.weight,
             )
             try:
                 self._check_entering(call.request_id)

@@ -8,7 +8,6 @@ The broker may be away at start or later: `run` begins anew with back-off, and r
 """
 
 import asyncio
-import functools
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 import structlog
@@ -22,6 +21,7 @@ from service.config import KafkaSection
 from service.errors import SetupError
 from service.kafka import membership
 from service.kafka.assignment import Assignment
+from service.kafka.backlog import Backlog
 from service.kafka.budget import IntakeBudget, estimate
 from service.kafka.completion import Commits
 from service.kafka.handler import PromptHandler
@@ -29,7 +29,7 @@ from service.kafka.ownership import OwnedPartition, Partitions
 from service.kafka.records import InRecord, TopicPartition
 from service.kafka.result_keys import ResultKeys
 from service.kafka.resume import ChunkReading
-from service.kafka.topics import WEIGHTS, Topics
+from service.kafka.topics import WEIGHTS, Topics, turns
 from service.kafka.unreadable import UNREADABLE, Unreadable
 from service.telemetry.metrics import KafkaMetrics
 
@@ -77,6 +77,7 @@ class PromptConsumer(ConsumerRebalanceListener):
         self._make_consumer, self._make_admin, self._prepare = make_consumer, make_admin, prepare
         self._explain, self._reading, self._result_keys = explain, reading, result_keys
         self._wall_ns = wall_ns
+        self._backlog = Backlog()
         self._engine_alive, self._on_state = engine_alive, on_state
         self._commits: Commits | None = None
         self._handler: PromptHandler | None = None
@@ -191,6 +192,7 @@ class PromptConsumer(ConsumerRebalanceListener):
     def _lose(self, owned: OwnedPartition) -> None:
         self._partitions.lose(owned.partition)
         self._paused.discard(owned.partition)
+        self._backlog.forget(owned.partition)
         self._metrics.forget(*owned.partition)
 
     def _revoke_all(self) -> None:
@@ -251,7 +253,13 @@ class PromptConsumer(ConsumerRebalanceListener):
                     for owned in partitions:
                         if owned.state != "lost":
                             lag = max(ends[ClientPartition(*owned.partition)] - owned.tracker.low, 0)
-                            self._metrics.lag(*owned.partition, lag)
+                            age_s = self._backlog.seconds(
+                                owned.partition,
+                                next_offset=owned.tracker.next_offset,
+                                end=ends[ClientPartition(*owned.partition)],
+                                now_ms=self._wall_ns() // 1_000_000,
+                            )
+                            self._metrics.lag(*owned.partition, lag, age_s)
                     self._report(True, self._unreadable.reason)
             except (KafkaError, TimeoutError) as error:
                 self._report(False, f"the broker does not answer ({type(error).__name__})")
@@ -312,10 +320,7 @@ class PromptConsumer(ConsumerRebalanceListener):
                 consumer.pause(ClientPartition(*owned.partition))
             self._metrics.window(*owned.partition, owned.tracker.used)
         self._metrics.intake(tokens=self._budget.used, paused_partitions=len(self._paused))
-        weight = {partition: WEIGHTS[classes[partition.topic]] for partition in readable}
-        lightest = min(weight.values(), default=1)
-        rounds = max(weight.values(), default=0) // lightest
-        return [partition for turn in range(rounds) for partition in readable if weight[partition] > turn * lightest]
+        return turns({partition: WEIGHTS[classes[partition.topic]] for partition in readable})
 
     def _may_read(self, owned: OwnedPartition) -> bool:
         if not self._polling or not self._engine_alive() or not self._budget.open(self._topics.classes[owned.partition.topic]):
@@ -335,6 +340,7 @@ class PromptConsumer(ConsumerRebalanceListener):
                 return index
             if not self._may_take(owned, record):
                 owned.tracker.skip_to(record.offset)
+                self._backlog.refused(partition, record.offset, record.timestamp)
                 consumer.seek(ClientPartition(*partition), record.offset)
                 self._metrics.records(partition.topic, index)
                 return index
@@ -356,7 +362,12 @@ class PromptConsumer(ConsumerRebalanceListener):
         if said is not None or record.offset < owned.redelivered_below:
             self._metrics.redelivered("resumed" if said is not None and said.num_tokens else "repeated")
         self._budget.hold(cost)
-        release = functools.partial(self._budget.release, cost)
+        self._backlog.took(owned.partition, record.offset, record.timestamp)
+
+        def release() -> None:
+            self._budget.release(cost)
+            self._backlog.ended(owned.partition, record.offset)
+
         owned.run(record.offset, self._handler.handle(record, owned, said, release=release))
 
     def _report(self, served: bool, reason: str) -> None:

@@ -28,7 +28,7 @@ from service.kafka.ownership import OwnedPartition
 from service.kafka.records import HEADER_IDEMPOTENCY, InRecord
 from service.kafka.result_keys import ResultKeys
 from service.kafka.terminal import Ending, Taken, Terminals
-from service.kafka.topics import Topics
+from service.kafka.topics import WEIGHTS, Topics
 from service.telemetry import names, tracing
 from service.telemetry.metrics import KafkaMetrics
 
@@ -80,7 +80,7 @@ class PromptHandler:
         self._commits = commits
         self._chunks = chunks
         self._cancels, self._result_keys = cancels, result_keys
-        self._section = section
+        self._section, self._classes = section, topics.classes
         listener = None if chunks is None else chunks.listener
         self._terminals = Terminals(
             topics, max_bytes=section.max_result_bytes, spans=spans, metrics=metrics, wall_ns=wall_ns, listener=listener
@@ -197,9 +197,10 @@ class PromptHandler:
             request_id=taken.request_id,
             transport=TRANSPORT,
             parent=tracing.context_of(span),
-            tenant=read.tenant,
+            tenant=read.tenant or self._section.tenant_of(taken.envelope.source.topic),
             deadline_ns=deadline_ns,
             waits=True,
+            weight=WEIGHTS[self._classes.get(taken.envelope.source.topic, "standard")],
             source=taken.envelope.source,
             epoch=taken.owned.epoch,
             attempt=taken.attempt,

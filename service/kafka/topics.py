@@ -1,12 +1,13 @@
 """Topic names, their settings, and their creation. Whether a cluster's topics fit together: `topic_check.py`."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import TopicAlreadyExistsError, for_code
 
 from service.kafka.budget import QueueClass
+from service.kafka.records import TopicPartition
 
 CLASSES: tuple[QueueClass, ...] = ("interactive", "standard", "batch")
 WEIGHTS: dict[QueueClass, int] = {"interactive": 8, "standard": 4, "batch": 1}
@@ -60,6 +61,13 @@ class Topics:
             self.dead_letters: {"cleanup.policy": "delete", "retention.ms": str(28 * 24 * _HOUR_MS)},
             self.control: {"cleanup.policy": "delete", "retention.ms": str(24 * _HOUR_MS)},
         }
+
+
+def turns(weights: Mapping[TopicPartition, int]) -> list[TopicPartition]:
+    """One rotation of the poll loop: each partition as often as it weighs against the lightest that is there, spread out."""
+    lightest = min(weights.values(), default=1)
+    rounds = max(weights.values(), default=0) // lightest
+    return [partition for turn in range(rounds) for partition, weight in weights.items() if weight > turn * lightest]
 
 
 async def create(

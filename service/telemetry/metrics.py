@@ -163,6 +163,9 @@ class KafkaMetrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         by = ("topic", "partition")
         self._lag = Gauge(names.METRIC_KAFKA_LAG, "Records behind the end of the partition", by, registry=registry)
+        self._backlog = Gauge(
+            names.METRIC_KAFKA_BACKLOG_S, "Age of the oldest prompt of the partition that has not ended", by, registry=registry
+        )
         self._window = Gauge(names.METRIC_KAFKA_WINDOW, "Offsets taken and not yet committed", by, registry=registry)
         self._intake = Gauge(names.METRIC_KAFKA_INTAKE_TOKENS, "Estimated tokens taken and unfinished", registry=registry)
         self._paused = Gauge(names.METRIC_KAFKA_PAUSED, "Partitions held back", registry=registry)
@@ -190,9 +193,10 @@ class KafkaMetrics:
         """A prompt was answered with the result of an earlier one, whose idempotency key it had."""
         self._duplicates.inc()
 
-    def lag(self, topic: str, partition: int, records: int) -> None:
-        """Records between the position and the end of an owned partition."""
+    def lag(self, topic: str, partition: int, records: int, oldest_s: float = 0.0) -> None:
+        """Records between the position and the end of an owned partition, and the age of the oldest that has not ended."""
         self._lag.labels(topic, partition).set(records)
+        self._backlog.labels(topic, partition).set(oldest_s)
 
     def window(self, topic: str, partition: int, offsets: int) -> None:
         """Offsets of an owned partition that are taken and not committed."""
@@ -200,7 +204,7 @@ class KafkaMetrics:
 
     def forget(self, topic: str, partition: int) -> None:
         """The partition is owned no longer; unknown ones are ignored."""
-        for gauge in (self._lag, self._window):
+        for gauge in (self._lag, self._backlog, self._window):
             gauge.remove_by_labels({"topic": topic, "partition": str(partition)})
 
     def intake(self, *, tokens: int, paused_partitions: int) -> None:

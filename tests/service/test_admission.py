@@ -124,6 +124,43 @@ async def test_those_who_wait_enter_in_order_and_tenants_in_turn() -> None:
     assert intake.num_waiting == 0
 
 
+async def entered_order(tokens: int, lines: dict[str, tuple[int, int, int]]) -> list[str]:
+    """Who enters, in order, where room for one comes free at a time. `lines`: tenant -> (prompts, tokens of each, weight)."""
+    intake = admission(requests=1_000, tokens=tokens)
+    first = await intake.enter("first", "", int(tokens * 0.875))
+    order: list[str] = []
+
+    async def wait(tenant: str, number: int, cost: int, weight: int) -> None:
+        ticket = await intake.enter(f"{tenant}{number}", tenant, cost, waits=True, weight=weight)
+        order.append(tenant)
+        ticket.release()
+
+    waiting = await settle(
+        *(wait(tenant, number, cost, weight) for tenant, (count, cost, weight) in lines.items() for number in range(count))
+    )
+    first.release()
+    await asyncio.gather(*waiting)
+    return order
+
+
+async def test_a_tenant_of_large_prompts_gets_no_more_tokens_than_one_of_small_ones() -> None:
+    order = await entered_order(100, {"large": (10, 80, 1), "small": (80, 10, 1)})
+    eighth = len([name for name in order[: order.index("large", order.index("large") + 1)] if name == "small"])
+    assert 7 <= eighth <= 17
+    half = order[: len(order) // 2]
+    assert abs(half.count("large") * 80 - half.count("small") * 10) <= 80
+
+
+async def test_many_prompts_of_one_tenant_do_not_hold_up_another() -> None:
+    order = await entered_order(100, {"many": (100, 10, 1), "few": (3, 10, 1)})
+    assert [place for place, name in enumerate(order) if name == "few"] == [1, 3, 5]
+
+
+async def test_room_is_shared_by_weight() -> None:
+    order = await entered_order(100, {"batch": (90, 10, 1), "interactive": (90, 10, 8)})
+    assert 7 <= order[:45].count("interactive") / order[:45].count("batch") <= 9
+
+
 async def test_no_one_overtakes_a_large_prompt_at_the_head_of_the_line() -> None:
     intake = admission()
     first = await intake.enter("a", "", 500)
