@@ -46,6 +46,7 @@ async def test_batch_waits_first_and_its_waiting_shows(broker: Broker) -> None:
     # A record of this size is taken for 25 tokens or so: batch stops after two, the others after four.
     section = broker.section(intake_high_tokens=80, intake_low_tokens=40, max_poll_records=1)
     async with serving(section, generation, metrics=metrics) as transport:
+        await eventually(lambda: transport.status().partitions == 4)
         publish(broker, "batch", *(f"hold batch {number}" for number in range(5)))
         await eventually(lambda: transport.status().paused_partitions == 1)
         held = len(generation.calls)
@@ -68,7 +69,8 @@ async def test_the_tenant_is_the_topics_unless_its_header_is_believed(broker: Br
     owners, num_sent = (f"{broker.topics.prompts}.batch=backfill",), 0
     for trusted, expected in ((False, {"a": "backfill", "b": ""}), (True, {"c": "header", "d": "header"})):
         generation = FakeGeneration()
-        async with serving(broker.section(topic_tenants=owners, trusted_tenant_header=trusted), generation):
+        async with serving(broker.section(topic_tenants=owners, trusted_tenant_header=trusted), generation) as transport:
+            await eventually(lambda seen=transport: seen.status().partitions == 4)
             batch, other = expected
             publish(broker, "batch", batch, headers={"sluice-tenant": b"header"})
             publish(broker, "standard", other, headers={"sluice-tenant": b"header"})
