@@ -17,12 +17,12 @@ from service.kafka.topics import Topics
 
 _TIMEOUT_S = 5.0
 
-Resource = Literal["topic", "group"]
+Resource = Literal["topic", "group", "transactional-id"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Permission:
-    """An operation in Kafka's words. Read and Write imply Describe."""
+    """An operation in Kafka's words. Read and Write imply Describe. A transactional id's name is a prefix."""
 
     resource: Resource
     name: str
@@ -31,11 +31,16 @@ class Permission:
 
 
 def needed(topics: Topics, group_id: str, *, chunks: bool = True) -> tuple[Permission, ...]:
-    """What the service needs; of class topics, each that is used needs what the prompts topic does. `chunks`: they are written."""
+    """What the service needs for exactly once; of class topics, each that is used needs what the prompts topic does.
+
+    `chunks`: they are written.
+    """
     wanted = [
         (topics.prompts, "Read", "takes prompts"),
         (topics.results, "Write", "writes results"),
+        (topics.results, "Read", "knows which idempotency keys were answered"),
         (topics.dead_letters, "Write", "writes dead letters"),
+        (topics.dead_letters, "Read", "tries at start what the broker's transactions are worth"),
         (topics.control, "Read", "hears cancels"),
     ]
     if chunks:
@@ -44,7 +49,13 @@ def needed(topics: Topics, group_id: str, *, chunks: bool = True) -> tuple[Permi
             (topics.chunks, "Read", "continues what another replica began"),
         ]
     joins = Permission(resource="group", name=group_id, operation="Read", reason="joins the group, commits its progress")
-    return (*(Permission(resource="topic", name=name, operation=op, reason=why) for name, op, why in wanted), joins)
+    once = Permission(
+        resource="transactional-id",
+        name=f"{topics.prefix}{group_id}.",
+        operation="Write",
+        reason="writes results and progress in one transaction",
+    )
+    return (*(Permission(resource="topic", name=name, operation=op, reason=why) for name, op, why in wanted), joins, once)
 
 
 def lacking(
@@ -71,7 +82,8 @@ def lacking(
     }
     found = []
     for one in wanted.values():
-        operations = allowed[one.resource].get(one.name)
+        # Of transactional ids the broker tells nothing: `delivery.choose` finds out by using one.
+        operations = allowed.get(one.resource, {}).get(one.name)
         if operations is not None and one.operation.upper() not in operations:
             what = f"these credentials may not {one.operation} this {one.resource}: Sluice {one.reason}"
             how = f"kafka-acls.sh --add --allow-principal User:... --operation {one.operation} --{one.resource} {one.name}"

@@ -87,20 +87,27 @@ def secured(broker: Broker, security: dict[str, Any]) -> KafkaSection:
 def documented(topics: Topics, group: str) -> set[Right]:
     """(operation, kind, name) of each command in the runbook, with these names in place of the default ones."""
     found = re.findall(
-        r"^kafka-acls.sh --add .*--operation (\w+) +--(topic|group) (\S+)", RUNBOOK.read_text("utf-8"), re.MULTILINE
+        r"^kafka-acls.sh --add .*--operation (\w+) +--(topic|group|transactional-id) (\S+)",
+        RUNBOOK.read_text("utf-8"),
+        re.MULTILINE,
     )
     default = Topics("sluice.")
     ours = {
         getattr(default, name): getattr(topics, name) for name in ("prompts", "results", "chunks", "dead_letters", "control")
     }
-    return {(operation, kind, ours[name] if kind == "topic" else group) for operation, kind, name in found}
+    ours |= {"sluice": group, "sluice.sluice.": f"{topics.prefix}{group}."}
+    return {(operation, kind, ours[name]) for operation, kind, name in found}
+
+
+def pattern(kind: str) -> ResourcePatternType:
+    return ResourcePatternType.PREFIXED if kind == "transactional-id" else ResourcePatternType.LITERAL
 
 
 def grant(server: SecureKafka, rights: set[Right]) -> None:
     admin = AdminClient({"bootstrap.servers": server.bootstrap})
     bindings = [
         AclBinding(
-            ResourceType[kind.upper()], name, ResourcePatternType.LITERAL, f"User:{USER}", "*", AclOperation[operation.upper()],
+            ResourceType[kind.upper().replace("-", "_")], name, pattern(kind), f"User:{USER}", "*", AclOperation[operation.upper()],
             AclPermissionType.ALLOW,
         )
         for operation, kind, name in rights
@@ -186,6 +193,8 @@ async def test_with_one_right_fewer_it_serves_nothing_and_says_which(server: Sec
             operation, kind, name = rights.pop(index)
             grant(server, set(rights))
             missing = f"these credentials may not {operation} this {kind}"
+            if kind == "transactional-id":
+                missing = f"these credentials may not use the transactional ids {name}*"
             together.create_task(reason(missing, set(rights), broker), name=name)
 
 
