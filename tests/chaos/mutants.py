@@ -181,13 +181,23 @@ def _commit_after_revoke() -> None:
 
 
 def _exit_before_commit() -> None:
-    """What a stopping replica gives back counts as done."""
-    from service.kafka.tracker import PartitionTracker
+    """A stopping replica commits the offsets of what runs, and ends before the results."""
+    import os
 
-    def release(self: Any, offset: int) -> None:
-        self.complete(offset)
+    from service.kafka.completion import Completion
+    from service.kafka.transport import KafkaTransport
 
-    PartitionTracker.release = release  # type: ignore[method-assign]
+    async def drain(self: Any, grace_s: float) -> bool:
+        for owned in self._partitions:
+            for offset in owned.tracker.running:
+                empty = Completion(
+                    owned=owned, offset=offset, records=(), replacement=lambda num_taken: (), settled=lambda durable: None
+                )
+                self._commits.submit(empty)
+        await self._commits.flush(5.0)
+        os._exit(0)
+
+    KafkaTransport.drain = drain  # type: ignore[method-assign]
 
 
 def _done_when_taken() -> None:
@@ -303,7 +313,7 @@ MUTANTS: dict[str, Mutant] = {
         faults=PAUSES,
     ),
     "exit-before-commit": Mutant(
-        what="what a stopping replica gives back counts as done",
+        what="a stopping replica commits the offsets of what runs, and ends before the results",
         plant=_exit_before_commit,
         breaks=("lost", "torn"),
         faults=STOPS,
