@@ -218,6 +218,10 @@ async def end(producer: AIOKafkaProducer) -> None:
         end.add_done_callback(_seen)
     producer._closed = True
     await asyncio.wait(ends, timeout=_STOP_S)
+    # The sender may have opened a connection in between.
+    again = asyncio.ensure_future(producer.client.close())
+    again.add_done_callback(_seen)
+    await asyncio.wait({again}, timeout=_STOP_S)
 
 
 def _seen(future: "asyncio.Future[Any]") -> None:
