@@ -177,12 +177,14 @@ private:
         else return Simd::add_pair_products(sum, x, weights);
     }
 
-    // Times the outputs' scales; byte dots took the rows' numbers plus 128. The rows' scales follow in the epilogue.
+    // Unrolled like every loop over sums: an index would put all of them in memory. Times the outputs' scales; byte dots took the rows' numbers plus 128. The rows' scales follow in the epilogue.
     template <int R, int V>
     SLUICE_INLINE static void finish(const I (&sum)[R][V], const uint8_t* scales, int64_t panel_bytes, float* out) {
+#pragma GCC unroll 12
         for (int v = 0; v < V; ++v) {
             const float* scale = (const float*)(scales + v / panel_vectors * panel_bytes) + v % panel_vectors * width;
             F factor = Simd::load(scale);
+#pragma GCC unroll 8
             for (int r = 0; r < R; ++r) {
                 I products = sum[r][v];
                 if constexpr (Simd::byte_dot) products = Simd::sub_lanes(products, Simd::load_lanes(scale + panel_outputs));
