@@ -1,5 +1,6 @@
 """Fixtures that rooms share: real servers, started once a session."""
 
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +10,19 @@ from tests.servers import jaeger, kafka
 
 # Brokers, children and tests share the cores.
 prefer_short_spin()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _collected_between_modules() -> Iterator[None]:
+    """Destructors run here and nowhere else.
+
+    A destructor that warns formats a traceback, which parses source; inside another parse (an assertion that is being explained)
+    Python 3.11 answers "AST constructor recursion depth mismatch" and the run ends without a summary.
+    """
+    gc.disable()
+    yield
+    gc.collect()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

@@ -125,9 +125,11 @@ def _alone(directory: Path) -> Iterator[None]:
 def _build(library: Path, tell: Callable[[str], None]) -> None:
     from torch.utils import cpp_extension
 
+    # The interpreter's own folder has the ninja that was installed beside it, whether or not the environment is activated.
+    os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
+    os.environ["CXX"] = _compiler()
     if not cpp_extension.is_ninja_available():
         raise BuildError("ninja is missing; pip install ninja")
-    os.environ["CXX"] = _compiler()
     tell("building the C++ operators for this processor, once (about a minute)")
     built = runnable()
     sources = [

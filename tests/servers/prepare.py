@@ -1,4 +1,4 @@
-"""Fetches and builds what the tests run against, once: the real model, Apache Kafka, Jaeger. `make test` calls it.
+"""Fetches and builds what the tests run against, once: the real model, the C++ operators, Apache Kafka, Jaeger. `make test` calls it.
 
 As root on Debian it installs what Debian has (Java, Maven). Otherwise each missing tool is named in one line and the exit code
 is 3: nothing is skipped in silence.
@@ -11,19 +11,21 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+from kernels.cpu import choose
 from service.cli.demo_model import ensure_demo_model
 from service.errors import SetupError
 from tests.servers import jaeger, kafka
 
-DEBIAN = {"java": "default-jre-headless", "mvn": "maven"}
+DEBIAN = {"g++": "g++", "java": "default-jre-headless", "mvn": "maven"}
+KAFKAS_OWN = ("java", "mvn")
 
 
 def main() -> int:
-    if not kafka.external():
-        _install([tool for tool in DEBIAN if shutil.which(tool) is None])
+    unneeded = KAFKAS_OWN if kafka.external() else ()
+    _install([tool for tool in DEBIAN if tool not in unneeded and shutil.which(tool) is None])
     # The model waits on the network and the Jaeger build on the processor: side by side.
     with ThreadPoolExecutor() as pool:
-        jobs = [pool.submit(_told, "the model", ensure_demo_model)]
+        jobs = [pool.submit(_told, "the model", ensure_demo_model), pool.submit(_told, "the C++ operators", _operators)]
         if not kafka.external():
             jobs.append(pool.submit(_told, f"Apache Kafka {kafka.VERSION}", kafka.libraries))
         if not os.environ.get(jaeger.ENVIRONMENT):
@@ -38,6 +40,13 @@ def main() -> int:
     for job in jobs:
         job.result()
     return 0
+
+
+def _operators() -> None:
+    """Built now, so that no test waits for the compiler. Without one the engine is tested on plain torch."""
+    choice = choose("auto")
+    if not choice.instruction_set:
+        print(f"the engine is tested on {choice.reason}", flush=True)
 
 
 def _told(what: str, prepare: object) -> None:
