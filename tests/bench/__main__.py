@@ -7,7 +7,18 @@ import sys
 
 from engine.openmp import prefer_short_spin
 
-BENCHMARKS = ("decode", "prefix", "waste", "scheduler", "startup", "service", "service_load", "service_overhead", "operators")
+BENCHMARKS = (
+    "decode",
+    "prefix",
+    "waste",
+    "scheduler",
+    "startup",
+    "service",
+    "service_load",
+    "service_overhead",
+    "operators",
+    "quality",
+)
 
 
 def main() -> int:

@@ -22,14 +22,15 @@ def load(model_dir: Path, cpu_isa: str = "auto", **settings: str) -> LoadedModel
 class Sequences:
     """`count` sequences, each with its own blocks of one pool; sequence i owns blocks i, count + i, 2 * count + i, …"""
 
-    def __init__(self, loaded: LoadedModel, count: int, max_len: int) -> None:
+    def __init__(self, loaded: LoadedModel, count: int, max_len: int, block_size: int = BLOCK) -> None:
         self.model, spec = loaded.model, loaded.spec
-        self.num_blocks = -(-max_len // BLOCK)
+        self.block_size = block_size
+        self.num_blocks = -(-max_len // block_size)
         cache = KVCacheSpec(
             num_layers=spec.num_layers,
             num_kv_heads=spec.num_kv_heads,
             head_dim=spec.head_dim,
-            block_size=BLOCK,
+            block_size=block_size,
             dtype=spec.dtype,
         )
         self.backend = make_backend("auto", CPU, for_device("cpu"), cache)
@@ -44,7 +45,7 @@ class Sequences:
         for i in order:
             places = torch.arange(self.computed[i], self.computed[i] + len(chunks[i]))
             positions.append(places)
-            slots.append(self.tables[i].long()[places // BLOCK] * BLOCK + places % BLOCK)
+            slots.append(self.tables[i].long()[places // self.block_size] * self.block_size + places % self.block_size)
             starts.append(starts[-1] + len(chunks[i]))
             self.computed[i] += len(chunks[i])
         metadata = AttentionMetadata(
