@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from kernels.cpu import choose
 from service.cli.demo_model import ensure_demo_model
@@ -18,11 +19,14 @@ from tests.servers import jaeger, kafka
 
 DEBIAN = {"g++": "g++", "java": "default-jre-headless", "mvn": "maven"}
 KAFKAS_OWN = ("java", "mvn")
+SIMDE = Path("/usr/include/simde/x86/avx512.h")
+"""What emulates the instruction sets that this processor lacks, for the tests of the operators."""
 
 
 def main() -> int:
     unneeded = KAFKAS_OWN if kafka.external() else ()
-    _install([tool for tool in DEBIAN if tool not in unneeded and shutil.which(tool) is None])
+    missing = [DEBIAN[tool] for tool in DEBIAN if tool not in unneeded and shutil.which(tool) is None]
+    _install(missing if SIMDE.exists() else [*missing, "libsimde-dev"])
     # The model waits on the network and the Jaeger build on the processor: side by side.
     with ThreadPoolExecutor() as pool:
         jobs = [pool.submit(_told, "the model", ensure_demo_model), pool.submit(_told, "the C++ operators", _operators)]
@@ -57,10 +61,9 @@ def _told(what: str, prepare: object) -> None:
         print(f"{what} is ready ({took:.0f} s)", flush=True)
 
 
-def _install(missing: list[str]) -> None:
-    if not missing or os.geteuid() != 0 or shutil.which("apt-get") is None:
+def _install(packages: list[str]) -> None:
+    if not packages or os.geteuid() != 0 or shutil.which("apt-get") is None:
         return
-    packages = [DEBIAN[tool] for tool in missing]
     print(f"installing {', '.join(packages)} with apt-get …", flush=True)
     environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
     for command in (["apt-get", "update", "-qq"], ["apt-get", "install", "-y", "-qq", "--no-install-recommends", *packages]):

@@ -1,0 +1,70 @@
+"""A pytest plugin: the C++ operators with AVX-512 emulated by SIMDe stand in for those that this machine would build.
+
+`pytest -p tests.kernels.emulation.plugin tests/kernels/test_cpu_linear.py` then runs each test for the instruction sets of `EMULATED`.
+"""
+
+import hashlib
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch.utils import cpp_extension
+
+from kernels.cpu import build
+
+EMULATED = ("avx512_bf16", "avx512_vnni", "avx512")
+HERE = Path(__file__).resolve().parent
+
+
+def library() -> Path:
+    """Builds what is emulated, once for these sources; scalar is in it, as in every build."""
+    sources = sorted([*build._SOURCES.glob("*.cpp"), *build._SOURCES.glob("*.h"), HERE / "immintrin.h"])
+    told = hashlib.sha256(torch.__version__.encode())
+    for source in sources:
+        told.update(source.name.encode() + source.read_bytes())
+    directory = build.library_path().parent.parent / f"emulated-{told.hexdigest()[:16]}"
+    built = directory / "sluice_cpu.so"
+    with build._alone(directory):
+        if not built.exists():
+            _build(sources, built)
+    return built
+
+
+def _build(sources: list[Path], built: Path) -> None:
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    with tempfile.TemporaryDirectory(dir=built.parent) as work:
+        place = Path(work)
+        for source in sources:
+            lines = source.read_text("utf-8").splitlines(keepends=True)
+            # With the target named, the compiler would use the instructions that are to be emulated.
+            kept = [line for line in lines if not (source.name.startswith("isa_avx512") and "#pragma GCC target" in line)]
+            if source.name == "dispatch.cpp":
+                kept.insert(0, "#define __builtin_cpu_supports(name) 1\n")
+            (place / source.name).write_text("".join(kept), "utf-8")
+        names = (
+            "bindings.cpp",
+            "attention_bindings.cpp",
+            "dispatch.cpp",
+            "isa_scalar.cpp",
+            *(f"isa_{name}.cpp" for name in EMULATED),
+        )
+        (place / "objects").mkdir()
+        cpp_extension.load(
+            "sluice_cpu",
+            [str(place / name) for name in names],
+            extra_cflags=[
+                *build._FLAGS, "-O1", "-mavx2", "-mfma", "-mf16c", f"-I{place}",
+                *(f"-DSLUICE_HAS_{name}" for name in EMULATED),
+            ],
+            extra_ldflags=["-fopenmp"],
+            build_directory=str(place / "objects"),
+            is_python_module=False,
+        )  # fmt: skip
+        shutil.move(place / "objects" / "sluice_cpu.so", built)
+
+
+torch.ops.load_library(str(library()))
+build.runnable = lambda: EMULATED

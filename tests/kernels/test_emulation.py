@@ -1,0 +1,31 @@
+"""The instruction sets that this machine lacks, emulated: every test of the C++ operators once more."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kernels.cpu.build import runnable
+from tests.servers.prepare import SIMDE
+
+ROOT = Path(__file__).resolve().parents[2]
+SUITES = ("test_cpu_linear.py", "test_cpu_attention.py", "test_sampling.py")
+
+
+@pytest.mark.skipif("avx512_bf16" in runnable(), reason="this processor runs every instruction set itself")
+@pytest.mark.skipif(not SIMDE.exists(), reason=f"{SIMDE} is missing: install SIMDe (Debian: libsimde-dev)")
+@pytest.mark.timeout(900)
+def test_the_operators_with_avx512_emulated_are_their_twins() -> None:
+    arguments = [
+        "-p",
+        "tests.kernels.emulation.plugin",
+        "-q",
+        "-x",
+        "-k",
+        "not fuzz",
+        *(f"tests/kernels/{name}" for name in SUITES),
+    ]
+    done = subprocess.run([sys.executable, "-m", "pytest", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert " passed" in done.stdout
