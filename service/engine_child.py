@@ -139,18 +139,27 @@ def spawner(extra_environment: Mapping[str, str] | None = None) -> Spawn:
         ours, theirs = socket.socketpair()
         with theirs:
             arguments = ("-P", "-m", "engine.worker", "--fd", str(theirs.fileno()))
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                *arguments,
-                "--config",
-                msgspec.json.encode(config).decode(),
-                pass_fds=(theirs.fileno(),),
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.STDOUT,
-                env=child_environment(os.environ) | dict(extra_environment or {}),
+            starting = asyncio.ensure_future(
+                asyncio.create_subprocess_exec(
+                    sys.executable,
+                    *arguments,
+                    "--config",
+                    msgspec.json.encode(config).decode(),
+                    pass_fds=(theirs.fileno(),),
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=asyncio.subprocess.PIPE,
+                    stderr=asyncio.subprocess.STDOUT,
+                    env=child_environment(os.environ) | dict(extra_environment or {}),
+                )
             )
-        reader, writer = await asyncio.open_unix_connection(sock=ours, limit=READ_BYTES)
+            try:
+                process = await asyncio.shield(starting)
+                reader, writer = await asyncio.open_unix_connection(sock=ours, limit=READ_BYTES)
+            except asyncio.CancelledError:
+                # The child is there, or will be in a moment, and nobody else knows of it.
+                (await starting).kill()
+                ours.close()
+                raise
         writer.transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
         return ProcessChild(process, reader, writer)
 

@@ -19,6 +19,7 @@ import structlog
 
 from engine import EngineConfig, EngineError, EngineFacts, Request, StepOutput, StepStats, TokenOutput, frames
 from engine.output import EngineFailure, EngineProgress
+from service.cancellation import end_tasks
 from service.config import EngineSection
 from service.engine_child import Child, Spawn, spawner
 from service.engine_ledger import EngineLedger
@@ -206,8 +207,7 @@ class EngineProcess:
                     await self._child.write(frames.encode(frames.Close()))
                     await self._child.wait()
         if self._supervisor is not None:
-            self._supervisor.cancel()
-            await asyncio.wait({self._supervisor})
+            await end_tasks({self._supervisor})
         self._report("closed", progress=None)
         # Nobody may be reading any more; then there is nobody to tell.
         with contextlib.suppress(TimeoutError):
@@ -353,7 +353,8 @@ class EngineProcess:
         Silence is counted in whole intervals, so that a pause of this process is not taken for one of the child's.
         """
         try:
-            await asyncio.wait_for(self._hello.wait(), self._section.start_timeout_s)
+            async with asyncio.timeout(self._section.start_timeout_s):
+                await self._hello.wait()
         except TimeoutError:
             return _Death(f"not ready within {self._section.start_timeout_s:g} s")
         silent = 0

@@ -14,6 +14,7 @@ from typing import Protocol
 import structlog
 from aiokafka.errors import IllegalStateError, KafkaError
 
+from service.cancellation import end_tasks
 from service.errors import RequestError
 from service.kafka.completion import Completion
 from service.kafka.output import Output
@@ -92,9 +93,7 @@ class Committer:
                     self._wake.set()
                 await asyncio.sleep(pause_s)
         finally:
-            for task in self._writes:
-                task.cancel()
-            await asyncio.gather(*self._writes, return_exceptions=True)
+            await end_tasks(self._writes)
 
     async def commit(self, timeout_s: float = COMMIT_TIMEOUT_S) -> bool:
         """Commits what is done now; False when the broker did not take it (it stays to be committed)."""

@@ -17,6 +17,7 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaConnectionError, KafkaError
 from aiokafka.structs import OffsetAndMetadata
 
+from service.cancellation import end_tasks
 from service.config import KafkaSection
 from service.errors import SetupError
 from service.kafka import membership
@@ -222,9 +223,7 @@ class PromptConsumer(ConsumerRebalanceListener):
             for task in done:
                 task.result()
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await end_tasks(tasks)
 
     async def _end_session(self) -> None:
         """Leaves the group. Partitions stay tentative: the next session's assignment says whose they are."""
@@ -236,7 +235,8 @@ class PromptConsumer(ConsumerRebalanceListener):
             if client is None:
                 continue
             try:
-                await asyncio.wait_for(getattr(client, stop)(), _STOP_S)
+                async with asyncio.timeout(_STOP_S):
+                    await getattr(client, stop)()
             except (KafkaError, OSError, TimeoutError) as error:
                 _log.info("a Kafka client did not stop in order", error=type(error).__name__)
 

@@ -185,6 +185,7 @@ class LogReader:
 
 async def _stop(stop: Callable[[], Any]) -> None:
     try:
-        await asyncio.wait_for(stop(), _STOP_S)
+        async with asyncio.timeout(_STOP_S):
+            await stop()
     except FAILURES as error:
         _log.info("a Kafka client did not stop in order", error=type(error).__name__)

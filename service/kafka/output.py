@@ -111,6 +111,7 @@ def _too_large(record: OutRecord) -> RequestError:
 
 async def _stop(producer: AIOKafkaProducer, timeout_s: float) -> None:
     try:
-        await asyncio.wait_for(producer.stop(), timeout_s)
+        async with asyncio.timeout(timeout_s):
+            await producer.stop()
     except (KafkaError, TimeoutError) as error:
         _log.warning("the producer did not stop in order", error=type(error).__name__)

@@ -72,7 +72,8 @@ class Submission:
         producer, self._producer = self._producer, None
         if producer is not None:
             try:
-                await asyncio.wait_for(producer.stop(), _STOP_S)
+                async with asyncio.timeout(_STOP_S):
+                    await producer.stop()
             except (KafkaError, TimeoutError) as error:
                 _log.info("the producer of submissions did not stop in order", error=type(error).__name__)
 

@@ -16,6 +16,7 @@ import structlog
 from aiokafka.admin import AIOKafkaAdminClient
 from opentelemetry.trace import SpanKind
 
+from service.cancellation import end_tasks
 from service.config import KafkaSection
 from service.errors import SetupError
 from service.kafka import topics as topic_tools
@@ -154,9 +155,7 @@ class KafkaTransport:
         late: set[asyncio.Task[None]] = set()
         if running:
             _, late = await asyncio.wait(running, timeout=grace_s or 0.0)
-        for task in late:
-            task.cancel()
-        await asyncio.gather(*late, return_exceptions=True)
+        await end_tasks(late)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_FLUSH_S):
                 await self._chunks.flush()
@@ -183,9 +182,7 @@ class KafkaTransport:
     async def _stop(self) -> None:
         self._state = "stopped"
         tasks, self._tasks = self._tasks, set()
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end_tasks(tasks)
         for owned in self._partitions:
             self._partitions.lose(owned.partition)
             self._metrics.forget(*owned.partition)

@@ -5,7 +5,9 @@ import os
 import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 
+import psutil
 import pytest
 
 from engine import EngineConfig, Request, SamplingParams
@@ -235,3 +237,14 @@ def test_the_first_restart_is_immediate_and_later_ones_wait_longer() -> None:
     assert delays[0] == 0.0
     assert delays == sorted(delays)
     assert delays[-1] == 5.0
+
+
+async def test_a_child_whose_start_is_cancelled_does_not_stay(tmp_path: Path) -> None:
+    before = {child.pid for child in psutil.Process().children()}
+    starting = asyncio.create_task(spawner()(EngineConfig(kind="stand-in", model_dir=str(tmp_path))))
+    # Nothing tells when a fork has happened.
+    while not (begun := [child for child in psutil.Process().children() if child.pid not in before]):  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    starting.cancel()
+    await asyncio.wait({starting})
+    assert psutil.wait_procs(begun, timeout=30)[1] == []
