@@ -177,7 +177,9 @@ def _delivery(settings: Settings) -> Check:
             if found.topics[topics.dead_letters].error is not None:
                 return Check("delivery", "note", "not tried before the topics exist (`sluice topics create`)")
         delivery = asyncio.run(choose(section, Clients(section, connection.aiokafka), topics))
-    except (SetupError, KafkaException, KafkaError, TimeoutError) as error:
+    except KafkaException:
+        return Check("delivery", "note", "not tried: the broker does not answer, see kafka")
+    except (SetupError, KafkaError, TimeoutError) as error:
         return Check("delivery", "fail", f"cannot be tried: {error or type(error).__name__}", 3)
     mode = delivery.mode.replace("_", " ")
     if delivery.mode == "exactly_once":
