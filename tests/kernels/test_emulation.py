@@ -13,8 +13,14 @@ ROOT = Path(__file__).resolve().parents[2]
 SUITES = ("test_cpu_linear.py", "test_cpu_attention.py", "test_sampling.py")
 
 
-@pytest.mark.skipif("avx512_bf16" in runnable(), reason="this processor runs every instruction set itself")
-@pytest.mark.skipif(not SIMDE.exists(), reason=f"{SIMDE} is missing: install SIMDe (Debian: libsimde-dev)")
+@pytest.mark.skipif(
+    "avx512_bf16" in runnable(),
+    reason="nothing to emulate: test_cpu_linear, test_cpu_attention and test_sampling run every instruction set on this processor",
+)
+@pytest.mark.skipif(
+    not SIMDE.exists(),
+    reason=f"{SIMDE} is missing (libsimde-dev): it runs where that is, as on Debian as root, where `make test` installs it",
+)
 @pytest.mark.timeout(900)
 def test_the_operators_with_avx512_emulated_are_their_twins() -> None:
     arguments = [
