@@ -10,7 +10,7 @@ from opentelemetry.context import Context
 
 from service.app import Core
 from service.cli import output, prompts
-from service.cli.options import ConfigFile, Json, Overrides, settings_from
+from service.cli.options import ConfigFile, Json, Overrides, Quantize, settings_from
 from service.cli.serve import loading, resolve_model
 from service.config import Settings
 from service.contract import Call, Delta, Failed, Finished, PromptRequest
@@ -33,12 +33,13 @@ def generate(
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.", show_default=False)
     ] = None,
+    quantize: Quantize = None,
     config: ConfigFile = None,
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
     """Answer one prompt here and now, without a server. Greedy unless --temperature says otherwise."""
-    settings = settings_from(config, overrides, {"model": {"path": model, "dtype": dtype}})
+    settings = settings_from(config, overrides, {"model": {"path": model, "dtype": dtype}, "engine": {"quantize": quantize}})
     request = prompts.prompt_request(
         text, raw=raw, system=system, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop
     )

@@ -3,7 +3,7 @@
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -24,6 +24,15 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option(
         "--set", "-s", metavar="SECTION.FIELD=VALUE", help="Override one setting; may be repeated.", show_default=False
+    ),
+]
+Quantize = Annotated[
+    Literal["int8", "int4"] | None,
+    typer.Option(
+        "--quantize",
+        help="Store the weights in 8 or 4 bits when they are loaded, on a CPU (engine.quantize): faster and smaller, "
+        "not quite the same model.",
+        show_default=False,
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output on standard output.")]

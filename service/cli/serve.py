@@ -15,7 +15,7 @@ from rich.markup import escape
 from service.app import App, Core, Endpoints
 from service.cli import output
 from service.cli.demo_model import ensure_demo_model
-from service.cli.options import ConfigFile, Json, Overrides, settings_from
+from service.cli.options import ConfigFile, Json, Overrides, Quantize, settings_from
 from service.config import Settings
 from service.errors import SetupError
 from service.health import HealthReport
@@ -30,6 +30,7 @@ def serve(
     config: ConfigFile = None,
     overrides: Overrides = None,
     model: Annotated[str | None, typer.Option("--model", help="A model directory (model.path).", show_default=False)] = None,
+    quantize: Quantize = None,
     brokers: Annotated[
         str | None, typer.Option("--brokers", "-b", help="Comma-separated host:port.", show_default=False)
     ] = None,
@@ -41,6 +42,7 @@ def serve(
     """Serve until SIGTERM or Ctrl-C, which drain; a second one ends at once."""
     flags: dict[str, dict[str, Any]] = {
         "model": {"path": model},
+        "engine": {"quantize": quantize},
         "kafka": {"bootstrap_servers": brokers, "embedded": embedded or None},
     }
     settings = settings_from(config, overrides, flags)

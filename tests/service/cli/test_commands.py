@@ -4,11 +4,14 @@ import json
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from service.cli import doctor
+from tests.bench.tiny import write_tiny_model
 from tests.service.cli.cli_run import Sluice
+from tests.service.tiny_tokenizer import write_model_dir
 
 
 def unused_port() -> int:
@@ -51,6 +54,8 @@ WRONG = {
     "raw results": (["tail", "--raw"], 2, "--raw goes with --chunks"),
     "no target": (["get", "a-0-1", "--target", ","], 2, "--target"),
     "nobody there": (["attach", "a-0-1", "--target", "127.0.0.1:1"], 3, "is a replica running at 127.0.0.1:1?"),
+    "no such format": (["generate", "a", "--quantize", "int3"], 2, "'int3' is not one of 'int8', 'int4'"),
+    "no such format to serve": (["serve", "--quantize", "int3"], 2, "'int3' is not one of 'int8', 'int4'"),
     "no such command": (["nonsense"], 2, "nonsense"),
 }
 
@@ -71,6 +76,21 @@ def test_a_model_that_is_not_there_is_named(sluice: Sluice, path: str, tmp_path:
     code, _, errors = sluice.run(*command)
     assert code == 2
     assert path in errors
+
+
+@pytest.mark.parametrize(
+    ("command", "wanted"), [(["generate", "a"], "int8"), (["serve", "--json", "--set", "kafka.enabled=false"], "int4")]
+)
+def test_quantize_reaches_the_engine_which_says_what_it_needs(
+    sluice: Sluice, command: list[str], wanted: str, tmp_path: Path
+) -> None:
+    write_tiny_model(write_model_dir(tmp_path))
+    code, out, errors = sluice.run(
+        *command, "--quantize", wanted, "--model", str(tmp_path),
+        "--set", "engine.cpu_isa=torch", "--set", "model.load_format=dummy", "--set", "grpc.port=0", "--set", "admin.port=0",
+    )  # fmt: skip
+    assert (code, out) == (2, "")
+    assert f"engine.quantize '{wanted}' needs the C++ operators of a CPU" in errors
 
 
 @pytest.mark.parametrize(
