@@ -21,6 +21,7 @@ class Operators:
 
     `reason` says in one sentence why it is this one. `pack_weight` and `linear` go together; None where linears are composed of a
     library's product and the operators around it. `attends`: `kernels.cpu.attention`, one call for a layer's attention, may be used.
+    `record`: `kernels.cpu.program.record`, None where calls cannot be recorded.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Operators:
     pack_weight: Callable[[Tensor, str, bool, int], Any] | None = None
     linear: Callable[..., Tensor] | None = None
     attends: bool = False
+    record: Callable[[Callable[..., Tensor], list[Tensor]], tuple[Tensor, Callable[[list[Tensor]], Tensor]]] | None = None
 
 
 def for_device(device_type: str, cpu_isa: str = "auto", tell: Callable[[str], None] = lambda what: None) -> Operators:
@@ -86,6 +88,8 @@ def _cpu(cpu_isa: str, tell: Callable[[str], None]) -> Operators:
 
 @cache
 def _native(instruction_set: str, reason: str) -> Operators:
+    from kernels.cpu.program import record
+
     native = torch.ops.sluice_cpu
     return replace(
         _reference(),
@@ -99,6 +103,7 @@ def _native(instruction_set: str, reason: str) -> Operators:
         sample=native.sample.default,
         logprobs=native.logprobs.default,
         attends=True,
+        record=record,
     )
 
 

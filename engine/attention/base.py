@@ -58,9 +58,13 @@ class AttentionMetadata:
 
 
 class AttentionBackend(Protocol):
-    """RoPE, KV write and paged attention of one layer, for a flat batch."""
+    """RoPE, KV write and paged attention of one layer, for a flat batch.
+
+    `recordable`: of a step of single tokens, `prepare` and `forward` use the metadata's tensors alone, and read none of them in Python.
+    """
 
     name: str
+    recordable: bool
 
     def allocate(self, spec: KVCacheSpec, num_blocks: int, on: device) -> tuple[LayerCache, ...]:
         """One cache a layer, zeroed."""

@@ -25,6 +25,7 @@ class CpuPagedAttention:
     """
 
     name = "cpu_paged"
+    recordable = True
 
     def allocate(self, spec: KVCacheSpec, num_blocks: int, on: device) -> tuple[LayerCache, ...]:
         """One cache a layer, zeroed; `on` is the CPU."""

@@ -35,6 +35,7 @@ class TorchPagedAttention:
     """The `AttentionBackend` of torch. A layer's keys and values of a slot lie side by side: one gather reads both."""
 
     name = "torch_paged"
+    recordable = False
 
     def allocate(self, spec: KVCacheSpec, num_blocks: int, on: device) -> tuple[LayerCache, ...]:
         """One cache a layer, zeroed: views of [num_blocks, block_size, 2, num_kv_heads, head_dim]."""

@@ -19,6 +19,7 @@ from engine.attention.base import AttentionBackend, AttentionMetadata, LayerCach
 from engine.errors import OutOfMemoryError
 from engine.execution.forward_batch import ForwardBatch
 from engine.execution.sampler import PendingSample, Sampler
+from engine.execution.single_steps import SingleSteps
 from engine.execution.slot_table import Ints, SlotTable
 from engine.scheduling.step import Chunk, ChunkResult, StepPlan, StepResult
 from kernels.ops import Operators
@@ -85,6 +86,8 @@ class Runner:
         self._block_size = block_size
         self._slots = SlotTable(num_slots=num_slots, max_tokens=max_model_len, block_size=block_size)
         self._sampler = Sampler(num_slots=num_slots, vocab_size=vocab_size, device=device, operators=operators)
+        record = operators.record if operators.record is not None and backend.recordable else None
+        self._single_steps = SingleSteps(record, self._logits) if record is not None else None
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Runs the plan to its end. Raises `OutOfMemoryError`: the step said nothing, and its sequences must be sent anew."""
@@ -106,12 +109,15 @@ class Runner:
             columns = np.array([(chunk.slot, chunk.start, chunk.num_tokens, chunk.samples) for chunk in chunks], np.int64)
             slots, starts, lengths, samples = columns.T
             sampling = samples.nonzero()[0]
-            input_ids, positions, batch = self._batch(slots, starts, lengths, sampling)
-            hidden = self._model.forward(input_ids, positions, batch)
-            if not sampling.size:
-                return Launched(chunks=chunks, slots=_NO_SLOTS, pending=None)
-            wanted = hidden if sampling.size == len(hidden) else hidden[batch.logits_indices]
-            logits = self._model.compute_logits(wanted)
+            input_ids, positions, metadata, rows = self._inputs(slots, starts, lengths, sampling)
+            if sampling.size == len(input_ids):
+                every = self._single_steps.logits if self._single_steps else self._logits
+                logits = every(input_ids, positions, metadata, rows)
+            else:
+                hidden = self._hidden(input_ids, positions, metadata, rows)
+                if not sampling.size:
+                    return Launched(chunks=chunks, slots=_NO_SLOTS, pending=None)
+                logits = self._model.compute_logits(hidden[rows])
             slots = slots[sampling]
             said = self._slots.known[slots] - self._slots.num_prompt[slots]
             return Launched(chunks=chunks, slots=slots, pending=self._sampler.launch(logits, slots, said))
@@ -134,8 +140,21 @@ class Runner:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _batch(self, slots: Ints, starts: Ints, lengths: Ints, sampling: Ints) -> tuple[Tensor, Tensor, ForwardBatch]:
-        """The flat batch of chunks, [num_seqs] each, in plan order; `sampling`: which of them sample."""
+    def _hidden(self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata, rows: Tensor) -> Tensor:
+        """[T] ids and positions to [T, H] hidden states; `rows`: those whose logits are wanted."""
+        batch = ForwardBatch(
+            attention=self._backend.prepare(metadata), backend=self._backend, caches=self._caches, logits_indices=rows
+        )
+        return self._model.forward(input_ids, positions, batch)
+
+    def _logits(self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata, rows: Tensor) -> Tensor:
+        """[T] ids and positions to [T, vocab] float32: every row's."""
+        return self._model.compute_logits(self._hidden(input_ids, positions, metadata, rows))
+
+    def _inputs(
+        self, slots: Ints, starts: Ints, lengths: Ints, sampling: Ints
+    ) -> tuple[Tensor, Tensor, AttentionMetadata, Tensor]:
+        """The flat batch of chunks, [num_seqs] each, in plan order; `sampling`: which of them sample. Last the rows that do."""
         table, block_size, num_seqs = self._slots, self._block_size, len(slots)
         seq_lens = starts + lengths
         query_start_loc = np.zeros(num_seqs + 1, np.int64)
@@ -157,13 +176,8 @@ class Runner:
             max_query_len=longest_query,
             max_seq_len=longest,
         )
-        batch = ForwardBatch(
-            attention=self._backend.prepare(metadata),
-            backend=self._backend,
-            caches=self._caches,
-            logits_indices=self._to_device(query_start_loc[1:][sampling] - 1),
-        )
-        return self._to_device(table.tokens[row, positions]), self._to_device(positions.copy()), batch
+        rows = self._to_device(query_start_loc[1:][sampling] - 1)
+        return self._to_device(table.tokens[row, positions]), self._to_device(positions.copy()), metadata, rows
 
     def _to_device(self, array: NDArray[np.generic]) -> Tensor:
         tensor = torch.from_numpy(array)

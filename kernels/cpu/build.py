@@ -134,7 +134,13 @@ def _build(library: Path, tell: Callable[[str], None]) -> None:
     built = runnable()
     sources = [
         _SOURCES / name
-        for name in ("bindings.cpp", "attention_bindings.cpp", "dispatch.cpp", *(f"isa_{isa}.cpp" for isa in built))
+        for name in (
+            "bindings.cpp",
+            "attention_bindings.cpp",
+            "program.cpp",
+            "dispatch.cpp",
+            *(f"isa_{isa}.cpp" for isa in built),
+        )
     ]
     flags = [*_FLAGS, *(f"-DSLUICE_HAS_{isa}" for isa in built)]
     with tempfile.TemporaryDirectory(dir=library.parent) as work:

@@ -1,0 +1,72 @@
+"""A function of tensors, recorded once as the operators that it called, and run again without Python between them.
+
+Between two calls of a layer, Python costs 15 µs where arithmetic has just emptied the caches, which is every call of a step; a recorded
+call costs one (`python -m tests.bench.step`). The program is right for inputs of the shapes and strides it was recorded with, save
+dimensions that only operators look at, and for a function that reads no value of its inputs in Python: a read that torch sees is
+refused. Tensors that are neither inputs nor made by the function are kept and used again as they are: weights, caches.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+Program = Callable[[list[Tensor]], Tensor]
+
+
+class RecordError(Exception):
+    """The function looked at a number inside a tensor, so that its calls depend on more than shapes, or calls an operator with what
+    a program does not hold: a number in a tensor's place, a list of tensors."""
+
+
+def record(function: Callable[..., Tensor], inputs: list[Tensor]) -> tuple[Tensor, Program]:
+    """Calls `function(*inputs)`; gives its result and the same calls as a program. Raises `RecordError`.
+
+    The operators are there once `kernels.cpu.choose` has loaded them. Raises whatever the function raises.
+    """
+    program = torch.classes.sluice_cpu.Program(len(inputs))
+    with _Recorder(program, inputs) as recorder:
+        result = function(*inputs)
+    program.finish(recorder.register(result))
+    return result, program.run
+
+
+class _Recorder(TorchDispatchMode):
+    """Adds every operator call to the program. Keeps each tensor that it saw alive, so that none is taken for another."""
+
+    def __init__(self, program: Any, inputs: list[Tensor]) -> None:
+        super().__init__()
+        self._program = program
+        self._registers = {id(tensor): i for i, tensor in enumerate(inputs)}
+        self._kept: list[Any] = list(inputs)
+
+    def register(self, tensor: Tensor) -> int:
+        """Where the tensor stands; raises `KeyError` when no call made it."""
+        return self._registers[id(tensor)]
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        named = kwargs or {}
+        given = func(*args, **named)
+        missing = func._schema.arguments[len(args) :]
+        arguments = [*args, *(named.get(argument.name, argument.default_value) for argument in missing)]
+        values = given if isinstance(given, tuple | list) else (given,)
+        if not all(isinstance(value, Tensor) for value in values):
+            raise RecordError(f"the function reads a number of a tensor ({func})")
+        for argument, one in zip(func._schema.arguments, arguments, strict=True):
+            in_list = isinstance(one, list | tuple) and any(isinstance(part, Tensor) for part in one)
+            if in_list or (str(argument.type) == "Tensor" and not isinstance(one, Tensor)):
+                raise RecordError(f"the function gives {func} a number or a list for the tensor {argument.name}")
+        reads = [self._registers.get(id(one), -1) if isinstance(one, Tensor) else -1 for one in arguments]
+        # An integer may stand where the schema says float; a constant has to be of the schema's own type.
+        typed = [
+            float(one) if isinstance(one, int) and str(argument.type) == "float" else one
+            for one, argument in zip(arguments, func._schema.arguments, strict=True)
+        ]
+        first = self._program.call(func._schema.name, func._schema.overload_name, tuple(typed), reads, len(values))
+        self._kept += [*args, *values]
+        self._registers.update({id(value): first + i for i, value in enumerate(values)})
+        return given

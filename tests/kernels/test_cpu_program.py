@@ -1,0 +1,84 @@
+"""A recorded function gives what the function gives, for other inputs too, and refuses what it cannot record."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.cpu import choose
+from kernels.cpu.program import RecordError, record
+
+SIZE, WIDE = 32, 96
+
+
+@pytest.fixture(autouse=True)
+def _loaded() -> Iterator[None]:
+    if not choose("auto").instruction_set:
+        pytest.fail("the C++ operators cannot be built here; install g++", pytrace=False)
+    with torch.inference_mode():
+        yield
+
+
+def _layer(memory: Tensor) -> object:
+    """A function of two inputs with our operators, views, a list of tensors, defaults, an integer for a float, and a write."""
+    linear = torch.ops.sluice_cpu.linear.default
+    wide = torch.ops.sluice_cpu.pack.default(torch.randn(WIDE, SIZE), "float32", False, 0)
+    narrow = torch.ops.sluice_cpu.pack.default(torch.randn(SIZE, SIZE), "float32", False, 0)
+
+    def layer(x: Tensor, where: Tensor) -> Tensor:
+        q, _, v = linear(x, wide, None, 0, None, None, False).view(x.shape[0], 3, SIZE).split([1, 1, 1], dim=1)
+        memory.index_copy_(0, where, v[:, 0])
+        return linear(q[:, 0].contiguous(), narrow, None, 0.0, None, memory.index_select(0, where), False).add(x, alpha=2)
+
+    return layer
+
+
+def test_a_program_gives_what_the_function_gives_for_inputs_that_come_later() -> None:
+    memory = torch.zeros(8, SIZE)
+    layer = _layer(memory)
+    first, then = ([torch.randn(3, SIZE), torch.tensor(where)] for where in ([1, 5, 7], [0, 2, 3]))
+    recorded, program = record(layer, first)
+    assert torch.equal(recorded, layer(*first))
+    given, written = program(then), memory.clone()
+    memory.zero_()
+    assert torch.equal(given, layer(*then))
+    assert torch.equal(written[[0, 2, 3]], memory[[0, 2, 3]])
+
+
+def test_a_program_gives_fresh_memory_each_time() -> None:
+    _, program = record(torch.neg, [torch.zeros(4)])
+    one, other = program([torch.ones(4)]), program([torch.full((4,), 2.0)])
+    assert (one.tolist(), other.tolist()) == ([-1.0] * 4, [-2.0] * 4)
+
+
+def test_dimensions_that_only_operators_look_at_may_change() -> None:
+    _, program = record(lambda x: x.sum(dim=1), [torch.ones(2, 3)])
+    assert program([torch.ones(2, 5)]).tolist() == [5.0, 5.0]
+
+
+def test_a_function_that_reads_a_number_is_refused() -> None:
+    with pytest.raises(RecordError, match="reads a number of a tensor"):
+        record(lambda x: x.repeat(x.sum().item()), [torch.ones(3, dtype=torch.int64)])
+
+
+@pytest.mark.parametrize(
+    ("function", "place"), [(lambda x: x + 1, "other"), (lambda x: torch.cat([x, x]), "tensors"), (lambda x: x[x], "indices")]
+)
+def test_what_a_program_does_not_hold_is_refused(function, place) -> None:
+    with pytest.raises(RecordError, match=f"for the tensor {place}"):
+        record(function, [torch.ones(3, dtype=torch.int64)])
+
+
+def test_what_goes_wrong_inside_is_raised_as_it_is() -> None:
+    _, program = record(
+        lambda table, ids: torch.ops.sluice_cpu.embedding.default(table, ids), [torch.ones(4, 16), torch.tensor([3])]
+    )
+    with pytest.raises(IndexError, match="outside the table of 4 rows"):
+        program([torch.ones(4, 16), torch.tensor([4])])
+
+
+def test_another_number_of_inputs_is_refused() -> None:
+    _, program = record(torch.neg, [torch.zeros(4)])
+    with pytest.raises(RuntimeError, match="run takes 1 inputs"):
+        program([torch.zeros(4), torch.zeros(4)])
