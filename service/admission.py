@@ -99,16 +99,14 @@ class Admission:
         if tokens > self._max_tokens * share:
             limit = int(self._max_tokens * share)
             raise RequestError("too_many_tokens", f"prompt + n x max_tokens is {tokens}; admission.max_tokens allows {limit}")
-        wait_s = self.estimated_wait_s(tokens)
-        if deadline_ns and wait_s > (deadline_ns - self._clock()) / _NS:
+        if deadline_ns and (wait_s := self.estimated_wait_s(tokens)) > (deadline_ns - self._clock()) / _NS:
             raise RequestError("deadline_exceeded", f"the estimated wait of {wait_s:.1f} s passes the deadline")
         if self._fits(tokens, share) and not (waits and self.num_waiting):
             return self._admit(tokens)
-        retry_after_s = min(max(wait_s, MIN_RETRY_S), MAX_RETRY_S)
-        if not waits:
-            raise RequestError("overloaded", "the intake is full", retry_after_s=retry_after_s)
-        if self.num_waiting >= MAX_WAITING:
-            raise RequestError("overloaded", "too many prompts wait already", retry_after_s=retry_after_s)
+        if not waits or self.num_waiting >= MAX_WAITING:
+            retry_after_s = min(max(self.estimated_wait_s(tokens), MIN_RETRY_S), MAX_RETRY_S)
+            message = "too many prompts wait already" if waits else "the intake is full"
+            raise RequestError("overloaded", message, retry_after_s=retry_after_s)
         return await self._wait(_Waiter(request_id, (tenant, weight), tokens), deadline_ns)
 
     def cancel(self, request_id: str, code: Code = "cancelled") -> bool:

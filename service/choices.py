@@ -68,22 +68,13 @@ class Choice:
 
     def take(self, output: TokenOutput) -> Delta:
         """What an engine output adds. Call it only while the choice goes on."""
-        seq, offset, texts, taken = len(self.token_ids), self._text_length, [], 0
-        for position, token_id in enumerate(output.token_ids):
-            taken += 1
-            is_stop_token = output.stop_token_id is not None and position == len(output.token_ids) - 1
-            if is_stop_token:
-                self.token_ids.append(token_id)
-            else:
-                texts.append(self._push(token_id))
-            if self._matcher.matched is not None:
-                self.finish_reason = "stop"
-                break
-        if self.finish_reason is None:
+        seq, offset = len(self.token_ids), self._text_length
+        text, taken = self._said(output)
+        if self._matcher.matched is not None:
+            self.finish_reason = "stop"
+        elif output.finish_reason is not None:
             self.finish_reason = output.finish_reason
-            if self.finish_reason is not None:
-                texts.append(self._flush())
-        text = "".join(texts)
+            text += self._flush()
         self._show(text)
         return Delta(
             choice=self.index,
@@ -113,6 +104,20 @@ class Choice:
             finish_reason=self.finish_reason or "error",
             logprobs=None if self._logprobs is None else tuple(self._logprobs),
         )
+
+    def _said(self, output: TokenOutput) -> tuple[str, int]:
+        """The text of an output's tokens, and how many count: those up to the one that completes a stop string."""
+        has_text = len(output.token_ids) - (output.stop_token_id is not None)
+        if not self._rules.stop:
+            self.token_ids += output.token_ids
+            return self._detokenizer.push(*output.token_ids[:has_text]), len(output.token_ids)
+        texts = []
+        for position, token_id in enumerate(output.token_ids[:has_text]):
+            texts.append(self._push(token_id))
+            if self._matcher.matched is not None:
+                return "".join(texts), position + 1
+        self.token_ids += output.token_ids[has_text:]
+        return "".join(texts), len(output.token_ids)
 
     def _push(self, token_id: int) -> str:
         self.token_ids.append(token_id)

@@ -107,8 +107,9 @@ class IncrementalDetokenizer:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._strip = pieces.leading_spaces
 
-    def push(self, token_id: int) -> str:
-        return self._trim(self._decoder.decode(self._pieces.piece(token_id)))
+    def push(self, *token_ids: int) -> str:
+        """The same text whether tokens come one by one or together; together costs less."""
+        return self._trim(self._decoder.decode(b"".join(map(self._pieces.piece, token_ids))))
 
     def finish(self) -> str:
         """U+FFFD when the last character was never completed, else nothing."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 from collections.abc import Awaitable, Callable
@@ -98,6 +99,9 @@ async def _serve(settings: Settings, model_dir: Path, as_json: bool) -> None:
     finally:
         if starting.exception() is not None:
             waiting.cancel()
+    # What starting made lives as long as the process: a collection that walked it all would hold every stream up.
+    gc.collect()
+    gc.freeze()
     _announce(app, endpoints, settings, as_json)
     await waiting
     output.err.print(f"draining (up to {settings.admin.drain_grace_s:g} s; once more ends at once) …")

@@ -73,7 +73,7 @@ class PromptConsumer(ConsumerRebalanceListener):
 
         `on_state` hears whether the broker is served, and why not.
         """
-        self._section, self._topics = section, topics
+        self._section, self._classes = section, topics.classes
         self._partitions, self._budget, self._metrics = partitions, budget, metrics
         self._make_consumer, self._make_admin, self._prepare = make_consumer, make_admin, prepare
         self._explain, self._reading, self._result_keys = explain, reading, result_keys
@@ -306,7 +306,6 @@ class PromptConsumer(ConsumerRebalanceListener):
     def _readable(self, consumer: AIOKafkaConsumer) -> list[TopicPartition]:
         """The open partitions that may be read now, in the order of their turns; pauses and resumes by the way."""
         readable = []
-        classes = self._topics.classes
         for owned in self._partitions:
             if owned.state != "open":
                 continue
@@ -320,10 +319,10 @@ class PromptConsumer(ConsumerRebalanceListener):
                 consumer.pause(ClientPartition(*owned.partition))
             self._metrics.window(*owned.partition, owned.tracker.used)
         self._metrics.intake(tokens=self._budget.used, paused_partitions=len(self._paused))
-        return turns({partition: WEIGHTS[classes[partition.topic]] for partition in readable})
+        return turns({partition: WEIGHTS[self._classes[partition.topic]] for partition in readable})
 
     def _may_read(self, owned: OwnedPartition) -> bool:
-        if not self._polling or not self._engine_alive() or not self._budget.open(self._topics.classes[owned.partition.topic]):
+        if not self._polling or not self._engine_alive() or not self._budget.open(self._classes[owned.partition.topic]):
             return False
         if self._unreadable.holds(owned.partition):
             return False
@@ -352,7 +351,7 @@ class PromptConsumer(ConsumerRebalanceListener):
         return len(records)
 
     def _may_take(self, owned: OwnedPartition, record: InRecord) -> bool:
-        in_budget = self._polling and self._budget.open(self._topics.classes[owned.partition.topic])
+        in_budget = self._polling and self._budget.open(self._classes[owned.partition.topic])
         return in_budget and owned.tracker.fits(record.offset)
 
     def _run(self, owned: OwnedPartition, record: InRecord) -> None:

@@ -75,6 +75,9 @@ async def serve(brokers: str, group: str, mode: str) -> None:
         committing = asyncio.create_task(by_commits()) if mode == "at-least-once" else None
         ready = asyncio.create_task(stopping.wait())
         while not stopping.is_set():
+            for task in ticks.values():
+                if task.done():
+                    task.result()
             for partition, records in (await consumer.getmany(timeout_ms=50, max_records=500)).items():
                 if mode == "exactly-once" and partition not in transactional:
                     await begin(partition)
@@ -82,7 +85,7 @@ async def serve(brokers: str, group: str, mode: str) -> None:
                     for _ in range(NUM_CHUNKS):
                         await plain.send("sluice.chunks", CHUNK, partition=record.partition)
                     results[partition] += 1
-                ends[partition] = records[-1].offset + 1
+                    ends[partition] = record.offset + 1
         for task in (*ticks.values(), committing, ready):
             if task is not None:
                 task.cancel()
