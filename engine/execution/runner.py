@@ -122,14 +122,14 @@ class Runner:
             said = self._slots.known[slots] - self._slots.num_prompt[slots]
             return Launched(chunks=chunks, slots=slots, pending=self._sampler.launch(logits, slots, said))
 
-    @torch.inference_mode()
     def collect(self, launched: Launched) -> StepResult:
         """Waits for the step; remembers its tokens. Raises `OutOfMemoryError`."""
         if launched.pending is None:
             return StepResult(chunks=(_NOTHING,) * len(launched.chunks))
         with _memory_errors():
             drawn = self._sampler.collect(launched.pending)
-        self._slots.append(launched.slots, launched.pending.tokens.numpy(force=True))
+        tokens = launched.pending.tokens
+        self._slots.append(launched.slots, tokens.numpy() if self._on_host else tokens.numpy(force=True))
         if len(drawn) < len(launched.chunks):
             each = iter(drawn)
             drawn = [next(each) if chunk.samples else _NOTHING for chunk in launched.chunks]

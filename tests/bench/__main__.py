@@ -9,6 +9,8 @@ from engine.openmp import prefer_short_spin
 
 BENCHMARKS = (
     "decode",
+    "step",
+    "mixed",
     "prefix",
     "waste",
     "scheduler",
