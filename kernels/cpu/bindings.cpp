@@ -53,7 +53,7 @@ const PackedHeader& header_of(const Tensor& packed) {
     const PackedHeader& header = *(const PackedHeader*)packed.const_data_ptr();
     TORCH_CHECK(header.magic == sluice::packed_magic, "packed must be what `pack` made");
     const sluice::Operators& operators = sluice::operators();
-    TORCH_CHECK(header.panel == operators.panel && (header.format != Format::int8 || header.quads == operators.quads),
+    TORCH_CHECK(header.panel == operators.panel && (header.format != Format::int8 || header.byte_limit == operators.byte_limit),
                 "packed was made for another instruction set");
     TORCH_CHECK(packed.numel() == operators.packed_bytes(header.format, header.out_features, header.in_features, header.gated, header.group),
                 "packed must be what `pack` made");
@@ -156,11 +156,14 @@ std::vector<std::string> instruction_sets() { return sluice::available(); }
 
 std::string select_one(std::string name) { return sluice::select(name); }
 
+int64_t byte_limit() { return sluice::operators().byte_limit; }
+
 }  // namespace
 
 TORCH_LIBRARY(sluice_cpu, library) {
     library.def("available() -> str[]", instruction_sets);
     library.def("select(str name) -> str", select_one);
+    library.def("byte_limit() -> int", byte_limit);
     library.def("pack(Tensor weight, str format, bool gated, int group) -> Tensor");
     library.def(
         "linear(Tensor x, Tensor packed, Tensor? norm_weight, float eps, Tensor? bias, Tensor? residual, bool float_out) -> Tensor");

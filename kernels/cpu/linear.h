@@ -103,7 +103,7 @@ private:
     }
 
     template <int R, int C>
-    void tile(int64_t row, int64_t panel, Ahead ahead) {
+    [[gnu::noinline]] void tile(int64_t row, int64_t panel, Ahead ahead) {
         constexpr int runs = C == 1 ? 2 : 1;  // a gated layer's panel of gate, then its panel of up
         float sums[runs][R * C * panel_outputs];
         const Row* a = rows + row * inputs;

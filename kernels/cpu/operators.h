@@ -22,7 +22,7 @@ struct PackedHeader {
     int64_t in_features;
     int64_t inputs;        // of a panel, padding included
     int32_t gated;         // panels of gate and up alternate
-    int32_t quads;         // int8: 4 inputs a lane (byte dot products), else 2
+    int32_t byte_limit;    // int8: the magnitude of an output's largest weight, else 0
     int64_t panels;        // bytes from the header to the first panel
     int64_t panel_bytes;
 };
@@ -70,7 +70,7 @@ struct Attention;  // attention_call.h
 struct Operators {
     const char* name;
     int32_t panel;  // of the weights that it packs and multiplies by: outputs a panel,
-    int32_t quads;  // and whether INT8 has 4 inputs a lane
+    int32_t byte_limit;  // and the magnitude to which it rounds an output's largest INT8 weight
     int64_t (*packed_bytes)(Format format, int64_t out_features, int64_t in_features, bool gated, int group);
     // weight: [out_features, in_features] of `type`; packed: packed_bytes() bytes, 64-byte aligned.
     void (*pack)(const void* weight, Type type, Format format, int64_t out_features, int64_t in_features, bool gated, int group,

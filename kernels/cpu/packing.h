@@ -1,11 +1,11 @@
 // How weights lie in memory: panels of a few vectors of outputs, each a run of [in / step][outputs][step] that a tile reads in order.
 //
 //   f32   step 1                                  bf16  step 2: pairs
-//   int8  step 2 (int16 pairs) or 4 (byte dots): bytes, then a panel's float scales, then, for step 4, int32 128 * sum(w)
+//   int8  step 4: bytes, then a panel's float scales, then int32 128 * sum(w)
 //   int4  per group of inputs: [group / 2][outputs] bytes of two numbers (low nibble first, biased by 8), then half-float scales
 //
 // Outputs and inputs are padded with zeros. Gated layers alternate a panel of gate and the panel of up that it multiplies.
-// INT8 is symmetric per output: w = scale * q, q in [-127, 127]. INT4 is symmetric per output and group, q in [-8, 7], the scale
+// INT8 is symmetric per output: w = scale * q, |q| at most 127, or what the processor's products of bytes are exact for. INT4 is symmetric per output and group, q in [-8, 7], the scale
 // chosen so that the value of largest magnitude is met exactly by -8.
 #pragma once
 
@@ -21,7 +21,7 @@ inline int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1)
 
 inline int input_step(Format format) {
     if (format == Format::f32) return 1;
-    return format == Format::int8 && Simd::byte_dot ? 4 : 2;
+    return format == Format::int8 ? 4 : 2;
 }
 
 // Inputs of a panel, padding included.
@@ -79,16 +79,17 @@ inline float half_to_float(uint16_t x) {
     return x & 0x8000 ? -magnitude : magnitude;
 }
 
-inline void pack_int8_row(const float* row, int64_t in_features, int output, int step, uint8_t* panel, int64_t inputs) {
+inline void pack_int8_row(const float* row, int64_t in_features, int output, uint8_t* panel, int64_t inputs) {
     float largest = 0.0f;
     for (int64_t k = 0; k < in_features; ++k) largest = std::fmax(largest, std::fabs(row[k]));
-    float scale = largest / 127.0f, inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
+    const float limit = (float)Simd::byte_limit;
+    float scale = largest / limit, inverse = largest > 0.0f ? limit / largest : 0.0f;
     int32_t sum = 0;
     int8_t* q = (int8_t*)panel;
     for (int64_t k = 0; k < in_features; ++k) {
         int value = (int)std::nearbyint(row[k] * inverse);
         sum += value;
-        q[(k / step * panel_outputs + output) * step + k % step] = (int8_t)value;
+        q[(k / 4 * panel_outputs + output) * 4 + k % 4] = (int8_t)value;
     }
     ((float*)(panel + inputs * panel_outputs))[output] = scale;
     ((int32_t*)(panel + inputs * panel_outputs + 4 * panel_outputs))[output] = 128 * sum;
@@ -129,7 +130,7 @@ inline void pack_panel(const void* weight, Type type, const PackedHeader& header
                     ((uint16_t*)panel)[(k / 2 * panel_outputs + output) * 2 + k % 2] = float_to_bf16(row[k]);
                 }
                 break;
-            case Format::int8: pack_int8_row(row, in, output, header.quads ? 4 : 2, panel, header.inputs); break;
+            case Format::int8: pack_int8_row(row, in, output, panel, header.inputs); break;
             case Format::int4: pack_int4_row(row, in, output, header.group, panel); break;
         }
     }
@@ -146,7 +147,7 @@ inline void pack(const void* weight, Type type, Format format, int64_t out_featu
     header.in_features = in_features;
     header.inputs = padded_inputs(format, in_features, group);
     header.gated = gated;
-    header.quads = format == Format::int8 && Simd::byte_dot;
+    header.byte_limit = format == Format::int8 ? Simd::byte_limit : 0;
     header.panels = sizeof(PackedHeader);
     header.panel_bytes = panel_size(format, in_features, group);
     std::memcpy(packed, &header, sizeof header);

@@ -34,10 +34,8 @@ inline void prepare_row(const Linear& call, int64_t row, int64_t in, int64_t inp
     *scale = 1.0f;
 }
 
-// Symmetric to 8 bits by the row's largest magnitude, plus `bias` (128 for byte dots, whose rows are unsigned).
-template <class Number>
-inline void quantise_row(const Linear& call, int64_t row, int64_t in, int64_t inputs, Number* out, float* floats, float* scale,
-                         int bias) {
+// Symmetric to 8 bits by the row's largest magnitude: floats [0, in) of whole numbers in [-127, 127]. Gives the scale.
+inline float quantise_row(const Linear& call, int64_t row, int64_t in, float* floats) {
     read_row(call, row, in, floats);
     F found = Simd::zero();
     for (int64_t i = 0; i < in; i += width) {
@@ -50,17 +48,24 @@ inline void quantise_row(const Linear& call, int64_t row, int64_t in, int64_t in
         int n = lanes_left(i, in);
         store_typed(floats, i, Simd::round(Simd::mul(load_typed(floats, i, n, Type::f32), inverse)), n, Type::f32);
     }
-    for (int64_t i = 0; i < in; ++i) out[i] = (Number)((int32_t)floats[i] + bias);
-    for (int64_t i = in; i < inputs; ++i) out[i] = (Number)bias;
-    *scale = largest / 127.0f;
+    return largest / 127.0f;
 }
 
+// int4.
 inline void prepare_row(const Linear& call, int64_t row, int64_t in, int64_t inputs, int16_t* out, float* floats, float* scale) {
-    quantise_row(call, row, in, inputs, out, floats, scale, 0);
+    *scale = quantise_row(call, row, in, floats);
+    for (int64_t i = 0; i < in; ++i) out[i] = (int16_t)floats[i];
+    for (int64_t i = in; i < inputs; ++i) out[i] = 0;
 }
 
+// int8: plus 128, for products of unsigned bytes.
 inline void prepare_row(const Linear& call, int64_t row, int64_t in, int64_t inputs, uint8_t* out, float* floats, float* scale) {
-    quantise_row(call, row, in, inputs, out, floats, scale, 128);
+    *scale = quantise_row(call, row, in, floats);
+    const F excess = Simd::set1(128.0f);
+    int64_t i = 0;
+    for (; i + width <= in; i += width) Simd::store_bytes(out + i, Simd::add(Simd::load(floats + i), excess));
+    for (; i < in; ++i) out[i] = (uint8_t)((int32_t)floats[i] + 128);
+    for (; i < inputs; ++i) out[i] = 128;
 }
 
 }  // namespace SLUICE_ISA

@@ -12,7 +12,7 @@ struct Simd {
     static constexpr int panel_vectors = 2;   // of outputs that a linear's weights are kept in
     static constexpr int tile_rows = 6;       // rows x panel_vectors sums, the weights and what they are made of fill the registers
     static constexpr bool bf16_dot = false;   // one instruction multiplies and adds bf16 pairs into float lanes
-    static constexpr bool byte_dot = false;   // one instruction multiplies and adds u8 x s8 quads into int32 lanes
+    static constexpr int byte_limit = 64;     // magnitude of an int8 weight up to which add_byte_products is exact
 
     using F = __m256;
     using I = __m256i;
@@ -48,12 +48,24 @@ struct Simd {
         _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(packed));
     }
 
+    // Whole numbers in [0, 255].
+    static void store_bytes(uint8_t* p, F x) {
+        I lanes = _mm256_cvtps_epi32(x);
+        __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(lanes), _mm256_extracti128_si256(lanes, 1));
+        _mm_storel_epi64((__m128i*)p, _mm_packus_epi16(words, words));
+    }
+
     // Lanes of 32 bits: pairs, or four bytes.
     static I load_lanes(const void* p) { return _mm256_loadu_si256((const I*)p); }
     static I set1_lane(const void* p) {
         int32_t lane;
         std::memcpy(&lane, p, 4);
         return _mm256_set1_epi32(lane);
+    }
+    // The low, or high, halves of the pairs at p.
+    static F load_low(const void* p) { return low(load_lanes(p)); }
+    static F load_high(const void* p) {
+        return _mm256_castsi256_ps(_mm256_blend_epi16(_mm256_setzero_si256(), load_lanes(p), 0xaa));
     }
     static F low(I pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
     // Two shifts, for a mask would hold a register that the tiles have not.
@@ -62,8 +74,6 @@ struct Simd {
     static I zero_lanes() { return _mm256_setzero_si256(); }
     static F to_float(I lanes) { return _mm256_cvtepi32_ps(lanes); }
     static I sub_lanes(I a, I b) { return _mm256_sub_epi32(a, b); }
-    // 2 * width bytes widened to int16 pairs.
-    static I load_bytes_as_pairs(const int8_t* p) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)); }
     // width bytes of two 4-bit numbers each (low nibble first, biased by 8) as int16 pairs.
     static I load_nibbles_as_pairs(const uint8_t* p) {
         __m128i bytes = _mm_loadl_epi64((const __m128i*)p);
@@ -71,10 +81,16 @@ struct Simd {
         __m128i both = _mm_unpacklo_epi8(_mm_and_si128(bytes, mask), _mm_and_si128(_mm_srli_epi16(bytes, 4), mask));
         return _mm256_cvtepi8_epi16(_mm_sub_epi8(both, _mm_set1_epi8(8)));
     }
+    // x is in a register here, and what was written before is computed before.
+    static void hold(I& x) { asm volatile("" : "+x"(x)); }
+    static void hold(F& x) { asm volatile("" : "+x"(x)); }
+    // sum + the four products of unsigned bytes of a and signed bytes of b, lane by lane. Two products are summed in 16 bits:
+    // 2 * 255 * 64 fits.
+    static I add_byte_products(I sum, I a, I b) {
+        return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(a, b), _mm256_set1_epi16(1)));
+    }
     static I add_pair_products(I sum, I a, I b) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
-    // Declared for what `if constexpr` leaves out; defined where bf16_dot and byte_dot are true.
-    static F add_bf16_products(F sum, I a, I b);
-    static I add_byte_products(I sum, I a, I b);
+    static F add_bf16_products(F sum, I a, I b);  // defined where bf16_dot is true
     static F load_half(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
 
     // Fixed trees, so that a sum does not depend on the compiler.

@@ -13,9 +13,9 @@ struct Simd {
     static constexpr bool bf16_dot = false;
 #endif
 #ifdef SLUICE_VNNI
-    static constexpr bool byte_dot = true;
+    static constexpr int byte_limit = 127;
 #else
-    static constexpr bool byte_dot = false;
+    static constexpr int byte_limit = 64;
 #endif
 
     using F = __m512;
@@ -49,12 +49,16 @@ struct Simd {
         _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(high));
     }
 
+    static void store_bytes(uint8_t* p, F x) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x))); }
+
     static I load_lanes(const void* p) { return _mm512_loadu_si512(p); }
     static I set1_lane(const void* p) {
         int32_t lane;
         std::memcpy(&lane, p, 4);
         return _mm512_set1_epi32(lane);
     }
+    static F load_low(const void* p) { return low(load_lanes(p)); }
+    static F load_high(const void* p) { return high(load_lanes(p)); }
     static F low(I pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
     static F high(I pairs) { return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32((int)0xffff0000))); }
     // sum + a.low * b.low + a.high * b.high, lane by lane.
@@ -64,10 +68,11 @@ struct Simd {
     static F add_bf16_products(F sum, I a, I b);
 #endif
 
+    static void hold(I& x) { asm volatile("" : "+v"(x)); }
+    static void hold(F& x) { asm volatile("" : "+v"(x)); }
     static I zero_lanes() { return _mm512_setzero_si512(); }
     static F to_float(I lanes) { return _mm512_cvtepi32_ps(lanes); }
     static I sub_lanes(I a, I b) { return _mm512_sub_epi32(a, b); }
-    static I load_bytes_as_pairs(const int8_t* p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p)); }
     static I load_nibbles_as_pairs(const uint8_t* p) {
         __m256i wide = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)p));
         __m256i both = _mm256_or_si256(_mm256_and_si256(wide, _mm256_set1_epi16(15)),
@@ -75,11 +80,12 @@ struct Simd {
         return _mm512_cvtepi8_epi16(_mm256_sub_epi8(both, _mm256_set1_epi8(8)));
     }
     static I add_pair_products(I sum, I a, I b) { return _mm512_add_epi32(sum, _mm512_madd_epi16(a, b)); }
-    // sum + the four products of unsigned bytes of a and signed bytes of b, lane by lane.
 #ifdef SLUICE_VNNI
     static I add_byte_products(I sum, I a, I b) { return _mm512_dpbusd_epi32(sum, a, b); }
 #else
-    static I add_byte_products(I sum, I a, I b);
+    static I add_byte_products(I sum, I a, I b) {
+        return _mm512_add_epi32(sum, _mm512_madd_epi16(_mm512_maddubs_epi16(a, b), _mm512_set1_epi16(1)));
+    }
 #endif
     static F load_half(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 

@@ -9,7 +9,7 @@ struct Simd {
     static constexpr int panel_vectors = 2;
     static constexpr int tile_rows = 2;
     static constexpr bool bf16_dot = false;
-    static constexpr bool byte_dot = false;
+    static constexpr int byte_limit = 127;
 
     struct F {
         float lane[8];
@@ -66,6 +66,10 @@ struct Simd {
         }
     }
 
+    static void store_bytes(uint8_t* p, F x) {
+        for (int i = 0; i < width; ++i) p[i] = (uint8_t)x.lane[i];
+    }
+
     static I load_lanes(const void* p) {
         I out;
         std::memcpy(out.lane, p, sizeof out.lane);
@@ -76,16 +80,17 @@ struct Simd {
         std::memcpy(&lane, p, 4);
         return each_lane([&](int) { return lane; });
     }
+    static F load_low(const void* p) { return low(load_lanes(p)); }
+    static F load_high(const void* p) { return high(load_lanes(p)); }
     static F low(I pairs) { return each([&](int i) { return as_float((uint32_t)pairs.lane[i] << 16); }); }
     static F high(I pairs) { return each([&](int i) { return as_float((uint32_t)pairs.lane[i] & 0xffff0000u); }); }
 
+    static void hold(I&) {}
+    static void hold(F&) {}
     static I zero_lanes() { return each_lane([](int) { return 0; }); }
     static F to_float(I lanes) { return each([&](int i) { return (float)lanes.lane[i]; }); }
     static I sub_lanes(I a, I b) { return each_lane([&](int i) { return a.lane[i] - b.lane[i]; }); }
     static int32_t pair(int low, int high) { return (int32_t)((uint32_t)(uint16_t)low | ((uint32_t)(uint16_t)high << 16)); }
-    static I load_bytes_as_pairs(const int8_t* p) {
-        return each_lane([&](int i) { return pair(p[2 * i], p[2 * i + 1]); });
-    }
     static I load_nibbles_as_pairs(const uint8_t* p) {
         return each_lane([&](int i) { return pair((p[i] & 15) - 8, (p[i] >> 4) - 8); });
     }
@@ -96,9 +101,13 @@ struct Simd {
             return sum.lane[i] + low + high;
         });
     }
-    // Declared for what `if constexpr` leaves out; defined where bf16_dot and byte_dot are true.
-    static F add_bf16_products(F sum, I a, I b);
-    static I add_byte_products(I sum, I a, I b);
+    static I add_byte_products(I sum, I a, I b) {
+        return each_lane([&](int i) {
+            for (int shift = 0; shift < 32; shift += 8) sum.lane[i] += (uint8_t)(a.lane[i] >> shift) * (int8_t)(b.lane[i] >> shift);
+            return sum.lane[i];
+        });
+    }
+    static F add_bf16_products(F sum, I a, I b);  // defined where bf16_dot is true
     static F load_half(const uint16_t* p) {
         return each([&](int i) {
             uint32_t sign = (uint32_t)(p[i] & 0x8000) << 16, exponent = (p[i] >> 10) & 31, fraction = p[i] & 1023;

@@ -4,29 +4,62 @@
 // `w`: the first of C panels, `panel_bytes` apart; `out`: float [R][C * panel_outputs].
 #pragma once
 
-// Sums must stay in registers: a call would put them in memory.
+// Sums must stay in registers: a call, or an index that the compiler learns late, would put them in memory.
 #define SLUICE_INLINE __attribute__((always_inline)) inline
+#define SLUICE_HERE __attribute__((always_inline))
 
 namespace SLUICE_ISA {
 
 // How far ahead of the weights being multiplied the next ones are asked for, for tiles so short that memory is what they wait for.
 constexpr int prefetch_bytes = 2048;
 
+// body(0) ... body(N - 1) in line, each index a constant.
+template <int N, class Body>
+SLUICE_INLINE void each(Body body) {
+    [&]<int... i>(std::integer_sequence<int, i...>) SLUICE_HERE {
+        (body(std::integral_constant<int, i>{}), ...);
+    }(std::make_integer_sequence<int, N>{});
+}
+
 template <int R, int V>
 SLUICE_INLINE void store_tile(const F (&sum)[R][V], float* out) {
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 12
-        for (int v = 0; v < V; ++v) Simd::store(out + (r * V + v) * width, sum[r][v]);
-    }
+    each<R>([&](auto r) SLUICE_HERE { each<V>([&](auto v) SLUICE_HERE { Simd::store(out + (r * V + v) * width, sum[r][v]); }); });
 }
 
 template <int R, int V>
 SLUICE_INLINE void clear_tile(F (&sum)[R][V]) {
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 12
-        for (int v = 0; v < V; ++v) sum[r][v] = Simd::zero();
+    each<R>([&](auto r) SLUICE_HERE { each<V>([&](auto v) SLUICE_HERE { sum[r][v] = Simd::zero(); }); });
+}
+
+template <int R, int V>
+SLUICE_INLINE void clear_tile(I (&sum)[R][V]) {
+    each<R>([&](auto r) SLUICE_HERE { each<V>([&](auto v) SLUICE_HERE { sum[r][v] = Simd::zero_lanes(); }); });
+}
+
+// sum[r][v] = term(sum[r][v], factor(r), vector(v)), the fewer of the two held in registers. `hold` keeps the compiler from loading
+// all of the others first, for which it would put sums in memory.
+template <int R, int V, class Sum, class Factor, class Vector, class Term>
+SLUICE_INLINE void add_products(Sum (&sum)[R][V], Factor factor, Vector vector, Term term) {
+    if constexpr (V <= R) {
+        decltype(vector(0)) b[V];
+        each<V>([&](auto v) SLUICE_HERE { b[v] = vector(v); });
+        each<R>([&](auto r) SLUICE_HERE {
+            const auto a = factor(r);
+            each<V>([&](auto v) SLUICE_HERE {
+                sum[r][v] = term(sum[r][v], a, b[v]);
+                Simd::hold(sum[r][v]);
+            });
+        });
+    } else {
+        decltype(factor(0)) a[R];
+        each<R>([&](auto r) SLUICE_HERE { a[r] = factor(r); });
+        each<V>([&](auto v) SLUICE_HERE {
+            const auto b = vector(v);
+            each<R>([&](auto r) SLUICE_HERE {
+                sum[r][v] = term(sum[r][v], a[r], b);
+                Simd::hold(sum[r][v]);
+            });
+        });
     }
 }
 
@@ -41,10 +74,9 @@ struct Ahead {
 template <int R, int C>
 SLUICE_INLINE void prefetch(const uint8_t* at, int64_t panel_bytes, int bytes, Ahead& ahead) {
     if constexpr (C > 1 || R == 1) {
-#pragma GCC unroll 4
-        for (int c = 0; c < C; ++c) {
+        each<C>([&](auto c) SLUICE_HERE {
             for (int b = 0; b < bytes; b += 64) __builtin_prefetch(at + c * panel_bytes + b + prefetch_bytes);
-        }
+        });
     } else {
         for (int b = 0; b < bytes; b += 64) {
             __builtin_prefetch(ahead.at);
@@ -52,6 +84,14 @@ SLUICE_INLINE void prefetch(const uint8_t* at, int64_t panel_bytes, int bytes, A
         }
     }
 }
+
+// Vector v of a step that begins at `at`, over C panels; `lane_bytes` a lane.
+template <int lane_bytes>
+SLUICE_INLINE const uint8_t* vector_at(const uint8_t* at, int64_t panel_bytes, int v) {
+    return at + v / panel_vectors * panel_bytes + v % panel_vectors * width * lane_bytes;
+}
+
+constexpr auto add_product = [](F sum, F x, F weights) SLUICE_HERE { return Simd::fma(x, weights, sum); };
 
 struct FloatTile {
     using Row = float;
@@ -61,22 +101,15 @@ struct FloatTile {
     static void run(const float* a, int64_t stride, const uint8_t* w, int64_t panel_bytes, int64_t inputs, int, Ahead ahead, float* out) {
         constexpr int V = panel_vectors * C;
         F sum[R][V];
-        clear_tile<R, V>(sum);
-        for (int64_t k = 0; k < inputs; ++k) {
-            prefetch<R, C>((const uint8_t*)((const float*)w + k * panel_outputs), panel_bytes, panel_outputs * 4, ahead);
-            F weights[V];
-#pragma GCC unroll 12
-            for (int v = 0; v < V; ++v) {
-                weights[v] = Simd::load((const float*)(w + v / panel_vectors * panel_bytes) + k * panel_outputs + v % panel_vectors * width);
-            }
-#pragma GCC unroll 8
-            for (int r = 0; r < R; ++r) {
-                F x = Simd::set1(a[r * stride + k]);
-#pragma GCC unroll 12
-                for (int v = 0; v < V; ++v) sum[r][v] = Simd::fma(x, weights[v], sum[r][v]);
-            }
+        clear_tile(sum);
+        const uint8_t* at = w;
+        for (int64_t k = 0; k < inputs; ++k, at += panel_outputs * 4) {
+            prefetch<R, C>(at, panel_bytes, panel_outputs * 4, ahead);
+            add_products(
+                sum, [&](int r) SLUICE_HERE { return Simd::set1(a[r * stride + k]); },
+                [&](int v) SLUICE_HERE { return Simd::load((const float*)vector_at<4>(at, panel_bytes, v)); }, add_product);
         }
-        store_tile<R, V>(sum, out);
+        store_tile(sum, out);
     }
 };
 
@@ -88,109 +121,54 @@ struct Bf16Tile {
     static void run(const Row* a, int64_t stride, const uint8_t* w, int64_t panel_bytes, int64_t inputs, int, Ahead ahead, float* out) {
         constexpr int V = panel_vectors * C;
         F sum[R][V];
-        clear_tile<R, V>(sum);
+        clear_tile(sum);
         const uint8_t* at = w;
         for (int64_t k = 0; k < inputs; k += 2, at += panel_outputs * 4) {
             prefetch<R, C>(at, panel_bytes, panel_outputs * 4, ahead);
-            multiply<R, V>(a + k, stride, at, panel_bytes, sum);
-        }
-        store_tile<R, V>(sum, out);
-    }
-
-private:
-    template <int V>
-    SLUICE_INLINE static void load(const uint8_t* at, int64_t panel_bytes, I (&pairs)[V]) {
-#pragma GCC unroll 12
-        for (int v = 0; v < V; ++v) pairs[v] = Simd::load_lanes(at + v / panel_vectors * panel_bytes + v % panel_vectors * width * 4);
-    }
-
-    template <int R, int V>
-    SLUICE_INLINE static void multiply(const Row* a, int64_t stride, const uint8_t* at, int64_t panel_bytes, F (&sum)[R][V]) {
-        I pairs[V];
-        load<V>(at, panel_bytes, pairs);
-        if constexpr (Simd::bf16_dot) {
-#pragma GCC unroll 8
-            for (int r = 0; r < R; ++r) {
-                I x = Simd::set1_lane(a + r * stride);
-#pragma GCC unroll 12
-                for (int v = 0; v < V; ++v) sum[r][v] = Simd::add_bf16_products(sum[r][v], pairs[v], x);
+            if constexpr (Simd::bf16_dot) {
+                add_products(
+                    sum, [&](int r) SLUICE_HERE { return Simd::set1_lane(a + r * stride + k); },
+                    [&](int v) SLUICE_HERE { return Simd::load_lanes(vector_at<4>(at, panel_bytes, v)); },
+                    [](F s, I x, I b) SLUICE_HERE { return Simd::add_bf16_products(s, b, x); });
+            } else {
+                add_products(
+                    sum, [&](int r) SLUICE_HERE { return Simd::set1(a[r * stride + k]); },
+                    [&](int v) SLUICE_HERE { return Simd::load_low(vector_at<4>(at, panel_bytes, v)); }, add_product);
+                add_products(
+                    sum, [&](int r) SLUICE_HERE { return Simd::set1(a[r * stride + k + 1]); },
+                    [&](int v) SLUICE_HERE { return Simd::load_high(vector_at<4>(at, panel_bytes, v)); }, add_product);
             }
-        } else {
-            F half[V];
-#pragma GCC unroll 12
-            for (int v = 0; v < V; ++v) half[v] = Simd::low(pairs[v]);
-            add_half<R, V>(a, stride, half, sum);
-#pragma GCC unroll 12
-            for (int v = 0; v < V; ++v) half[v] = Simd::high(pairs[v]);
-            add_half<R, V>(a + 1, stride, half, sum);
         }
-    }
-
-    template <int R, int V>
-    SLUICE_INLINE static void add_half(const float* a, int64_t stride, const F (&half)[V], F (&sum)[R][V]) {
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) {
-            F x = Simd::set1(a[r * stride]);
-#pragma GCC unroll 12
-            for (int v = 0; v < V; ++v) sum[r][v] = Simd::fma(x, half[v], sum[r][v]);
-        }
+        store_tile(sum, out);
     }
 };
 
+// Rows are unsigned, 128 too high: what that adds is taken off at the end.
 struct Int8Tile {
-    using Row = std::conditional_t<Simd::byte_dot, uint8_t, int16_t>;
+    using Row = uint8_t;
     static constexpr int max_rows = Simd::tile_rows;
-    static constexpr int step = Simd::byte_dot ? 4 : 2;
 
     template <int R, int C>
     static void run(const Row* a, int64_t stride, const uint8_t* w, int64_t panel_bytes, int64_t inputs, int, Ahead ahead, float* out) {
         constexpr int V = panel_vectors * C;
         I sum[R][V];
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 12
-            for (int v = 0; v < V; ++v) sum[r][v] = Simd::zero_lanes();
-        }
+        clear_tile(sum);
         const uint8_t* at = w;
-        for (int64_t k = 0; k < inputs; k += step, at += panel_outputs * step) {
-            prefetch<R, C>(at, panel_bytes, panel_outputs * step, ahead);
-            I weights[V];
-#pragma GCC unroll 12
-            for (int v = 0; v < V; ++v) weights[v] = load(at + v / panel_vectors * panel_bytes + v % panel_vectors * width * step);
-#pragma GCC unroll 8
-            for (int r = 0; r < R; ++r) {
-                I x = Simd::set1_lane(a + r * stride + k);
-#pragma GCC unroll 12
-                for (int v = 0; v < V; ++v) sum[r][v] = add(sum[r][v], x, weights[v]);
-            }
+        for (int64_t k = 0; k < inputs; k += 4, at += panel_outputs * 4) {
+            prefetch<R, C>(at, panel_bytes, panel_outputs * 4, ahead);
+            add_products(
+                sum, [&](int r) SLUICE_HERE { return Simd::set1_lane(a + r * stride + k); },
+                [&](int v) SLUICE_HERE { return Simd::load_lanes(vector_at<4>(at, panel_bytes, v)); },
+                [](I s, I x, I b) SLUICE_HERE { return Simd::add_byte_products(s, x, b); });
         }
-        finish<R, V>(sum, w + inputs * panel_outputs, panel_bytes, out);
-    }
-
-private:
-    static I load(const uint8_t* p) {
-        if constexpr (Simd::byte_dot) return Simd::load_lanes(p);
-        else return Simd::load_bytes_as_pairs((const int8_t*)p);
-    }
-    static I add(I sum, I x, I weights) {
-        if constexpr (Simd::byte_dot) return Simd::add_byte_products(sum, x, weights);
-        else return Simd::add_pair_products(sum, x, weights);
-    }
-
-    // Unrolled like every loop over sums: an index would put all of them in memory. Times the outputs' scales; byte dots took the rows' numbers plus 128. The rows' scales follow in the epilogue.
-    template <int R, int V>
-    SLUICE_INLINE static void finish(const I (&sum)[R][V], const uint8_t* scales, int64_t panel_bytes, float* out) {
-#pragma GCC unroll 12
-        for (int v = 0; v < V; ++v) {
-            const float* scale = (const float*)(scales + v / panel_vectors * panel_bytes) + v % panel_vectors * width;
-            F factor = Simd::load(scale);
-#pragma GCC unroll 8
-            for (int r = 0; r < R; ++r) {
-                I products = sum[r][v];
-                if constexpr (Simd::byte_dot) products = Simd::sub_lanes(products, Simd::load_lanes(scale + panel_outputs));
-                Simd::store(out + (r * V + v) * width, Simd::mul(Simd::to_float(products), factor));
-            }
-        }
+        each<V>([&](auto v) SLUICE_HERE {
+            const float* scale = (const float*)vector_at<4>(at, panel_bytes, v);
+            const F factor = Simd::load(scale);
+            const I excess = Simd::load_lanes(scale + panel_outputs);
+            each<R>([&](auto r) SLUICE_HERE {
+                Simd::store(out + (r * V + v) * width, Simd::mul(Simd::to_float(Simd::sub_lanes(sum[r][v], excess)), factor));
+            });
+        });
     }
 };
 
@@ -202,36 +180,25 @@ struct Int4Tile {
     static void run(const Row* a, int64_t stride, const uint8_t* w, int64_t panel_bytes, int64_t inputs, int group, Ahead ahead, float* out) {
         constexpr int V = panel_vectors * C;
         F total[R][V];
-        clear_tile<R, V>(total);
+        clear_tile(total);
         const uint8_t* at = w;
         for (int64_t start = 0; start < inputs; start += group) {
             I sum[R][V];
-#pragma GCC unroll 4
-            for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 12
-                for (int v = 0; v < V; ++v) sum[r][v] = Simd::zero_lanes();
-            }
+            clear_tile(sum);
             for (int k = 0; k < group; k += 2, at += panel_outputs) {
                 prefetch<R, C>(at, panel_bytes, panel_outputs, ahead);
-                I weights[V];
-#pragma GCC unroll 12
-                for (int v = 0; v < V; ++v) weights[v] = Simd::load_nibbles_as_pairs(at + v / panel_vectors * panel_bytes + v % panel_vectors * width);
-#pragma GCC unroll 4
-                for (int r = 0; r < R; ++r) {
-                    I x = Simd::set1_lane(a + r * stride + start + k);
-#pragma GCC unroll 12
-                    for (int v = 0; v < V; ++v) sum[r][v] = Simd::add_pair_products(sum[r][v], x, weights[v]);
-                }
+                add_products(
+                    sum, [&](int r) SLUICE_HERE { return Simd::set1_lane(a + r * stride + start + k); },
+                    [&](int v) SLUICE_HERE { return Simd::load_nibbles_as_pairs(vector_at<1>(at, panel_bytes, v)); },
+                    [](I s, I x, I b) SLUICE_HERE { return Simd::add_pair_products(s, x, b); });
             }
-#pragma GCC unroll 12
-            for (int v = 0; v < V; ++v) {
-                F scale = Simd::load_half((const uint16_t*)(at + v / panel_vectors * panel_bytes) + v % panel_vectors * width);
-#pragma GCC unroll 4
-                for (int r = 0; r < R; ++r) total[r][v] = Simd::fma(Simd::to_float(sum[r][v]), scale, total[r][v]);
-            }
+            each<V>([&](auto v) SLUICE_HERE {
+                const F scale = Simd::load_half((const uint16_t*)vector_at<2>(at, panel_bytes, v));
+                each<R>([&](auto r) SLUICE_HERE { total[r][v] = Simd::fma(Simd::to_float(sum[r][v]), scale, total[r][v]); });
+            });
             at += 2 * panel_outputs;
         }
-        store_tile<R, V>(total, out);
+        store_tile(total, out);
     }
 };
 

@@ -87,7 +87,7 @@ def assert_close(native: object, case: Case, dtype: torch.dtype, stored_as: str)
     """Against the twin in float32; the yardstick is plain torch, which rounds each part to the working type."""
     mine = case.to(dtype)
     exact = mine.to(torch.float32)
-    stored = reference.pack_weight(mine.weight, stored_as, mine.gated, mine.group)
+    stored = reference.pack_weight(mine.weight, stored_as, mine.gated, mine.group, native.byte_limit())  # type: ignore[attr-defined]
     wanted = reference.linear(exact.x, stored, exact.norm_weight, EPS, exact.bias, exact.residual, False)
     plain = wanted.to(dtype)
     if stored_as in ("float32", "bfloat16"):
@@ -145,6 +145,14 @@ def test_a_row_of_an_infinite_or_no_number_leaves_the_others_alone(native):
         others = [0, 1, 2, 3, 5, 6, 7, 8]
         assert torch.equal(spoilt[others], wanted[others])
         assert not torch.isfinite(spoilt[4]).any()
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_the_largest_bytes_are_summed_exactly(native, sign):
+    """Sums of two products in 16 bits would saturate on them, were the weights not limited."""
+    packed = native.pack(torch.full((33, 512), sign), "int8", False, 32)
+    out = native.linear(torch.ones(5, 512), packed, None, EPS, None, None, False)
+    torch.testing.assert_close(out, torch.full((5, 33), sign * 512), atol=0.0, rtol=1e-6)
 
 
 def test_no_rows_give_no_rows(native):
