@@ -33,7 +33,7 @@ class Worker {
 
 public:
     static int64_t scratch_bytes(int64_t dim) {
-        return max_item_rows * (attention_chunk * 4 + 3 * dim * 4 + 2 * 8) + dim * 4 + 4096;
+        return max_item_rows * 4 * (attention_chunk + 2 * result_size(dim) + dim) + dim * 4;
     }
     Worker(const Attention& call, float* partials, int32_t* unfinished, uint8_t* memory)
         : call_(call), dim_(call.dim), group_(call.q_heads / call.kv_heads), partials_(partials), unfinished_(unfinished) {

@@ -9,6 +9,13 @@ namespace SLUICE_ISA {
 constexpr int64_t rows_prepared_apart = 2;
 constexpr int64_t row_block_bytes = 192 << 10;
 
+// As much as is asked for and no more, where a sanitizer watches what lies behind.
+#ifdef __SANITIZE_ADDRESS__
+constexpr bool exact_scratch = true;
+#else
+constexpr bool exact_scratch = false;
+#endif
+
 // Memory that a thread keeps between calls.
 inline uint8_t* scratch(int which, int64_t bytes) {
     struct Buffer {
@@ -18,11 +25,10 @@ inline uint8_t* scratch(int which, int64_t bytes) {
     };
     static thread_local Buffer kept[2];
     Buffer& buffer = kept[which];
-    if (buffer.size < bytes) {
+    if (buffer.size < bytes || (exact_scratch && buffer.size != bytes)) {
         std::free(buffer.data);
-        buffer.size = round_up(bytes + bytes / 2, 4096);
-        buffer.data = std::aligned_alloc(64, (size_t)buffer.size);
-        if (!buffer.data) std::abort();
+        buffer.size = exact_scratch ? bytes : round_up(bytes + bytes / 2, 4096);
+        if (posix_memalign(&buffer.data, 64, (size_t)buffer.size)) std::abort();
     }
     return (uint8_t*)buffer.data;
 }
@@ -102,6 +108,7 @@ private:
         }
     }
 
+    // Not inlined: among other tiles, its sums would not be given registers.
     template <int R, int C>
     [[gnu::noinline]] void tile(int64_t row, int64_t panel, Ahead ahead) {
         constexpr int runs = C == 1 ? 2 : 1;  // a gated layer's panel of gate, then its panel of up

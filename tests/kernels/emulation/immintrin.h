@@ -3,6 +3,8 @@
 #pragma once
 #include_next <immintrin.h>
 
+#define SLUICE_EMULATED
+
 #define SIMDE_ENABLE_NATIVE_ALIASES
 #include <math.h>
 #include <simde/x86/avx512.h>

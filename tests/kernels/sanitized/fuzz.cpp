@@ -1,0 +1,188 @@
+// Every operator on drawn shapes, with memory that ends where its arguments end: for the address and undefined-behaviour sanitizers.
+//
+// Built without torch from the operators' own sources; `fuzz SEED CASES` runs each instruction set that was compiled and that this
+// processor has. Outputs must have been written and be finite; what they are is for the tests in Python. `fuzz planted` writes behind an
+// output, which must end the program.
+#include <omp.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <string>
+#include <vector>
+
+#include "attention_plan.h"
+#include "dispatch.h"
+#include "memory.h"
+
+namespace {
+
+using sluice::Format;
+using sluice::Operators;
+
+Type type_of(Chance& chance) { return chance.one_in(2) ? Type::f32 : Type::bf16; }
+
+void fuzz_linear(const Operators& operators, Chance& chance) {
+    const bool gated = chance.one_in(3);
+    const int64_t rows = chance.one_in(20) ? 0 : chance.between(1, chance.one_in(4) ? 70 : 9);
+    const int64_t outputs = chance.between(1, 150), out = outputs * (gated ? 2 : 1), in = chance.between(1, 300);
+    const Type type = type_of(chance), out_type = chance.one_in(4) ? Type::f32 : type;
+    const auto format = (Format)chance.between(0, 3);
+    const int group = (int)chance.between(1, 8) * 16;
+    Numbers weight(chance, out * in, type), x(chance, rows * in, type);
+    Numbers norm(chance, in, type), bias(chance, out, type), residual(chance, rows * outputs, type);
+    Exact packed(operators.packed_bytes(format, out, in, gated, group));
+    operators.pack(weight.data(), type, format, out, in, gated, group, packed.data());
+    Exact apart(rows * outputs * bytes_of(out_type));
+    const bool in_place = out_type == type && chance.one_in(4);  // the residual may be the output
+    Exact& to = in_place ? residual : apart;
+    operators.linear({
+        x.data(),
+        rows,
+        type,
+        packed.data(),
+        chance.one_in(2) ? norm.data() : nullptr,
+        1e-5f,
+        chance.one_in(2) ? bias.data() : nullptr,
+        in_place || chance.one_in(2) ? residual.data() : nullptr,
+        to.data(),
+        out_type,
+    });
+    expect_written(to, rows * outputs, out_type, "linear");
+}
+
+void fuzz_norm_and_embedding(const Operators& operators, Chance& chance) {
+    const int64_t rows = chance.between(0, 20), size = chance.between(1, 200), entries = chance.between(1, 30);
+    const Type type = type_of(chance);
+    Numbers x(chance, rows * size, type), weight(chance, size, type), table(chance, entries * size, type);
+    Exact normed(rows * size * bytes_of(type)), found(rows * size * bytes_of(type)), ids(rows * 8);
+    for (int64_t i = 0; i < rows; ++i) ids.of<int64_t>()[i] = chance.between(0, entries - 1);
+    operators.rms_norm(x.data(), weight.data(), 1e-5f, rows, size, type, normed.data());
+    operators.embedding(table.data(), ids.of<int64_t>(), rows, size, type, found.data());
+    expect_written(normed, rows * size, type, "rms_norm");
+    expect_written(found, rows * size, type, "embedding");
+}
+
+void fuzz_sampling(const Operators& operators, Chance& chance) {
+    const int64_t rows = chance.between(0, 5), vocab = chance.between(1, chance.one_in(4) ? 5000 : 300);
+    const int64_t count = chance.between(0, std::min<int64_t>(vocab, 20));
+    Numbers logits(chance, rows * vocab, Type::f32);
+    const float spread = chance.one_in(3) ? 0.0f : (float)chance.between(1, 20);  // all equal, flat or steep
+    for (int64_t i = 0; i < rows * vocab; ++i) logits.of<float>()[i] *= spread;
+    Exact filters(rows * 4 * 8), draws(rows * 3 * 8), tokens(rows * 8), best(rows * 8);
+    for (int64_t row = 0; row < rows; ++row) {
+        double* filter = filters.of<double>() + row * 4;
+        filter[0] = chance.one_in(5) ? 0.0 : 0.1 * (double)chance.between(1, 30);
+        filter[1] = chance.one_in(2) ? 0.0 : (double)chance.between(1, vocab + 5);
+        filter[2] = chance.one_in(2) ? 1.0 : 0.01 * (double)chance.between(1, 99);
+        filter[3] = chance.one_in(2) ? 0.0 : 0.01 * (double)chance.between(1, 99);
+        for (int64_t i = 0; i < 3; ++i) draws.of<int64_t>()[row * 3 + i] = chance.between(0, INT64_MAX);
+    }
+    operators.greedy(logits.of<float>(), rows, vocab, best.of<int64_t>());
+    operators.sample({logits.of<float>(), rows, vocab, filters.of<double>(), draws.of<int64_t>(), tokens.of<int64_t>()});
+    for (int64_t row = 0; row < rows; ++row) {
+        for (int64_t token : {best.of<int64_t>()[row], tokens.of<int64_t>()[row]}) {
+            if (token >= 0 && token < vocab) continue;
+            std::fprintf(stderr, "sampling: token %lld of %lld\n", (long long)token, (long long)vocab);
+            std::exit(3);
+        }
+    }
+    Exact chosen(rows * 4), top_ids(rows * count * 8), top(rows * count * 4);
+    operators.logprobs({logits.of<float>(), rows, vocab, tokens.of<int64_t>(), count, chosen.of<float>(), top_ids.of<int64_t>(), top.of<float>()});
+    expect_written(chosen, rows, Type::f32, "logprobs");
+    expect_written(top, rows * count, Type::f32, "logprobs");
+}
+
+void fuzz_attention(const Operators& operators, Chance& chance) {
+    const Type type = type_of(chance);
+    const int64_t number = bytes_of(type);
+    const int64_t dim = 16 * chance.between(1, chance.one_in(4) ? 16 : 4), kv_heads = chance.between(1, 4);
+    const int64_t q_heads = kv_heads * chance.between(1, 5), block_size = 16 * chance.between(1, 3);
+    const int64_t window = chance.one_in(3) ? chance.between(1, 300) : 0, num_seqs = chance.between(1, 4);
+    std::vector<int32_t> lens, starts{0};
+    int64_t longest = 1, tokens = 0, needed = 0;
+    for (int64_t seq = 0; seq < num_seqs; ++seq) {
+        const int64_t chunk = chance.one_in(2) ? 1 : chance.between(0, 40), context = chance.between(0, chance.one_in(3) ? 700 : 60);
+        lens.push_back((int32_t)std::max<int64_t>(chunk + context, 1));
+        tokens += chunk;
+        starts.push_back((int32_t)tokens);
+        longest = std::max<int64_t>(longest, lens.back());
+        needed += sluice::divide_up(lens.back(), block_size);
+    }
+    const int64_t stride = sluice::divide_up(longest, block_size), half = kv_heads * dim * block_size, wide = (q_heads + 2 * kv_heads) * dim;
+    std::vector<int32_t> blocks(needed);
+    for (int64_t i = 0; i < needed; ++i) blocks[i] = (int32_t)i;
+    std::shuffle(blocks.begin(), blocks.end(), std::mt19937(7));
+    Exact tables(num_seqs * stride * 4), positions(tokens * 8), slots(tokens * 8), out(tokens * q_heads * dim * number);
+    for (int64_t seq = 0, taken = 0; seq < num_seqs; ++seq) {
+        int32_t* table = tables.of<int32_t>() + seq * stride;
+        for (int64_t i = 0; i < sluice::divide_up(lens[seq], block_size); ++i) table[i] = blocks[taken++];
+        for (int64_t token = starts[seq]; token < starts[seq + 1]; ++token) {
+            const int64_t position = lens[seq] - (starts[seq + 1] - token);
+            positions.of<int64_t>()[token] = position;
+            slots.of<int64_t>()[token] = chance.one_in(20) ? -1 : table[position / block_size] * block_size + position % block_size;
+        }
+    }
+    Numbers fused(chance, tokens * wide, type), cos_sin(chance, longest * dim, Type::f32), cache(chance, needed * 2 * half, type);
+    char* qkv = fused.of<char>();
+    const sluice::AttentionPlan plan =
+        sluice::AttentionPlanner(starts.data(), lens.data(), num_seqs, q_heads, kv_heads, window).plan(omp_get_max_threads());
+    Exact items((int64_t)(plan.items.size() * sizeof(sluice::AttentionItem)));
+    std::copy(plan.items.begin(), plan.items.end(), items.of<sluice::AttentionItem>());
+    sluice::Attention call{};
+    call.type = type;
+    call.q = qkv;
+    call.k = qkv + q_heads * dim * number;
+    call.v = qkv + (q_heads + kv_heads) * dim * number;
+    call.q_stride = call.k_stride = call.v_stride = wide;
+    call.tokens = tokens;
+    call.q_heads = q_heads;
+    call.kv_heads = kv_heads;
+    call.dim = dim;
+    call.cos_sin = cos_sin.of<float>();
+    call.positions = positions.of<int64_t>();
+    call.slots = slots.of<int64_t>();
+    call.k_cache = cache.data();
+    call.v_cache = cache.of<char>() + half * number;
+    call.block_stride = 2 * half;
+    call.block_size = block_size;
+    call.tables = tables.of<int32_t>();
+    call.table_stride = stride;
+    call.seq_lens = lens.data();
+    call.starts = starts.data();
+    call.items = items.of<sluice::AttentionItem>();
+    call.num_items = (int64_t)plan.items.size();
+    call.units = plan.units;
+    call.partial_rows = plan.partial_rows;
+    call.scale = 1.0f / std::sqrt((float)dim);
+    call.window = window;
+    call.out = out.data();
+    operators.attention(call);
+    expect_written(out, tokens * q_heads * dim, type, "attention");
+}
+
+void write_behind(const Operators& operators, Chance& chance) {
+    Numbers x(chance, 64, Type::f32), weight(chance, 64, Type::f32);
+    Exact out(64 * 4 - 1);
+    operators.rms_norm(x.data(), weight.data(), 1e-5f, 1, 64, Type::f32, out.data());
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+    if (count == 2 && std::string(arguments[1]) == "planted") {
+        Chance chance(0);
+        write_behind(sluice::operators(), chance);
+        return 0;
+    }
+    if (count != 3) return std::fprintf(stderr, "usage: fuzz SEED CASES | fuzz planted\n"), 2;
+    const int64_t seed = std::atoll(arguments[1]), cases = std::atoll(arguments[2]);
+    for (const std::string& name : sluice::available()) {
+        sluice::select(name);
+        Chance chance((uint64_t)seed);
+        for (int64_t i = 0; i < cases; ++i) {
+            omp_set_num_threads((int)chance.between(1, 3));
+            for (auto fuzz : {fuzz_linear, fuzz_norm_and_embedding, fuzz_sampling, fuzz_attention}) fuzz(sluice::operators(), chance);
+        }
+        std::printf("%s: %lld cases of each operator\n", name.c_str(), (long long)cases);
+    }
+}

@@ -1,0 +1,87 @@
+"""The C++ operators under the address and undefined-behaviour sanitizers: drawn shapes, memory that ends where the arguments end.
+
+They are built without torch (`tests/kernels/sanitized/`), once for these sources.
+"""
+
+import hashlib
+import os
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from kernels.cpu import build
+
+HERE = Path(__file__).resolve().parent / "sanitized"
+OPERATORS = Path(build.__file__).resolve().parent
+FLAGS = (
+    "-std=c++20",
+    "-O1",
+    "-fopenmp",
+    "-Wno-psabi",
+    "-Wno-unknown-pragmas",
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=all",
+)
+SEEDS = 3
+CASES = 40
+"""Drawn calls of each operator for a seed and an instruction set."""
+
+
+@pytest.fixture(scope="module")
+def fuzz() -> Path:
+    """The built program; what this processor runs best, AVX2 and plain C++ are in it."""
+    try:
+        compiler = build._compiler()
+    except build.BuildError as error:
+        pytest.skip(str(error))
+    runnable = build.runnable()
+    sets = [name for name in runnable if name in (runnable[0], "avx2", "scalar")]
+    sources = [HERE / "fuzz.cpp", OPERATORS / "dispatch.cpp", *(OPERATORS / f"isa_{name}.cpp" for name in sets)]
+    told = hashlib.sha256(repr((compiler, sets, FLAGS)).encode())
+    for path in sorted([*OPERATORS.glob("*.h"), *HERE.glob("*.h"), *sources]):
+        told.update(path.name.encode() + path.read_bytes())
+    directory = build.library_path().parent.parent / f"sanitized-{told.hexdigest()[:16]}"
+    built = directory / "fuzz"
+    with build._alone(directory):
+        if not built.exists():
+            _build(compiler, sources, [*FLAGS, *(f"-DSLUICE_HAS_{name}" for name in sets), f"-I{OPERATORS}"], built)
+    return built
+
+
+def _build(compiler: str, sources: list[Path], flags: list[str], built: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=built.parent) as work:
+
+        def compile_one(source: Path) -> str:
+            made = f"{work}/{source.stem}.o"
+            subprocess.run([compiler, *flags, "-c", str(source), "-o", made], check=True)
+            return made
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(compile_one, sources))
+        subprocess.run([compiler, *flags, *objects, "-o", f"{work}/fuzz"], check=True)
+        Path(work, "fuzz").rename(built)
+
+
+def run(fuzz: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    # Leaks are not looked for: that needs rights which a container may lack.
+    environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
+    return subprocess.run([fuzz, *arguments], capture_output=True, text=True, env=environment, check=False)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_no_operator_reads_or_writes_what_it_was_not_given(fuzz, seed):
+    done = run(fuzz, str(seed), str(CASES))
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert f"avx2: {CASES} cases" in done.stdout or "avx2" not in build.runnable()
+    assert f"scalar: {CASES} cases of each operator" in done.stdout
+
+
+def test_the_sanitizers_watch(fuzz):
+    done = run(fuzz, "planted")
+    assert done.returncode != 0
+    assert "ERROR: AddressSanitizer" in done.stderr
+    assert "0 bytes to the right of 255-byte region" in done.stderr
