@@ -32,7 +32,7 @@ def kafka_server() -> Iterator[str]:
         yield address
         return
     try:
-        with kafka.running() as server:
+        with kafka.running(jvm_flags=kafka.SHORT_LIVED) as server:
             yield server.bootstrap
     except kafka.ServerError as error:
         pytest.fail(str(error), pytrace=False)

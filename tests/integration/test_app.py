@@ -108,7 +108,7 @@ async def test_a_service_whose_engine_cannot_start_leaves_nothing_running(tmp_pa
 @pytest.fixture
 def own_server() -> Iterator[kafka.KafkaServer]:
     """A broker that a test may stop."""
-    with kafka.running("app") as server:
+    with kafka.running("app", kafka.SHORT_LIVED) as server:
         yield server
 
 

@@ -205,7 +205,7 @@ async def test_missing_topics_are_reported_until_they_exist(kafka_server: str) -
 @pytest.fixture
 def own_server(kafka_server: str) -> Iterator[kafka.KafkaServer]:
     """A broker that a test may stop; a cluster elsewhere is not ours to stop."""
-    with kafka.running("kafka-faults") as server:
+    with kafka.running("kafka-faults", kafka.SHORT_LIVED) as server:
         yield server
 
 

@@ -5,24 +5,22 @@ clients which start there speak to every broker through whatever listens on them
 move within about three seconds.
 """
 
-import base64
 import shutil
 import subprocess
 import tempfile
-import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.servers.kafka import LOGS, KafkaServer, free_port, libraries
+from tests.servers.kafka import LOGS, SHORT_LIVED, KafkaServer, free_port, libraries, new_id
 
 
 class ClusterBroker(KafkaServer):
     """Node `node_id` of a cluster. `proxied_port` is where its second listener listens, `advertised_port` what it tells clients."""
 
     # Three virtual machines share two cores with everything else: the quick compiler and one collector thread are enough.
-    jvm_flags = ("-Xmx512m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1")
+    jvm_flags = SHORT_LIVED
 
     def __init__(self, directory: Path, *, node_id: int, advertised_port: int) -> None:
         directory.mkdir(parents=True, exist_ok=True)
@@ -84,7 +82,7 @@ class ClusterBroker(KafkaServer):
         shutil.copytree(other._data, self._data)
         file = self._data / "meta.properties"
         lines = [line for line in file.read_text("utf-8").splitlines() if not line.startswith(("node.id=", "directory.id="))]
-        file.write_text("\n".join([*lines, f"node.id={self.node_id}", f"directory.id={_uuid()}", ""]), "utf-8")
+        file.write_text("\n".join([*lines, f"node.id={self.node_id}", f"directory.id={new_id()}", ""]), "utf-8")
 
 
 class KafkaCluster:
@@ -104,7 +102,7 @@ class KafkaCluster:
         first, *others = self.brokers
         for broker in self.brokers:
             broker.prepare(voters, len(self.brokers))
-        first.format(_uuid())
+        first.format(new_id())
         for broker in others:
             broker.format_as(first)
         with ThreadPoolExecutor(len(self.brokers)) as pool:
@@ -114,13 +112,6 @@ class KafkaCluster:
         """Ends every broker; the cluster is not meant to be started again."""
         for broker in self.brokers:
             broker.stop(kill=True)
-
-
-def _uuid() -> str:
-    """As Kafka's tool draws them: 16 bytes, URL-safe base64, no dash in front."""
-    while (text := base64.urlsafe_b64encode(uuid.uuid4().bytes).decode("ascii").rstrip("=")).startswith("-"):
-        pass
-    return text
 
 
 @contextmanager

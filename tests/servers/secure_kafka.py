@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.servers.kafka import KafkaServer, ServerError, free_port, keep_log
+from tests.servers.kafka import SHORT_LIVED, KafkaServer, ServerError, free_port, keep_log, new_id
 
 USER, PASSWORD = "sluice", "correct horse battery=staple"
 
@@ -57,7 +57,7 @@ class SecureKafka(KafkaServer):
     """One such broker."""
 
     # Started for a few tests beside everything else: the quick compiler and one collector thread are enough.
-    jvm_flags = ("-Xmx512m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1")
+    jvm_flags = SHORT_LIVED
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)
@@ -112,14 +112,13 @@ class SecureKafka(KafkaServer):
             encoding="utf-8",
         )
         tool = ["java", *self.jvm_flags, "-cp", f"{libs}/*", "kafka.tools.StorageTool"]
-        cluster = subprocess.run([*tool, "random-uuid"], capture_output=True, text=True, check=True).stdout.strip()
         users = [
             argument
             for mechanism in ("SCRAM-SHA-256", "SCRAM-SHA-512")
             for argument in ("--add-scram", f'{mechanism}=[name="{USER}",password="{PASSWORD}"]')
         ]
         done = subprocess.run(
-            [*tool, "format", "-t", cluster, "-c", str(self._properties), *users], capture_output=True, text=True, check=False
+            [*tool, "format", "-t", new_id(), "-c", str(self._properties), *users], capture_output=True, text=True, check=False
         )
         if done.returncode != 0:
             raise ServerError(f"the broker's directory could not be formatted:\n{(done.stdout + done.stderr)[-500:]}")
