@@ -70,6 +70,22 @@ LIMITS = (
     ),
     Limit(what="loading", benchmark="startup", read=lambda r: r["load_s"]["median"], bound=3, at_most=True, unit=" s"),
     Limit(
+        what="host work in a step of 8 decodes",
+        benchmark="step",
+        read=lambda r: r["batch_8"]["host_percent"],
+        bound=3,
+        at_most=True,
+        unit=" %",
+    ),
+    Limit(
+        what="a step of 8 decodes and a chunk against the two apart",
+        benchmark="mixed",
+        read=lambda r: r["mixed_of_the_sum"]["median"],
+        bound=1,
+        at_most=True,
+        unit="×",
+    ),
+    Limit(
         what="memory of the engine beside weights",
         benchmark="startup",
         read=lambda r: r["engine_beside_weights_mib"],
