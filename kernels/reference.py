@@ -170,6 +170,26 @@ def paged_attention(
     return out
 
 
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos_sin: Tensor,
+    positions: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+    slot_mapping: Tensor,
+    scale: float,
+    sliding_window: int,
+) -> Tensor:
+    """One layer's attention whole: `rotary_kv_write`, then `paged_attention` over what it wrote. Twin of `kernels.cpu.attention.attend`."""
+    q = rotary_kv_write(q, k, v, cos_sin, positions, k_cache, v_cache, slot_mapping)
+    return paged_attention(q, k_cache, v_cache, block_tables, seq_lens, query_start_loc, scale, sliding_window)
+
+
 def greedy(logits: Tensor) -> Tensor:
     """The first index of each row's greatest value; -1 where the row holds NaN or +inf, or nothing finite.
 

@@ -30,7 +30,9 @@ _NEEDS = {
 }
 _NEEDS["avx512_vnni"] = _NEEDS["avx512"] | {"avx512_vnni"}
 _NEEDS["avx512_bf16"] = _NEEDS["avx512_vnni"] | {"avx512_bf16"}
-_FLAGS = ["-O2", "-std=c++20", "-fopenmp", "-fno-math-errno", "-Wno-psabi", "-Wno-unknown-pragmas"]
+# No contraction: where a product and a sum are one rounding is written in the sources, or inlining and the compiler would decide it,
+# place by place, and with it the bits of a row.
+_FLAGS = ["-O2", "-std=c++20", "-fopenmp", "-fno-math-errno", "-ffp-contract=off", "-Wno-psabi", "-Wno-unknown-pragmas"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

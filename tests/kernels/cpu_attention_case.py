@@ -134,9 +134,21 @@ class Case:
         """What kernels/reference.py computes in `dtype`: result, keys and values by slot."""
         k_cache, v_cache = (cache.to(dtype, copy=True) for cache in self.context)
         q, k, v = (x.to(dtype) for x in (self.q, self.k, self.v))
-        q = reference.rotary_kv_write(q, k, v, self.cos_sin, self.positions, k_cache, v_cache, self.slot_mapping)
-        tables, lens, starts = self.block_tables, self.seq_lens, self.query_start_loc
-        found = reference.paged_attention(q, k_cache, v_cache, tables, lens, starts, self.scale, self.window)
+        found = reference.attend(
+            q,
+            k,
+            v,
+            self.cos_sin,
+            self.positions,
+            k_cache,
+            v_cache,
+            self.block_tables,
+            self.seq_lens,
+            self.query_start_loc,
+            self.slot_mapping,
+            self.scale,
+            self.window,
+        )
         return found, k_cache, v_cache
 
     def only(self, i: int, rows: range | None = None) -> "Case":
