@@ -43,6 +43,7 @@ class Publisher:
         self.acknowledged: list[Acknowledged] = []
         self.failures: list[str] = []
         self.num_sent = 0
+        self._ends: dict[int, int] = {}
 
     def start(self) -> None:
         self._thread.start()
@@ -72,10 +73,15 @@ class Publisher:
             if error is not None:
                 self.failures.append(str(error))
                 return
+            partition, offset = message.partition(), message.offset()
+            if offset is None:
+                # A broker that holds a repeated batch already may not say where: behind the last, for only this producer writes here.
+                offset = self._ends.get(partition, 0)
+            self._ends[partition] = offset + 1
             self.acknowledged.append(
                 Acknowledged(
-                    partition=message.partition(),
-                    offset=message.offset(),
+                    partition=partition,
+                    offset=offset,
                     kind=prompt.kind,
                     num_tokens=prompt.num_tokens,
                     num_choices=prompt.num_choices,
