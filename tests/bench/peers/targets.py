@@ -10,7 +10,7 @@ SHORT, LONG = ("decode 8/32", "decode 8/512"), ("decode 32/32", "decode 32/512")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """`ours` over the best of `theirs` in each of `cases`, at least `least`. `theirs` "16+": every peer of 16 or more bits."""
+    """`ours` over the best of `theirs` in each of `cases`, at least `least`. `theirs`: names with commas; "16+": every peer of 16 or more bits."""
 
     what: str
     cases: tuple[str, ...]
@@ -32,7 +32,7 @@ TARGETS = (
         what="against generate",
         cases=("decode 8/32", "decode 32/32"),
         ours=WHOLE,
-        theirs="transformers-bf16",
+        theirs="transformers-bf16,transformers-fp32",
         least=4.0,
         stretch=5.0,
     ),
@@ -92,10 +92,10 @@ def _outcome(target: Target, case: str, summary: Json) -> Outcome:
 
 
 def _opponent(target: Target, rates: dict[str, float], systems: Json) -> str:
-    if target.theirs != "16+":
-        return target.theirs
-    peers = [name for name in rates if systems[name]["kind"] == "peer" and systems[name]["bits"] >= 16]
-    return max(peers, key=rates.__getitem__, default="")
+    named = target.theirs.split(",")
+    if named == ["16+"]:
+        named = [name for name, said in systems.items() if said["kind"] == "peer" and said["bits"] >= 16]
+    return max(named, key=lambda name: rates.get(name, 0.0), default="")
 
 
 def _why(summary: Json, case: str, ours: str, against: str) -> str:
