@@ -164,6 +164,8 @@ def _commit_after_revoke() -> None:
     from service.kafka import clients
     from service.kafka.ownership import OwnedPartition
 
+    # Longer than any pause: nothing but fencing would end what a halted owner has open.
+    clients.TRANSACTION_TIMEOUT_MS = 30_000
     transactional = clients.Clients.transactional
 
     def unfenced(self: Any, transactional_id: str) -> Any:
