@@ -25,7 +25,8 @@ from service.kafka.records import HEADER_CONTENT_TYPE, InRecord, TopicPartition
 from service.kafka.tail import Lapsed, Tail
 from service.kafka.topics import Topics
 
-MAX_RESULTS_BYTES = 16_777_216
+MAX_RESULTS_BYTES = 4_194_304
+"""Of results at hand, as they are on the wire; in memory a message takes about four times as much."""
 MAX_TIMES = 10_000
 CLOCK_SLACK_MS = 300_000
 """How far a producer's clock may be ahead of the replicas' without a longer search."""
