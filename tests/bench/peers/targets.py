@@ -10,7 +10,9 @@ SHORT, LONG = ("decode 8/32", "decode 8/512"), ("decode 32/32", "decode 32/512")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """`ours` over the best of `theirs` in each of `cases`, at least `least`. `theirs`: names with commas; "16+": every peer of 16 or more bits."""
+    """`ours` over the best of `theirs` in each of `cases`, at least `least`.
+
+    `theirs`: names with commas; "16+": every peer of 16 or more bits."""
 
     what: str
     cases: tuple[str, ...]
