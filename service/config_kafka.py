@@ -43,6 +43,9 @@ class KafkaSection(Section):
     create_topics: bool = False
     """Create missing topics at start, as `sluice topics create` does."""
 
+    topic_refresh_ms: int = Field(default=10_000, ge=500)
+    """The brokers are asked for their topics this often: a topic of a class that comes or goes is noticed at the second asking."""
+
     session_timeout_ms: int = Field(default=10_000, ge=1_000)
     """A replica that is silent for this long loses its partitions."""
 

@@ -47,6 +47,8 @@ class Clients:
             heartbeat_interval_ms=section.heartbeat_interval_ms,
             rebalance_timeout_ms=_REBALANCE_TIMEOUT_MS,
             max_partition_fetch_bytes=section.max_partition_fetch_bytes,
+            # The group's leader leaves a topic out for as long as it has not seen it.
+            metadata_max_age_ms=section.topic_refresh_ms,
         )
 
     def reader(self, *, committed: bool = False) -> AIOKafkaConsumer:

@@ -3,7 +3,7 @@
 Guarantees: no record is taken from a partition before its committed progress was read and this owner's epoch was committed; a
 record that is done is skipped; a partition whose window is full, whose class is over budget, or whose next record cannot be read
 is paused while the others go on, and polling never stops, so that the group keeps this member. Both rebalance callbacks return at
-once (a second at most).
+once (a second at most). A topic of a class that appears later is read from then on; what runs meanwhile goes on.
 The broker may be away at start or later: `run` begins anew with back-off, and running generations go on meanwhile.
 """
 
@@ -26,7 +26,9 @@ from service.kafka.backlog import Backlog
 from service.kafka.budget import IntakeBudget, estimate
 from service.kafka.completion import Commits
 from service.kafka.handler import PromptHandler
+from service.kafka.lag import Lag
 from service.kafka.ownership import OwnedPartition, Partitions
+from service.kafka.prompt_topics import PromptTopics
 from service.kafka.records import InRecord, TopicPartition
 from service.kafka.result_keys import ResultKeys
 from service.kafka.resume import ChunkReading
@@ -41,6 +43,7 @@ _IDLE_POLL_MS = 200
 _HELD_POLL_MS = 50
 """While some may not be read: nothing tells when they may again."""
 _WATCH_S = 2.0
+_LOOK_S = 5.0
 _BACKOFF_MIN_S, _BACKOFF_MAX_S = 0.5, 10.0
 _REVOKE_COMMIT_S = 1.0
 _STOP_S = 5.0
@@ -73,7 +76,7 @@ class PromptConsumer(ConsumerRebalanceListener):
 
         `on_state` hears whether the broker is served, and why not.
         """
-        self._section, self._classes = section, topics.classes
+        self._section, self._topics, self._classes = section, topics, topics.classes
         self._partitions, self._budget, self._metrics = partitions, budget, metrics
         self._make_consumer, self._make_admin, self._prepare = make_consumer, make_admin, prepare
         self._explain, self._reading, self._result_keys = explain, reading, result_keys
@@ -154,14 +157,7 @@ class PromptConsumer(ConsumerRebalanceListener):
 
     async def on_partitions_revoked(self, revoked: "set[ClientPartition]") -> None:
         """Tentative: what runs goes on; what is done is committed while this member still may."""
-        self._cancel_opening()
-        if revoked and self._commits is not None:
-            if not await self._commits.flush(_REVOKE_COMMIT_S):
-                _log.info("the commit before a rebalance took too long")
-            if self._committing is not None:
-                # The client would try again under the next generation, when the partition may have another owner.
-                self._committing.cancel()
-        self._revoke_all()
+        await self._step_back()
 
     async def on_partitions_assigned(self, assigned: "set[ClientPartition]") -> None:
         """Lost partitions end; each assigned one stays closed until a task of its own has read its progress."""
@@ -196,6 +192,16 @@ class PromptConsumer(ConsumerRebalanceListener):
         self._backlog.forget(owned.partition)
         self._metrics.forget(*owned.partition)
 
+    async def _step_back(self) -> None:
+        self._cancel_opening()
+        some_open = any(owned.state == "open" for owned in self._partitions)
+        if some_open and self._commits is not None and not await self._commits.flush(_REVOKE_COMMIT_S):
+            _log.info("the commit before a rebalance took too long")
+        if self._committing is not None:
+            # The client would try again under the next generation, when the partition may have another owner.
+            self._committing.cancel()
+        self._revoke_all()
+
     def _revoke_all(self) -> None:
         self._partitions.revoke_all()
         self._paused.clear()
@@ -213,11 +219,12 @@ class PromptConsumer(ConsumerRebalanceListener):
             await admin.start()
         except KafkaConnectionError as error:
             raise SetupError(await self._explain() or str(error), exit_code=3) from error
-        names = await self._prepare(admin)
+        names = frozenset(await self._prepare(admin))
         self._consumer = consumer = self._make_consumer()
-        consumer.subscribe(topics=list(names), listener=self)
+        consumer.subscribe(topics=tuple(names), listener=self)
         await consumer.start()
-        tasks = {asyncio.create_task(self._poll(consumer)), asyncio.create_task(self._watch(consumer))}
+        parts = (self._poll(consumer), self._watch(consumer), self._follow_topics(consumer, admin, names))
+        tasks = {asyncio.create_task(part) for part in parts}
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
@@ -241,29 +248,30 @@ class PromptConsumer(ConsumerRebalanceListener):
                 _log.info("a Kafka client did not stop in order", error=type(error).__name__)
 
     async def _watch(self, consumer: AIOKafkaConsumer) -> None:
-        """Asks the broker for the ends of our partitions every now and then: lag for the metrics, and a sign of life."""
+        """Measures lag every now and then, and says whether the broker answers."""
+        lag = Lag(self._partitions, self._backlog, self._metrics, wall_ns=self._wall_ns)
         while True:
-            partitions = [owned for owned in self._partitions if owned.state == "open"]
-            try:
-                if partitions:
-                    asked = [ClientPartition(*owned.partition) for owned in partitions]
-                    # Not `wait_for`, which before Python 3.12 loses a cancellation that comes together with the answer.
-                    async with asyncio.timeout(_WATCH_S):
-                        ends = await consumer.end_offsets(asked)
-                    for owned in partitions:
-                        if owned.state != "lost":
-                            lag = max(ends[ClientPartition(*owned.partition)] - owned.tracker.low, 0)
-                            age_s = self._backlog.seconds(
-                                owned.partition,
-                                next_offset=owned.tracker.next_offset,
-                                end=ends[ClientPartition(*owned.partition)],
-                                now_ms=self._wall_ns() // 1_000_000,
-                            )
-                            self._metrics.lag(*owned.partition, lag, age_s)
-                    self._report(True, self._unreadable.reason)
-            except (KafkaError, TimeoutError) as error:
-                self._report(False, f"the broker does not answer ({type(error).__name__})")
+            answers = await lag.measure(consumer)
+            if answers is not None:
+                self._report(answers, self._unreadable.reason if answers else "the broker does not answer")
             await asyncio.sleep(_WATCH_S)
+
+    async def _follow_topics(self, consumer: AIOKafkaConsumer, admin: AIOKafkaAdminClient, names: frozenset[str]) -> None:
+        """Reads topics of classes that come, and no longer those that go."""
+        topics = PromptTopics(self._topics, names)
+        while True:
+            await asyncio.sleep(self._section.topic_refresh_ms / 1_000)
+            try:
+                async with asyncio.timeout(_LOOK_S):
+                    found = await topics.changed(admin)
+            except (KafkaError, TimeoutError) as error:
+                _log.info("the topics could not be looked at", error=type(error).__name__)
+                continue
+            if found is not None:
+                _log.info("the topics of prompts have changed", topics=sorted(found))
+                # From here until the group has answered nothing is assigned, and the client takes no commit.
+                await self._step_back()
+                consumer.subscribe(topics=tuple(found), listener=self)
 
     async def _poll(self, consumer: AIOKafkaConsumer) -> None:
         while True:
