@@ -132,12 +132,14 @@ class StreamRequest(_message.Message):
     def __init__(self, prompt: _Optional[_Union[Prompt, _Mapping]] = ..., detach: _Optional[bool] = ..., output_token_ids: _Optional[_Iterable[_Union[TokenIds, _Mapping]]] = ...) -> None: ...
 
 class SubmitRequest(_message.Message):
-    __slots__ = ("prompt", "key")
+    __slots__ = ("prompt", "key", "queue_class")
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     KEY_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_CLASS_FIELD_NUMBER: _ClassVar[int]
     prompt: Prompt
     key: str
-    def __init__(self, prompt: _Optional[_Union[Prompt, _Mapping]] = ..., key: _Optional[str] = ...) -> None: ...
+    queue_class: str
+    def __init__(self, prompt: _Optional[_Union[Prompt, _Mapping]] = ..., key: _Optional[str] = ..., queue_class: _Optional[str] = ...) -> None: ...
 
 class SubmitResponse(_message.Message):
     __slots__ = ("request_id",)

@@ -25,6 +25,10 @@ def submit(
         str,
         typer.Option("--key", help="The record's key; default: the label, else the prompt's beginning.", show_default=False),
     ] = "",
+    queue_class: Annotated[
+        str,
+        typer.Option("--class", help="interactive, standard or batch: whose turn it is when many wait.", show_default=False),
+    ] = "",
     idempotency_key: Annotated[
         str, typer.Option("--idempotency-key", help="Prompts of one key are one prompt.", show_default=False)
     ] = "",
@@ -54,7 +58,7 @@ def submit(
         stop=stop,
         label=label,
     )
-    speak(replicas, _submit(replicas, request, key, CallOptions(idempotency_key=idempotency_key), follow, as_json))
+    speak(replicas, _submit(replicas, request, key, queue_class, CallOptions(idempotency_key=idempotency_key), follow, as_json))
 
 
 def attach(
@@ -107,10 +111,16 @@ def cancel(
 
 
 async def _submit(
-    replicas: Sequence[str], request: PromptRequest, key: str, options: CallOptions, follow: bool, as_json: bool
+    replicas: Sequence[str],
+    request: PromptRequest,
+    key: str,
+    queue_class: str,
+    options: CallOptions,
+    follow: bool,
+    as_json: bool,
 ) -> None:
     async with SluiceClient(replicas) as client:
-        request_id = await client.submit(request, key=key, options=options)
+        request_id = await client.submit(request, key=key, queue_class=queue_class, options=options)
     if as_json:
         output.print_json({"request_id": request_id})
     else:

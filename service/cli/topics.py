@@ -1,7 +1,7 @@
 """`sluice topics create|check`: the topics on a cluster, and whether they fit together."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Annotated
 
@@ -16,6 +16,7 @@ from service.cli.options import ConfigFile, Json, Overrides, settings_from
 from service.config import Settings
 from service.errors import SetupError
 from service.kafka import topic_check, topics
+from service.kafka.budget import QueueClass
 from service.kafka.connection import Connection
 from service.kafka.topic_check import TopicReport
 from service.kafka.topics import Topics
@@ -31,6 +32,10 @@ def create(
     replication_factor: Annotated[
         int | None, typer.Option("--replication-factor", help="-1: three, or as many as there are brokers.", show_default=False)
     ] = None,
+    classes: Annotated[
+        list[QueueClass] | None,
+        typer.Option("--class", help="A class to make a topic for, too; may be repeated.", show_default=False),
+    ] = None,
     brokers: Brokers = None,
     config: ConfigFile = None,
     overrides: Overrides = None,
@@ -39,11 +44,11 @@ def create(
     """Create the topics that are missing; those that exist stay as they are."""
     flags = {"bootstrap_servers": brokers, "partitions": partitions, "replication_factor": replication_factor}
     settings = settings_from(config, overrides, {"kafka": flags})
-    created = asyncio.run(_create(settings))
+    created = asyncio.run(_create(settings, classes or ()))
     if as_json:
         output.print_json({"created": list(created)})
     elif created:
-        output.out.print(f"created {', '.join(created)} with {settings.kafka.partitions} partitions")
+        output.out.print(f"created {', '.join(created)}")
     else:
         output.out.print("every topic exists already")
 
@@ -76,11 +81,15 @@ def check(
         raise typer.Exit(1)
 
 
-async def _create(settings: Settings) -> tuple[str, ...]:
+async def _create(settings: Settings, classes: Sequence[QueueClass]) -> tuple[str, ...]:
     kafka = settings.kafka
     async with _admin(settings) as admin:
         return await topics.create(
-            admin, Topics(kafka.topic_prefix), partitions=kafka.partitions, replication_factor=kafka.replication_factor
+            admin,
+            Topics(kafka.topic_prefix),
+            partitions=kafka.partitions,
+            replication_factor=kafka.replication_factor,
+            classes=classes,
         )
 
 

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from schemas.v1 import inference_pb2
 from service import wire
 from service.contract import PromptRequest, ReaderEvent, Source
+from service.errors import RequestError
 from service.kafka.cancels import Cancels
 from service.kafka.control import cancel_record
 from service.kafka.live import LiveRequests
@@ -17,7 +18,7 @@ from service.kafka.reader_fold import ReaderFold
 from service.kafka.records import HEADER_CONTENT_TYPE, Headers, OutRecord
 from service.kafka.request_log import Place, RequestLog
 from service.kafka.submission import Submission, affinity_key
-from service.kafka.topics import Topics
+from service.kafka.topics import CLASSES, Topics
 
 
 class AttachedRequest:
@@ -70,16 +71,35 @@ class DurableRequests:
         """Whether an id is that of a durable request, by its form."""
         return self._log.owns(request_id)
 
-    async def submit(self, prompt: PromptRequest, *, key: str = "", conversation_id: str = "", headers: Headers = ()) -> Source:
-        """Writes the prompt and tells where it stands. `headers` go with the record. Raises `RequestError`."""
+    async def submit(
+        self, prompt: PromptRequest, *, key: str = "", queue_class: str = "", conversation_id: str = "", headers: Headers = ()
+    ) -> Source:
+        """Writes the prompt and tells where it stands. `headers` go with the record. Raises `RequestError`.
+
+        `queue_class`: its topic; empty, and `standard` where that has no topic of its own: the prompts topic.
+        """
         return await self._submission.write(
             OutRecord(
-                topic=self._topics.prompts,
+                topic=await self._topic_of(queue_class),
                 key=affinity_key(prompt, key, conversation_id).encode(),
                 value=wire.to_bytes(wire.prompt_to_proto(prompt)),
                 headers=((HEADER_CONTENT_TYPE, wire.JSON.encode()), *headers),
             )
         )
+
+    async def _topic_of(self, queue_class: str) -> str:
+        if not queue_class:
+            return self._topics.prompts
+        topic = next((self._topics.of_class(name) for name in CLASSES if name == queue_class), "")
+        if not topic:
+            message = f"must be one of {', '.join(CLASSES)}, or be left away"
+            raise RequestError("invalid_field", message, field="queue_class")
+        if await self._log.num_partitions(topic):
+            return topic
+        if queue_class == self._topics.classes[self._topics.prompts]:
+            return self._topics.prompts
+        message = f"has no topic here: `sluice topics create --class {queue_class}` makes {topic}"
+        raise RequestError("invalid_field", message, field="queue_class")
 
     async def get(self, request_id: str) -> inference_pb2.Result:
         """The terminal record; one with status `pending` while there is none. Raises `RequestError`."""

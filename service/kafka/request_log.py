@@ -97,7 +97,7 @@ class RequestLog:
         source = Source.of(request_id)
         if source is None or source.topic not in self._topics.classes:
             raise _unknown(f"ids of durable requests are topic-partition-offset, as {self._topics.prompts}-0-17")
-        if source.partition >= await self._num_partitions(source.topic):
+        if source.partition >= await self.num_partitions(source.topic):
             raise _unknown(f"{source.topic} has no partition {source.partition}")
         if source not in self._times:
             await self._find_prompt(source)
@@ -238,7 +238,8 @@ class RequestLog:
             del self._times[next(iter(self._times))]
         self._times[source] = min(max(records[0].timestamp, 0), self._wall_ns() // 1_000_000)
 
-    async def _num_partitions(self, topic: str) -> int:
+    async def num_partitions(self, topic: str) -> int:
+        """0 where there is no such topic; what was found is believed for a minute. Raises `RequestError`."""
         asked_s, count = self._partitions.get(topic, (0.0, 0))
         if not count or self._clock() - asked_s > _PARTITIONS_S:
             count = await self._reader.num_partitions(topic)

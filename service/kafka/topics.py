@@ -1,6 +1,6 @@
 """Topic names, their settings, and their creation. Whether a cluster's topics fit together: `topic_check.py`."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
@@ -45,7 +45,11 @@ class Topics:
     @property
     def classes(self) -> dict[str, QueueClass]:
         """Every topic that may hold prompts, with its class; `prompts` itself is standard. Those of a class are optional."""
-        return {self.prompts: "standard", **{f"{self.prompts}.{name}": name for name in CLASSES}}
+        return {self.prompts: "standard", **{self.of_class(name): name for name in CLASSES}}
+
+    def of_class(self, name: QueueClass) -> str:
+        """The optional topic of a class."""
+        return f"{self.prompts}.{name}"
 
     @property
     def required(self) -> tuple[str, ...]:
@@ -53,9 +57,9 @@ class Topics:
         return (self.prompts, self.results, self.chunks, self.dead_letters, self.control)
 
     def policies(self) -> dict[str, dict[str, str]]:
-        """Configuration of each required topic as `create` makes it; times in milliseconds."""
+        """Configuration of each topic as `create` makes it; times in milliseconds."""
         return {
-            self.prompts: {"cleanup.policy": "delete"},
+            **{name: {"cleanup.policy": "delete"} for name in self.classes},
             self.results: {"cleanup.policy": "compact,delete"},
             self.chunks: {"cleanup.policy": "delete", "retention.ms": str(24 * _HOUR_MS)},
             self.dead_letters: {"cleanup.policy": "delete", "retention.ms": str(28 * 24 * _HOUR_MS)},
@@ -71,14 +75,21 @@ def turns(weights: Mapping[TopicPartition, int]) -> list[TopicPartition]:
 
 
 async def create(
-    admin: AIOKafkaAdminClient, topics: Topics, *, partitions: int, replication_factor: int = -1
+    admin: AIOKafkaAdminClient,
+    topics: Topics,
+    *,
+    partitions: int,
+    replication_factor: int = -1,
+    classes: Sequence[QueueClass] = (),
 ) -> tuple[str, ...]:
-    """Creates the required topics that are missing and names them. Raises `KafkaError` when the broker refuses one.
+    """Creates the topics that are missing, those of `classes` too, and names them. Raises `KafkaError` when the broker refuses one.
 
+    A class's topic gets as many partitions as `prompts` has, where that exists: a result stands on its prompt's partition.
     `replication_factor` -1: three, or as many as there are brokers. (aiokafka cannot ask for the broker's own default.)
     """
-    existing = set(await admin.list_topics())
-    missing = [name for name in topics.required if name not in existing]
+    optional = [topics.of_class(name) for name in classes]
+    existing = await count_partitions(admin, (*topics.required, *optional))
+    missing = [name for name in (*topics.required, *optional) if name not in existing]
     if not missing:
         return ()
     if replication_factor < 1:
@@ -86,7 +97,12 @@ async def create(
     policies = topics.policies()
     response = await admin.create_topics(
         [
-            NewTopic(name, num_partitions=partitions, replication_factor=replication_factor, topic_configs=policies[name])
+            NewTopic(
+                name,
+                num_partitions=existing.get(topics.prompts, partitions) if name in optional else partitions,
+                replication_factor=replication_factor,
+                topic_configs=policies[name],
+            )
             for name in missing
         ]
     )

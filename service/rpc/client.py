@@ -129,18 +129,21 @@ class SluiceClient:
         *,
         sampling: SamplingFields | None = None,
         key: str = "",
+        queue_class: str = "",
         options: CallOptions | None = None,
     ) -> str:
         """The request id of a durable prompt, once it is written to Kafka. Raises `SluiceError`.
 
         `key`: the record's; without one the conversation id, the label, or the prompt's beginning keep what shares a prefix together.
+        `queue_class`: interactive, standard or batch, where the cluster has their topics.
         Where another replica is asked after a failure the prompt may be written twice: the idempotency key, which is drawn where
         none is given, says that it is the same.
         """
         options = options or CallOptions()
         if not options.idempotency_key and len(self._endpoints) > 1:
             options = dataclasses.replace(options, idempotency_key=uuid.uuid4().hex)
-        request = inference_pb2.SubmitRequest(prompt=wire.prompt_to_proto(as_request(prompt, sampling)), key=key)
+        asked = wire.prompt_to_proto(as_request(prompt, sampling))
+        request = inference_pb2.SubmitRequest(prompt=asked, key=key, queue_class=queue_class)
         answer = await self._ask("Submit", request, options)
         return str(answer.request_id)
 

@@ -53,7 +53,13 @@ class Durable(Protocol):
     def owns(self, request_id: str) -> bool: ...
 
     async def submit(
-        self, prompt: PromptRequest, *, key: str, conversation_id: str, headers: tuple[tuple[str, bytes], ...]
+        self,
+        prompt: PromptRequest,
+        *,
+        key: str,
+        queue_class: str,
+        conversation_id: str,
+        headers: tuple[tuple[str, bytes], ...],
     ) -> Source: ...
 
     async def get(self, request_id: str) -> inference_pb2.Result: ...
@@ -117,6 +123,7 @@ class DurableCalls:
             source = await durable.submit(
                 prompt,
                 key=request.key,
+                queue_class=request.queue_class,
                 conversation_id=metadata.get(calls.CONVERSATION_ID, ""),
                 headers=(*headers, *trace),
             )

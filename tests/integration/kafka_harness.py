@@ -13,6 +13,7 @@ from confluent_kafka.admin import AdminClient, NewTopic
 
 from service.config import KafkaSection, TracingSection
 from service.kafka import KafkaTransport, Topics
+from service.kafka.budget import QueueClass
 from service.telemetry.metrics import Metrics
 from service.telemetry.tracing import Tracing
 from tests.service.kafka.fakes import FakeGeneration
@@ -98,6 +99,14 @@ class Broker:
         finally:
             consumer.close()
         return found
+
+
+def make_class_topics(broker: Broker, *names: QueueClass) -> None:
+    """Class topics; they may have no leader yet."""
+    admin = AdminClient({"bootstrap.servers": broker.bootstrap})
+    topics = [NewTopic(broker.topics.of_class(name), broker.partitions, 1) for name in names]
+    for future in admin.create_topics(topics).values():
+        future.result(30)
 
 
 @asynccontextmanager

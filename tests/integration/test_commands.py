@@ -115,6 +115,10 @@ async def test_topics_are_created_once_and_checked(kafka_server: str, tmp_path: 
     assert (code, json.loads(out)["ok"], set(json.loads(out)["partitions"].values())) == (0, True, {3})
     code, out, _ = await run("topics", "create", *options)
     assert (code, out) == (0, "every topic exists already\n")
+    code, out, _ = await run("topics", "create", "--class", "batch", "--json", *options)
+    assert (code, json.loads(out)) == (0, {"created": [f"{broker.prefix}new.prompts.batch"]})
+    code, out, _ = await run("topics", "check", "--json", *options)
+    assert (code, json.loads(out)["ok"], set(json.loads(out)["partitions"].values())) == (0, True, {3})
 
 
 async def test_a_stream_goes_on_when_the_engine_is_killed_under_it(tiny_model_dir: Path) -> None:

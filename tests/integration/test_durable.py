@@ -13,8 +13,8 @@ from schemas.v1 import inference_pb2
 from service.app import App
 from service.contract import Delta, Finished, Started
 from service.rpc.client import Backoff, SluiceClient, SluiceError
-from tests.integration.app_harness import WAIT_S, Values, app_of, greedy, serve, settings, tokens_of, values
-from tests.integration.kafka_harness import Broker, eventually
+from tests.integration.app_harness import WAIT_S, Values, app_of, greedy, run, serve, settings, tokens_of, values
+from tests.integration.kafka_harness import Broker, eventually, make_class_topics
 from tests.integration.test_app import prompt_record
 
 pytestmark = pytest.mark.kafka
@@ -182,6 +182,38 @@ async def test_bad_prompts_are_refused_before_they_are_written(tiny_model_dir: P
         assert (caught.value.code, caught.value.field) == ("invalid_field", "sampling.max_tokens")
         request_id = await client.submit(greedy("good", 4))
         assert (request_id.rsplit("-", 1)[1], len(await attached(client, request_id))) == ("0", 4)
+
+
+async def test_a_prompt_is_submitted_to_the_class_that_its_caller_names(
+    tiny_model_dir: Path, topics_of_its_own: Broker
+) -> None:
+    broker = topics_of_its_own
+    make_class_topics(broker, "batch")
+    async with app_of(settings(tiny_model_dir, broker=broker)) as app, clients(app.endpoints.grpc) as (client,):
+        batch, standard = [await client.submit(greedy("good", 4), queue_class=name) for name in ("batch", "standard")]
+        assert (batch.rsplit("-", 2)[0], standard.rsplit("-", 2)[0]) == (
+            f"{broker.topics.prompts}.batch",
+            # It has no topic of its own here.
+            broker.topics.prompts,
+        )
+        assert len(await attached(client, batch)) == len(await attached(client, standard)) == 4
+        for name, words in (("urgent", "interactive, standard, batch"), ("interactive", "topics create --class interactive")):
+            with pytest.raises(SluiceError) as caught:
+                await client.submit(greedy("good", 4), queue_class=name)
+            assert (caught.value.code, caught.value.field) == ("invalid_field", "queue_class")
+            assert words in caught.value.message
+
+
+async def test_the_command_submits_to_a_class(tiny_model_dir: Path, topics_of_its_own: Broker) -> None:
+    broker = topics_of_its_own
+    make_class_topics(broker, "interactive")
+    async with app_of(settings(tiny_model_dir, broker=broker)) as app:
+        target = ("--target", app.endpoints.grpc)
+        code, out, errors = await run("submit", "hello", "--class", "interactive", "--json", *target)
+        assert (code, json.loads(out)["request_id"].rsplit("-", 2)[0]) == (0, f"{broker.topics.prompts}.interactive"), errors
+        code, out, errors = await run("submit", "hello", "--class", "urgent", *target)
+    assert (code, out) == (2, "")
+    assert "queue_class must be one of interactive, standard, batch" in errors
 
 
 def of_replica(model_dir: Path, broker: Broker, **engine: object) -> Values:

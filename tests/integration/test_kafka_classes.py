@@ -4,12 +4,12 @@ import json
 
 import pytest
 from confluent_kafka import Producer
-from confluent_kafka.admin import AdminClient, NewTopic
+from confluent_kafka.admin import AdminClient
 
 from service.kafka import KafkaTransport
 from service.kafka.topics import CLASSES
 from service.telemetry.metrics import Metrics
-from tests.integration.kafka_harness import Broker, eventually, serving
+from tests.integration.kafka_harness import Broker, eventually, make_class_topics, serving
 from tests.service.kafka.fakes import FakeGeneration
 
 pytestmark = pytest.mark.kafka
@@ -21,14 +21,6 @@ QUICK = {"topic_refresh_ms": 500}
 def broker(kafka_server: str) -> Broker:
     """One with topics of one partition, none of them a class's."""
     return Broker(kafka_server, partitions=1)
-
-
-def make_topics(broker: Broker, *names: str) -> None:
-    """Class topics; they may have no leader yet."""
-    admin = AdminClient({"bootstrap.servers": broker.bootstrap})
-    topics = [NewTopic(f"{broker.topics.prompts}.{name}", broker.partitions, 1) for name in names]
-    for future in admin.create_topics(topics).values():
-        future.result(30)
 
 
 def publish(broker: Broker, name: str, *texts: str, headers: dict[str, bytes] | None = None) -> None:
@@ -43,7 +35,7 @@ async def serves(transport: KafkaTransport, num_partitions: int) -> None:
 
 
 async def test_batch_waits_first_and_its_waiting_shows(broker: Broker) -> None:
-    make_topics(broker, *CLASSES)
+    make_class_topics(broker, *CLASSES)
     generation, metrics = FakeGeneration(), Metrics()
     # A record of this size is taken for 25 tokens or so: batch stops after two, the others after four.
     section = broker.section(intake_high_tokens=80, intake_low_tokens=40, max_poll_records=1, **QUICK)
@@ -68,7 +60,7 @@ async def test_batch_waits_first_and_its_waiting_shows(broker: Broker) -> None:
 
 
 async def test_the_tenant_is_the_topics_unless_its_header_is_believed(broker: Broker) -> None:
-    make_topics(broker, *CLASSES)
+    make_class_topics(broker, *CLASSES)
     owners, num_sent = (f"{broker.topics.prompts}.batch=backfill",), 0
     for trusted, expected in ((False, {"a": "backfill", "b": ""}), (True, {"c": "header", "d": "header"})):
         generation = FakeGeneration()
@@ -89,7 +81,7 @@ async def test_a_class_topic_comes_and_goes_while_a_generation_runs_on(broker: B
     async with serving(broker.section(delivery=delivery, **QUICK), generation) as transport:
         await broker.say("pause 2 words and then more")
         await eventually(lambda: generation.paused == 1)
-        make_topics(broker, "batch")
+        make_class_topics(broker, "batch")
         await serves(transport, 2)
         publish(broker, "batch", "late")
         assert [result["choices"][0]["text"] for result in await broker.results(1)] == ["late"]
@@ -114,7 +106,7 @@ async def test_every_replica_of_the_group_reads_a_class_topic_that_came_late(kaf
     async with serving(broker.section(**QUICK), one) as first, serving(broker.section(**QUICK), two) as second:
         await serves(first, 1)
         await serves(second, 1)
-        make_topics(broker, "interactive")
+        make_class_topics(broker, "interactive")
         await serves(first, 2)
         await serves(second, 2)
         publish(broker, "interactive", *(f"prompt {number}" for number in range(8)))

@@ -70,7 +70,7 @@ class FakeDurable:
         self.hold_at = self.hand_over_at = -1
         self.failure: RequestError | None = None
         self.refusals: list[RequestError] = []
-        self.submitted: list[tuple[PromptRequest, str, str, dict[str, bytes]]] = []
+        self.submitted: list[tuple[PromptRequest, str, str, str, dict[str, bytes]]] = []
         self.attached: list[FakeAttached] = []
         self.cancelled: list[str] = []
 
@@ -78,10 +78,16 @@ class FakeDurable:
         return request_id.startswith("t.")
 
     async def submit(
-        self, prompt: PromptRequest, *, key: str, conversation_id: str, headers: tuple[tuple[str, bytes], ...]
+        self,
+        prompt: PromptRequest,
+        *,
+        key: str,
+        queue_class: str,
+        conversation_id: str,
+        headers: tuple[tuple[str, bytes], ...],
     ) -> Source:
         self._refuse()
-        self.submitted.append((prompt, key, conversation_id, dict(headers)))
+        self.submitted.append((prompt, key, queue_class, conversation_id, dict(headers)))
         return Source(topic="t.prompts", partition=0, offset=7)
 
     async def get(self, request_id: str) -> inference_pb2.Result:
@@ -107,17 +113,18 @@ async def tokens_of(client: SluiceClient, after: Sequence[int] = ()) -> list[int
         return [token async for event in events if isinstance(event, Delta) for token in event.token_ids]
 
 
-async def test_submit_hands_the_prompt_its_key_and_its_headers_on() -> None:
+async def test_submit_hands_the_prompt_its_key_class_and_headers_on() -> None:
     durable = FakeDurable()
     async with serving(durable=durable) as service, SluiceClient(service.target) as client:
         options = CallOptions(
             conversation_id="c", correlation_id="r", idempotency_key="i", tenant="not trusted", traceparent=TRACEPARENT
         )
-        assert await client.submit("hello", sampling=SamplingFields(max_tokens=3), key="k", options=options) == ID
+        sampling = SamplingFields(max_tokens=3)
+        assert await client.submit("hello", sampling=sampling, key="k", queue_class="batch", options=options) == ID
         (send,) = service.spans("send prompts")
         (call,) = service.spans("sluice.v1.Inference/Submit")
-    ((prompt, key, conversation_id, headers),) = durable.submitted
-    assert (prompt.text, prompt.sampling.max_tokens, key, conversation_id) == ("hello", 3, "k", "c")
+    ((prompt, key, queue_class, conversation_id, headers),) = durable.submitted
+    assert (prompt.text, prompt.sampling.max_tokens, key, queue_class, conversation_id) == ("hello", 3, "k", "batch", "c")
     traceparent = headers.pop("traceparent").decode()
     assert headers == {"sluice-conversation-id": b"c", "correlation-id": b"r", "sluice-idempotency-key": b"i"}
     assert traceparent == f"00-{'a' * 32}-{send.context.span_id:016x}-01"
