@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import os
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -95,6 +96,10 @@ class Core:
             await self._dispatch
             self._dispatch = None
         await asyncio.to_thread(self.tracing.shutdown)
+
+    def num_characters(self, model: str, token_ids: Sequence[int]) -> int | None:
+        """Characters of a choice that begins so; None for another model than the one served here."""
+        return self._tokenization.num_characters(token_ids) if model == self.model else None
 
     def _stepped(self, output: StepOutput) -> None:
         # Step 0 stands for outputs that no engine said.
@@ -216,6 +221,7 @@ class App:
             spans=core.tracing,
             metrics=core.metrics.kafka,
             bootstrap=bootstrap,
+            num_characters=core.num_characters,
             engine_alive=lambda: core.engine.status.alive,
             on_state=self._kafka_changed,
         )

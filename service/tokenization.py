@@ -76,6 +76,10 @@ class Tokenization:
     def detokenizer(self) -> IncrementalDetokenizer:
         return IncrementalDetokenizer(self.pieces)
 
+    def num_characters(self, token_ids: Sequence[int]) -> int:
+        """Characters that are whole once these tokens of a choice, its first ones, were said."""
+        return len(self.detokenizer().push(*token_ids))
+
     async def _off_loop(self, encode: Callable[[Any], tuple[int, ...]], argument: object, size: int) -> tuple[int, ...]:
         if size <= INLINE_BYTES:
             return encode(argument)

@@ -148,12 +148,14 @@ class SubmitResponse(_message.Message):
     def __init__(self, request_id: _Optional[str] = ...) -> None: ...
 
 class AttachRequest(_message.Message):
-    __slots__ = ("request_id", "after_seq")
+    __slots__ = ("request_id", "after_seq", "after_text")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     AFTER_SEQ_FIELD_NUMBER: _ClassVar[int]
+    AFTER_TEXT_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     after_seq: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, request_id: _Optional[str] = ..., after_seq: _Optional[_Iterable[int]] = ...) -> None: ...
+    after_text: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, request_id: _Optional[str] = ..., after_seq: _Optional[_Iterable[int]] = ..., after_text: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class GetRequest(_message.Message):
     __slots__ = ("request_id",)

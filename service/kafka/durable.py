@@ -13,8 +13,8 @@ from service.contract import PromptRequest, ReaderEvent, Source
 from service.errors import RequestError
 from service.kafka.cancels import Cancels
 from service.kafka.control import cancel_record
-from service.kafka.live import LiveRequests
-from service.kafka.reader_fold import ReaderFold
+from service.kafka.live import LiveRequest, LiveRequests
+from service.kafka.reader_fold import NumCharacters, ReaderFold
 from service.kafka.records import HEADER_CONTENT_TYPE, Headers, OutRecord
 from service.kafka.request_log import Place, RequestLog
 from service.kafka.submission import Submission, affinity_key
@@ -62,7 +62,10 @@ class DurableRequests:
         submission: Submission,
         topics: Topics,
         wall_ns: Callable[[], int],
+        num_characters: NumCharacters,
     ) -> None:
+        """`num_characters` finds where the text goes on for a reader that tells its tokens alone."""
+        self._num_characters = num_characters
         self._log, self._live, self._cancels = log, live, cancels
         self._submission, self._topics = submission, topics
         self._wall_ns = wall_ns
@@ -112,16 +115,23 @@ class DurableRequests:
             request_id=request_id, status=inference_pb2.Result.pending, source=wire.source_to_proto(place.source)
         )
 
-    async def attach(self, request_id: str, after: Sequence[int] = ()) -> AttachedRequest:
-        """The events from `after` (tokens that the reader has, one number a choice) on. Raises `RequestError`."""
-        fold = ReaderFold(request_id, after)
+    async def attach(self, request_id: str, after: Sequence[int] = (), after_text: Sequence[int] = ()) -> AttachedRequest:
+        """The events after what the reader has: tokens, and characters (below 0: those of the tokens), one number a choice.
+
+        Raises `RequestError`.
+        """
+        fold = ReaderFold(request_id, after, after_text, num_characters=self._num_characters)
+        live = self._live.get(request_id)
+        if live is not None and not live.serves(after, after_text):
+            # It was begun elsewhere: the topic has what came before.
+            live = None
         place = None
-        if self._live.get(request_id) is None and self._log.remembered(request_id) is None:
+        if live is None and self._log.remembered(request_id) is None:
             place = await self._log.place(request_id)
         return AttachedRequest(
             request_id,
             fold,
-            self._events(request_id, fold, place),
+            self._events(request_id, fold, live, place),
             lambda: self._live.get(request_id) is not None,
         )
 
@@ -136,8 +146,9 @@ class DurableRequests:
         self._cancels.add(request_id)
         return True
 
-    async def _events(self, request_id: str, fold: ReaderFold, place: Place | None) -> AsyncIterator[ReaderEvent]:
-        live = self._live.get(request_id) if place is None else None
+    async def _events(
+        self, request_id: str, fold: ReaderFold, live: LiveRequest | None, place: Place | None
+    ) -> AsyncIterator[ReaderEvent]:
         if live is not None:
             async for message in live.messages():
                 for event in fold.take(message):

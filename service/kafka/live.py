@@ -6,7 +6,7 @@ this replica gave the request up. Bounded: a request's own chunks, kept while it
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from schemas.v1 import events_pb2, inference_pb2
 from service.contract import Source
@@ -20,12 +20,16 @@ class LiveRequest:
     def __init__(self) -> None:
         self._messages: list[ChunkMessage | Terminal] = []
         self._over = False
+        self.resume_from: tuple[int, ...] = ()
+        """Tokens that stand before the first message, one number a choice."""
         self.traceparent = ""
         """Of the latest attempt."""
         self._changed = asyncio.Event()
 
     def add(self, message: ChunkMessage | Terminal) -> None:
         """The next message."""
+        if isinstance(message, events_pb2.Started) and not self._messages:
+            self.resume_from = tuple(message.resume_from)
         self._messages.append(message)
         if isinstance(message, events_pb2.Started):
             self.traceparent = message.traceparent
@@ -35,6 +39,15 @@ class LiveRequest:
         """Nothing more comes."""
         self._over = True
         self._notify()
+
+    def serves(self, after: Sequence[int], after_text: Sequence[int]) -> bool:
+        """Whether what is here is all that a reader with these counts of tokens and characters lacks."""
+        for index, start in enumerate(self.resume_from):
+            tokens = after[index] if index < len(after) else 0
+            characters = after_text[index] if index < len(after_text) else -1
+            if start and (tokens < start or characters < 0):
+                return False
+        return True
 
     async def messages(self) -> AsyncIterator[ChunkMessage | Terminal]:
         """All of them from the first on, as they come; a `Terminal` is the last. Ends without one when the request went elsewhere."""

@@ -3,11 +3,12 @@
 Guarantees: each token of each choice is given once, in order, from `after` on, whatever is repeated, late or written by an owner
 that was replaced; nothing is passed over: where records are missing, the tokens wait for the result, which has them all. Only where
 a new owner says other tokens than were given already (which the same seed and position rule out, but for rounding) does a `Reset`
-void some. Text may begin before the first token given: `text_offset` says where.
+void some. Text begins after what the reader has, or after what the tokens before `after` make; where that is not known it may begin
+earlier: `text_offset` says where.
 Pure: knows no client, no clock.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from schemas.v1 import events_pb2, inference_pb2
@@ -17,6 +18,9 @@ from service.wire import logprobs_from_proto
 from service.wire_results import ending_of
 
 MAX_CHOICES = 16
+
+NumCharacters = Callable[[str, Sequence[int]], int | None]
+"""Characters that the first tokens of a choice make by the tokenizer of the model of this name; None where it is not here."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,15 +40,25 @@ class _Choice:
     valid: int = 0
     text_given: int | None = None
     """Characters given; None while it is not known where the text of the first `given` tokens ends."""
+    can_seek: bool = False
+    """Whether the first `given` tokens will tell where their text ends."""
 
 
 class ReaderFold:
     """The state of one reader. Feed it with `take`, in the order of the log; a `Terminal` ends it."""
 
-    def __init__(self, request_id: str, after: Sequence[int] = ()) -> None:
-        """`after`: tokens that the reader has, one number a choice."""
+    def __init__(
+        self,
+        request_id: str,
+        after: Sequence[int] = (),
+        after_text: Sequence[int] = (),
+        *,
+        num_characters: NumCharacters = lambda model, token_ids: None,
+    ) -> None:
+        """`after`: tokens that the reader has, one number a choice; `after_text`: characters, below 0 where it does not say."""
         self._request_id = request_id
-        self._after = tuple(after)
+        self._after, self._after_text = tuple(after), tuple(after_text)
+        self._num_characters, self._model = num_characters, ""
         self._choices: list[_Choice] = []
         self._speaker = (-1, 0)
         self._announced = False
@@ -85,14 +99,16 @@ class ReaderFold:
         while len(self._choices) <= index:
             position = len(self._choices)
             given = self._after[position] if position < len(self._after) else 0
-            self._choices.append(_Choice(given, text_given=None if given else 0))
+            text_given = self._after_text[position] if position < len(self._after_text) else -1
+            known = 0 if given == 0 else text_given if text_given >= 0 else None
+            self._choices.append(_Choice(given, text_given=known, can_seek=known is None))
         return self._choices[index]
 
     def _start(self, started: events_pb2.Started) -> Iterator[ReaderEvent]:
         speaker = (started.epoch, started.attempt)
         if speaker <= self._speaker:
             return
-        self._speaker = speaker
+        self._speaker, self._model = speaker, started.model
         self.traceparent = started.traceparent or self.traceparent
         resume_from = list(started.resume_from)[:MAX_CHOICES]
         for index in range(max(1, len(resume_from), len(self._choices))):
@@ -149,12 +165,21 @@ class ReaderFold:
                 choice.said.append(token_id)
             choice.said[choice.valid] = token_id
             choice.valid += 1
+        self._seek(choice)
+
+    def _seek(self, choice: _Choice) -> None:
+        """Finds where the text of what the reader has ends, once its tokens are known."""
+        if choice.can_seek and choice.valid >= choice.given:
+            choice.can_seek = False
+            known = [token_id for token_id in choice.said[: choice.given] if token_id is not None]
+            if len(known) == choice.given:
+                choice.text_given = self._num_characters(self._model, known)
 
     def _void(self, index: int, position: int) -> Iterator[Reset]:
         choice = self._choice(index)
         del choice.said[position:]
         if position < choice.given:
-            choice.given, choice.text_given = position, None
+            choice.given, choice.text_given, choice.can_seek = position, None, False
             yield Reset(epoch=max(self._speaker[0], 0), resume_from=self.given)
 
     def _give(
@@ -187,6 +212,7 @@ class ReaderFold:
 
     def _end(self, result: inference_pb2.Result) -> Iterator[ReaderEvent]:
         ending = ending_of(result)
+        self._model = result.model
         if not self._announced and ending.choices:
             self._announced = True
             yield Started(

@@ -13,6 +13,7 @@ from service.kafka.control import ControlReader
 from service.kafka.durable import DurableRequests
 from service.kafka.live import LiveRequests
 from service.kafka.log_reader import LogReader
+from service.kafka.reader_fold import NumCharacters
 from service.kafka.request_log import RequestLog
 from service.kafka.submission import Submission
 from service.kafka.tail import Tail
@@ -29,6 +30,7 @@ class Readers:
         *,
         on_cancel: Callable[[str], object],
         wall_ns: Callable[[], int],
+        num_characters: NumCharacters,
     ) -> None:
         topics = Topics(section.topic_prefix)
         make_reader = functools.partial(clients.reader, committed=True)
@@ -47,8 +49,9 @@ class Readers:
         log = RequestLog(self.log_reader, self._tail, topics, wall_ns=wall_ns)
         self.live = LiveRequests(on_end=log.remember)
         self.durable = DurableRequests(
-            log=log, live=self.live, cancels=self.cancels, submission=self._submission, topics=topics, wall_ns=wall_ns
-        )
+            log=log, live=self.live, cancels=self.cancels, submission=self._submission, topics=topics,
+            wall_ns=wall_ns, num_characters=num_characters,
+        )  # fmt: skip
 
     async def run(self) -> None:
         """Reads the control topic until cancelled."""

@@ -31,6 +31,7 @@ from service.kafka.delivery import Delivery, choose, transactional_id
 from service.kafka.handler import Generates, PromptHandler
 from service.kafka.output import ProducerOutput
 from service.kafka.ownership import Partitions
+from service.kafka.reader_fold import NumCharacters
 from service.kafka.readers import Readers
 from service.kafka.records import TopicPartition
 from service.kafka.result_keys import ResultKeys
@@ -78,6 +79,7 @@ class KafkaTransport:
         spans: tracing.Tracing,
         metrics: KafkaMetrics,
         bootstrap: str = "",
+        num_characters: NumCharacters = lambda model, token_ids: None,
         engine_alive: Callable[[], bool] = lambda: True,
         on_state: Callable[[bool, str], None] = lambda served, reason: None,
         wall_ns: Callable[[], int] = time.time_ns,
@@ -102,7 +104,9 @@ class KafkaTransport:
         )
         self._clients = Clients(section, self._connection.aiokafka)
         self._output = ProducerOutput(self._clients.producer)
-        self.readers = Readers(section, self._clients, on_cancel=generation.cancel, wall_ns=wall_ns)
+        self.readers = Readers(
+            section, self._clients, on_cancel=generation.cancel, wall_ns=wall_ns, num_characters=num_characters
+        )
         """For the other transports; `close` it after they have ended."""
         self._result_keys = ResultKeys(self.readers.log_reader, self._topics.results)
         self._metrics = metrics

@@ -150,12 +150,13 @@ class SluiceClient:
     def attach(self, request_id: str, after_seq: Sequence[int] = (), *, options: CallOptions | None = None) -> TokenStream:
         """A durable request's tokens from `after_seq` (tokens already read, one number a choice) on, live or past, on any replica.
 
-        The text of the first delta may begin before its tokens; `text_offset` says where. `Finished` holds what was read here.
+        The text is what those tokens add; only where their records are gone may it begin earlier, and `text_offset` says where.
+        `Finished` holds what was read here.
         """
         options, route = options or CallOptions(), _Route(self)
 
         def open_call(fold: StreamFold, left_s: float | None) -> Any:
-            request = inference_pb2.AttachRequest(request_id=request_id, after_seq=fold.counts)
+            request = inference_pb2.AttachRequest(request_id=request_id, after_seq=fold.counts, after_text=fold.text_counts)
             return route.stub().Attach(request, timeout=left_s, metadata=metadata(options))
 
         def outlives(error: grpc.aio.AioRpcError, fold: StreamFold) -> bool:

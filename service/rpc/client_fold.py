@@ -35,6 +35,11 @@ class _Choice:
     def count(self) -> int:
         return self.base + len(self.token_ids)
 
+    @property
+    def text_count(self) -> int:
+        # Where its text is to be cut is not known before the next delta: all that there is may come.
+        return 0 if self.voided else -1 if self.text_start is None else self.text_start + len(self.text)
+
     def void(self, kept: int) -> None:
         """Tokens from `kept` on come anew; their delta tells where the text is cut."""
         del self.token_ids[max(0, kept - self.base) :]
@@ -78,6 +83,11 @@ class StreamFold:
     def counts(self) -> tuple[int, ...]:
         """Tokens that the reader has, those from before included, one number a choice."""
         return tuple(choice.count for choice in self._choices)
+
+    @property
+    def text_counts(self) -> tuple[int, ...]:
+        """Characters that the reader has, one number a choice; -1 where it does not know."""
+        return tuple(choice.text_count for choice in self._choices)
 
     def _choice(self, index: int) -> _Choice | None:
         while len(self._choices) <= index:

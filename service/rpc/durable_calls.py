@@ -64,7 +64,7 @@ class Durable(Protocol):
 
     async def get(self, request_id: str) -> inference_pb2.Result: ...
 
-    async def attach(self, request_id: str, after: Sequence[int]) -> AttachedStream: ...
+    async def attach(self, request_id: str, after: Sequence[int], after_text: Sequence[int]) -> AttachedStream: ...
 
     async def cancel(self, request_id: str) -> bool: ...
 
@@ -144,11 +144,12 @@ class DurableCalls:
         durable = self._served()
         request = calls.parse(inference_pb2.AttachRequest, raw)
         request_id, after = _named(request.request_id, span), tuple(request.after_seq)
-        if len(after) > MAX_CHOICES:
-            raise RequestError("invalid_field", f"holds {len(after)} numbers; at most {MAX_CHOICES}", field="after_seq")
+        for name, numbers in (("after_seq", after), ("after_text", request.after_text)):
+            if len(numbers) > MAX_CHOICES:
+                raise RequestError("invalid_field", f"holds {len(numbers)} numbers; at most {MAX_CHOICES}", field=name)
         if self._draining():
             raise RequestError("draining", CODES["draining"].meaning)
-        stream = await durable.attach(request_id, after)
+        stream = await durable.attach(request_id, after, tuple(request.after_text))
         pump = Pump(self._section, request_id, context.write, after=after)
         self._attached[pump] = stream
         try:

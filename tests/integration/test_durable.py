@@ -13,6 +13,7 @@ from schemas.v1 import inference_pb2
 from service.app import App
 from service.contract import Delta, Finished, Started
 from service.rpc.client import Backoff, SluiceClient, SluiceError
+from service.tokenization import Tokenization
 from tests.integration.app_harness import WAIT_S, Values, app_of, greedy, run, serve, settings, tokens_of, values
 from tests.integration.kafka_harness import Broker, eventually, make_class_topics
 from tests.integration.test_app import prompt_record
@@ -91,6 +92,31 @@ def link_of_attach(apps: tuple[App, App]) -> None:
     assert {span.links[0].context.trace_id for span in attaches} == {processed.trace_id}
     # One that read the result alone links to the span that sent it.
     assert processed.span_id in {span.links[0].context.span_id for span in attaches}
+
+
+async def test_a_reader_is_shown_exactly_what_follows_its_tokens_live_and_past(
+    tiny_model_dir: Path, topics_of_its_own: Broker
+) -> None:
+    broker, tokenization = topics_of_its_own, Tokenization(tiny_model_dir)
+    async with (
+        two_replicas(tiny_model_dir, broker, stand_in_tokens_per_s=60.0) as apps,
+        clients(*(app.endpoints.grpc for app in apps)) as (one, other),
+    ):
+        request_id = await one.submit(greedy("hello world", 40), key="conversation-7")
+        counts = (1, 3, 10, 29)
+        live = await asyncio.gather(*(text_after(client, request_id, n) for client in (one, other) for n in counts))
+        whole = (await one.get(request_id)).choices[0]
+        expected = [whole.text[tokenization.num_characters(whole.token_ids[:n]) :] for n in counts]
+        assert live == expected * 2
+        assert [await text_after(client, request_id, n) for client in (one, other) for n in counts] == expected * 2
+        code, out, errors = await run("attach", request_id, "--after-seq", "10", "--json", "--target", apps[1].endpoints.grpc)
+    said = [json.loads(line) for line in out.splitlines()]
+    assert (code, "".join(item.get("text", "") for item in said)) == (0, expected[2]), errors
+
+
+async def text_after(client: SluiceClient, request_id: str, num_tokens: int) -> str:
+    async with asyncio.timeout(WAIT_S), client.attach(request_id, (num_tokens,)) as events:
+        return "".join([event.text async for event in events if isinstance(event, Delta)])
 
 
 async def test_a_cancel_on_any_replica_ends_the_request_once(tiny_model_dir: Path, topics_of_its_own: Broker) -> None:
@@ -213,7 +239,7 @@ async def test_the_command_submits_to_a_class(tiny_model_dir: Path, topics_of_it
         assert (code, json.loads(out)["request_id"].rsplit("-", 2)[0]) == (0, f"{broker.topics.prompts}.interactive"), errors
         code, out, errors = await run("submit", "hello", "--class", "urgent", *target)
     assert (code, out) == (2, "")
-    assert "queue_class must be one of interactive, standard, batch" in errors
+    assert "queue_class: must be one of interactive, standard, batch" in errors
 
 
 def of_replica(model_dir: Path, broker: Broker, **engine: object) -> Values:
@@ -241,6 +267,8 @@ async def test_killing_the_owner_costs_no_attached_reader_a_token_or_a_repetitio
             await asyncio.wait_for(asyncio.gather(*(event.wait() for event in begun)), WAIT_S)
             first.process.kill()
             said = await asyncio.gather(*reading)
+            # One that comes late, too.
+            assert [await attached(staying, request_id) for request_id in ids] == whole
         results = await broker.results(len(ids))
     assert said == whole + whole
     assert sorted(result["request_id"] for result in results) == sorted(ids)

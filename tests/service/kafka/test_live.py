@@ -31,6 +31,15 @@ async def test_each_reader_gets_everything_in_order_whenever_it_comes() -> None:
     assert live.get(ID) is None
 
 
+def test_what_was_begun_elsewhere_serves_those_alone_who_have_the_beginning() -> None:
+    live = LiveRequests()
+    live.acknowledged(SOURCE, events_pb2.Started(request_id=ID, epoch=2, resume_from=[5, 0]), 7)
+    running = live.get(ID)
+    assert running is not None
+    readers = [((), ()), ((4,), (9,)), ((5,), ()), ((5,), (-1,)), ((5,), (9,)), ((7, 3), (0, -1))]
+    assert [running.serves(*reader) for reader in readers] == [False, False, False, False, True, True]
+
+
 async def test_a_request_that_is_handed_over_ends_here_without_a_result() -> None:
     live = LiveRequests()
     live.acknowledged(SOURCE, STARTED, 7)

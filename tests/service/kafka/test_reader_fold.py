@@ -164,6 +164,36 @@ def test_missing_records_are_made_up_for_by_the_result(chance):
     assert (reader.tokens, reader.texts) == (owner.said, [text_of(ids) for ids in owner.said])
 
 
+@given(st.integers(0, 2**32).map(random.Random))
+@settings(max_examples=300, deadline=None)
+def test_a_reader_is_given_exactly_what_follows_the_tokens_that_it_has(chance):
+    log, owner = history(chance, differing=False)
+    after = [chance.randint(0, LENGTH) for _ in range(CHOICES)]
+    # Now and then it comes when nothing but the result is left.
+    messages = [*(log if chance.random() < 0.7 else ()), Terminal(result=owner.result())]
+    fold = ReaderFold(ID, after, num_characters=lambda model, ids: len(text_of(ids)))
+    deltas = [event for message in messages for event in fold.take(message) if isinstance(event, Delta)]
+    for index, ids in enumerate(owner.said):
+        seen = [delta for delta in deltas if delta.choice == index]
+        assert [token for delta in seen for token in delta.token_ids] == ids[after[index] :]
+        assert "".join(delta.text for delta in seen) == text_of(ids[after[index] :])
+        assert seen[0].text_offset == len(text_of(ids[: after[index]]))
+
+
+def test_a_reader_that_tells_its_text_is_given_what_follows_it():
+    fold = ReaderFold(ID, [2], [1], num_characters=lambda model, ids: len(ids))
+    (_, delta) = [event for message in (started(1, 0), chunk(0, [1, 2, 3])) for event in fold.take(message)]
+    assert (delta.seq, delta.token_ids, delta.text, delta.text_offset) == (2, (3,), "xx", 1)
+
+
+def test_text_is_given_from_earlier_where_the_tokens_before_are_gone():
+    fold = ReaderFold(ID, [3], num_characters=lambda model, ids: len(ids))
+    (_, delta) = [
+        event for message in (started(2, 2), chunk(2, [3, 4], epoch=2, text_offset=2)) for event in fold.take(message)
+    ]
+    assert (delta.seq, delta.token_ids, delta.text, delta.text_offset) == (3, (4,), "xx", 2)
+
+
 def chunk(seq: int, ids: list[int], *, epoch: int = 1, text_offset: int = 0) -> events_pb2.Chunk:
     return events_pb2.Chunk(
         request_id=ID, epoch=epoch, attempt=1, seq=seq, token_ids=ids, text="x" * len(ids), text_offset=text_offset

@@ -109,6 +109,16 @@ def test_a_reader_that_comes_back_goes_on_after_what_it_has():
     assert fold.counts == (8,)
 
 
+def test_a_reader_tells_how_much_text_it_has_once_it_knows():
+    fold = StreamFold(None, [5, 0])
+    assert fold.text_counts == (-1, 0)
+    fold.take(delta(5, 8))
+    assert fold.text_counts == (len("".join(WORDS[:8])), 0)
+    fold.take(reset(6, 0))
+    # Where its text is to be cut only the next delta tells.
+    assert fold.text_counts == (0, 0)
+
+
 def test_choices_that_nobody_counted_come_as_they_are():
     fold = StreamFold(None)
     fold.take(delta(0, 2, choice=3))

@@ -94,8 +94,9 @@ class FakeDurable:
         self._refuse()
         return inference_pb2.Result(request_id=request_id, status=inference_pb2.Result.pending)
 
-    async def attach(self, request_id: str, after: Sequence[int]) -> FakeAttached:
+    async def attach(self, request_id: str, after: Sequence[int], after_text: Sequence[int]) -> FakeAttached:
         self._refuse()
+        self.after_text = tuple(after_text)
         self.attached.append(FakeAttached(self, after))
         return self.attached[-1]
 
@@ -181,6 +182,7 @@ async def test_a_reader_goes_on_at_another_replica_when_its_own_is_stopped() -> 
             said += [token async for event in events if isinstance(event, Delta) for token in event.token_ids]
     assert said == list(range(TOKENS))
     assert [stream._after for stream in other.attached] == [6]
+    assert other.after_text == (6,)
 
 
 async def test_what_the_request_itself_ended_with_is_final() -> None:
