@@ -16,8 +16,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from service.cli import output
-from service.cli.kafka import Brokers, connected, unreachable
-from service.cli.options import ConfigFile, Json, Overrides, settings_from
+from service.cli.kafka import OnBrokers, connected, unreachable
+from service.cli.options import grouped
 from service.config import Settings
 from service.contract import Source
 from service.errors import CODES, SetupError
@@ -32,19 +32,17 @@ _READ_TIMEOUT_S = 10.0
 
 
 @app.command("list")
+@grouped
 def list_letters(
+    common: OnBrokers,
     code: Code = "",
     limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="The newest this many.")] = 100,
-    brokers: Brokers = None,
-    config: ConfigFile = None,
-    overrides: Overrides = None,
-    as_json: Json = False,
 ) -> None:
     """The dead letters, oldest first; one JSON object a line with --json."""
-    settings = settings_from(config, overrides, {"kafka": {"bootstrap_servers": brokers}})
+    settings = common.settings()
     found = asyncio.run(_chosen(settings, (), _known(code)))
     rows = sorted((_row(letter) for letter in found), key=lambda row: row["time"])[-limit:]
-    if as_json:
+    if common.as_json:
         for row in rows:
             output.print_json(row)
         return
@@ -57,18 +55,16 @@ def list_letters(
 
 
 @app.command()
+@grouped
 def show(
+    common: OnBrokers,
     request_id: Annotated[str, typer.Argument(help="As `sluice dlq list` prints it.")],
-    brokers: Brokers = None,
-    config: ConfigFile = None,
-    overrides: Overrides = None,
-    as_json: Json = False,
 ) -> None:
     """One dead letter whole: the error, the origin, the original headers and value."""
-    settings = settings_from(config, overrides, {"kafka": {"bootstrap_servers": brokers}})
+    settings = common.settings()
     letter = asyncio.run(_chosen(settings, (request_id,), ""))[-1]
     assert letter.message is not None
-    if as_json:
+    if common.as_json:
         output.print_json(json_format.MessageToDict(letter.message, preserving_proto_field_name=True))
         return
     message = letter.message
@@ -81,7 +77,9 @@ def show(
 
 
 @app.command()
+@grouped
 def replay(
+    common: OnBrokers,
     request_ids: Annotated[
         list[str] | None, typer.Argument(help="As `sluice dlq list` prints them.", show_default=False)
     ] = None,
@@ -89,16 +87,12 @@ def replay(
     every: Annotated[bool, typer.Option("--all", help="Every dead letter there is.")] = False,
     keep_deadline: Annotated[bool, typer.Option("--keep-deadline", help="Keep the headers that limit its time.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written; write nothing.")] = False,
-    brokers: Brokers = None,
-    config: ConfigFile = None,
-    overrides: Overrides = None,
-    as_json: Json = False,
 ) -> None:
     """Write the original records again, each where it stood, with `sluice-replay-of`; prints the new request ids."""
     if not (request_ids or code or every):
         raise SetupError("nothing to replay: name request ids, or --code CODE, or --all")
-    settings = settings_from(config, overrides, {"kafka": {"bootstrap_servers": brokers}})
-    failed = asyncio.run(_replay(settings, tuple(request_ids or ()), _known(code), keep_deadline, dry_run, as_json))
+    settings = common.settings()
+    failed = asyncio.run(_replay(settings, tuple(request_ids or ()), _known(code), keep_deadline, dry_run, common.as_json))
     if failed:
         raise typer.Exit(1)
 

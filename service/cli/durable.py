@@ -8,7 +8,7 @@ import typer
 from rich.markup import escape
 
 from service.cli import output, prompts
-from service.cli.options import ConfigFile, Json, Overrides, settings_from
+from service.cli.options import Common, grouped
 from service.cli.replicas import RequestId, Target, speak, targets
 from service.cli.results import as_document, show_result
 from service.cli.stream import show
@@ -18,8 +18,11 @@ from service.rpc.client import CallOptions, SluiceClient
 _POLL_S = 0.5
 
 
+@grouped
 def submit(
     text: prompts.Text,
+    asked: prompts.PromptOptions,
+    common: Common,
     target: Target = "",
     key: Annotated[
         str,
@@ -33,77 +36,56 @@ def submit(
         str, typer.Option("--idempotency-key", help="Prompts of one key are one prompt.", show_default=False)
     ] = "",
     follow: Annotated[bool, typer.Option("--attach", "-a", help="Then show the tokens as they come.")] = False,
-    raw: prompts.Raw = False,
-    system: prompts.System = "",
-    max_tokens: prompts.MaxTokens = None,
-    temperature: prompts.Temperature = 0.0,
-    top_p: prompts.TopP = None,
-    seed: prompts.Seed = None,
-    stop: prompts.Stop = None,
-    label: prompts.Label = "",
-    config: ConfigFile = None,
-    overrides: Overrides = None,
-    as_json: Json = False,
 ) -> None:
     """Hand a prompt over for good: prints its request id once it is written to Kafka."""
-    replicas = targets(settings_from(config, overrides), target)
-    request = prompts.prompt_request(
-        text,
-        raw=raw,
-        system=system,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        stop=stop,
-        label=label,
+    replicas = targets(common.settings(), target)
+    request = asked.request(text)
+    speak(
+        replicas,
+        _submit(replicas, request, key, queue_class, CallOptions(idempotency_key=idempotency_key), follow, common.as_json),
     )
-    speak(replicas, _submit(replicas, request, key, queue_class, CallOptions(idempotency_key=idempotency_key), follow, as_json))
 
 
+@grouped
 def attach(
     request_id: RequestId,
+    common: Common,
     after_seq: Annotated[
         list[int] | None,
         typer.Option("--after-seq", min=0, help="Tokens read before; repeat it, one number a choice.", show_default=False),
     ] = None,
     target: Target = "",
-    config: ConfigFile = None,
-    overrides: Overrides = None,
-    as_json: Json = False,
 ) -> None:
     """Read a durable request's tokens, live or past. Leaving ends the reading, not the request."""
-    replicas = targets(settings_from(config, overrides), target)
-    speak(replicas, _attach(replicas, request_id, after_seq or (), as_json))
+    replicas = targets(common.settings(), target)
+    speak(replicas, _attach(replicas, request_id, after_seq or (), common.as_json))
 
 
+@grouped
 def get(
     request_id: RequestId,
+    common: Common,
     wait: Annotated[bool, typer.Option("--wait", "-w", help="Wait until it has ended.")] = False,
     target: Target = "",
-    config: ConfigFile = None,
-    overrides: Overrides = None,
-    as_json: Json = False,
 ) -> None:
     """Show a durable request's result; exit 1 when it failed, was cancelled, or has not ended yet."""
-    replicas = targets(settings_from(config, overrides), target)
+    replicas = targets(common.settings(), target)
     value = speak(replicas, _get(replicas, request_id, wait))
-    show_result(value, as_json)
+    show_result(value, common.as_json)
     if value["status"] != "finished":
         raise typer.Exit(1)
 
 
+@grouped
 def cancel(
     request_id: Annotated[str, typer.Argument(metavar="ID", help="A request id.")],
+    common: Common,
     target: Target = "",
-    config: ConfigFile = None,
-    overrides: Overrides = None,
-    as_json: Json = False,
 ) -> None:
     """End a running or waiting request, wherever it is; once more does no harm."""
-    replicas = targets(settings_from(config, overrides), target)
+    replicas = targets(common.settings(), target)
     was_running = speak(replicas, _cancel(replicas, request_id))
-    if as_json:
+    if common.as_json:
         output.print_json({"request_id": request_id, "was_running": was_running})
     else:
         said = "is being cancelled" if was_running else "had ended, or is not known there"

@@ -3,10 +3,11 @@
 import asyncio
 import logging
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Protocol
+from typing import Annotated, Any, Protocol
 
 import typer
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
@@ -15,7 +16,7 @@ from opentelemetry.trace import SpanKind
 
 from service import wire
 from service.cli import output, prompts
-from service.cli.options import ConfigFile, Json, Overrides, settings_from
+from service.cli.options import Common, grouped, settings_from
 from service.cli.results import as_document, show_result
 from service.config import Settings
 from service.contract import PromptRequest, Source
@@ -28,7 +29,24 @@ CONNECT_TIMEOUT_S = 10.0
 Brokers = Annotated[str | None, typer.Option("--brokers", "-b", help="Comma-separated host:port.", show_default=False)]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OnBrokers(Common):
+    """What every command that speaks to Kafka takes."""
+
+    brokers: Brokers = None
+
+    def settings(self, flags: Mapping[str, Mapping[str, Any]] | None = None) -> Settings:
+        """As `settings_from`, at the brokers that were named."""
+        flags = flags or {}
+        return settings_from(
+            self.config, self.overrides, {**flags, "kafka": {**flags.get("kafka", {}), "bootstrap_servers": self.brokers}}
+        )
+
+
+@grouped
 def publish(
+    asked: prompts.PromptOptions,
+    common: OnBrokers,
     text: Annotated[str, typer.Argument(metavar="[TEXT]", help="The prompt; - reads standard input.", show_default=False)] = "",
     file: Annotated[
         Path | None,
@@ -37,40 +55,16 @@ def publish(
     key: Annotated[str, typer.Option("--key", help="The record's key; default: the label.", show_default=False)] = "",
     wait: Annotated[bool, typer.Option("--wait", "-w", help="Wait for the results and print them.")] = False,
     timeout: Annotated[float, typer.Option("--timeout", min=0.1, help="Seconds to wait for all results.")] = 120.0,
-    raw: prompts.Raw = False,
-    system: prompts.System = "",
-    max_tokens: prompts.MaxTokens = None,
-    temperature: prompts.Temperature = 0.0,
-    top_p: prompts.TopP = None,
-    seed: prompts.Seed = None,
-    stop: prompts.Stop = None,
-    label: prompts.Label = "",
-    brokers: Brokers = None,
-    config: ConfigFile = None,
-    overrides: Overrides = None,
-    as_json: Json = False,
 ) -> None:
     """Write prompts to the prompts topic; prints each one's request id (topic-partition-offset)."""
-    settings = settings_from(config, overrides, {"kafka": {"bootstrap_servers": brokers}})
+    settings = common.settings()
     if file is not None:
         requests = list(_read_lines(file))
     elif text:
-        requests = [
-            prompts.prompt_request(
-                text,
-                raw=raw,
-                system=system,
-                max_tokens=max_tokens,
-                temperature=temperature,
-                top_p=top_p,
-                seed=seed,
-                stop=stop,
-                label=label,
-            )
-        ]
+        requests = [asked.request(text)]
     else:
         raise SetupError("nothing to publish: give TEXT, or --file with one JSON prompt a line")
-    asyncio.run(_publish(settings, requests, key, timeout if wait else 0.0, as_json))
+    asyncio.run(_publish(settings, requests, key, timeout if wait else 0.0, common.as_json))
 
 
 def _read_lines(file: Path) -> Iterator[PromptRequest]:

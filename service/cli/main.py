@@ -1,10 +1,13 @@
 """The `sluice` command: names the commands, and turns every expected failure into one message and an exit code.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 3 a dependency is unreachable, 130 interrupted.
+Only the command that is asked for is loaded.
 """
 
 import os
 import sys
+from collections.abc import Collection
+from importlib import import_module
 
 # Read when gRPC is imported. Children are started by exec, which needs none of its fork handlers: they only log at each start.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
@@ -13,40 +16,50 @@ import typer
 from rich.markup import escape
 
 from engine import EngineError
-from service.cli import bench, config, demo, dlq, doctor, durable, generate, kafka, model, offsets, serve, stream, tail, topics
 from service.cli.output import err
 from service.errors import RequestError, SetupError
 
-app = typer.Typer(
-    name="sluice",
-    help="LLM inference that is native to Kafka and gRPC.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-app.command("demo")(demo.demo)
-app.command("serve")(serve.serve)
-app.command("generate")(generate.generate)
-app.command("publish")(kafka.publish)
-app.command("tail")(tail.tail)
-app.command("stream")(stream.stream)
-app.command("submit")(durable.submit)
-app.command("attach")(durable.attach)
-app.command("get")(durable.get)
-app.command("cancel")(durable.cancel)
-app.command("bench")(bench.bench)
-app.command("doctor")(doctor.doctor)
-app.add_typer(model.app, name="model")
-app.add_typer(topics.app, name="topics")
-app.add_typer(offsets.app, name="offsets")
-app.add_typer(dlq.app, name="dlq")
-app.add_typer(config.app, name="config")
+COMMANDS = {
+    "demo": "demo:demo",
+    "serve": "serve:serve",
+    "generate": "generate:generate",
+    "publish": "kafka:publish",
+    "tail": "tail:tail",
+    "stream": "stream:stream",
+    "submit": "durable:submit",
+    "attach": "durable:attach",
+    "get": "durable:get",
+    "cancel": "durable:cancel",
+    "bench": "bench:bench",
+    "doctor": "doctor:doctor",
+    "model": "model:app",
+    "topics": "topics:app",
+    "offsets": "offsets:app",
+    "dlq": "dlq:app",
+    "config": "config:app",
+}
+"""Each with its module here and the name in it: a function, or a group of commands."""
+
+
+def _app(names: Collection[str]) -> typer.Typer:
+    app = typer.Typer(name="sluice", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+    # With a callback one command alone is still called by its name.
+    app.callback(help="LLM inference that is native to Kafka and gRPC.")(lambda: None)
+    for name in names:
+        module, _, attribute = COMMANDS[name].partition(":")
+        command = getattr(import_module(f"service.cli.{module}"), attribute)
+        if isinstance(command, typer.Typer):
+            app.add_typer(command, name=name)
+        else:
+            app.command(name)(command)
+    return app
 
 
 def main() -> None:
     """The console script. Never shows a traceback for what a user can cause."""
+    asked = sys.argv[1:2]
     try:
-        app()
+        _app(asked if asked and asked[0] in COMMANDS else COMMANDS)()
     except SetupError as error:
         _end(str(error), error.exit_code)
     except RequestError as error:

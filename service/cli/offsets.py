@@ -14,8 +14,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from service.cli import output
-from service.cli.kafka import Brokers, connected, unreachable
-from service.cli.options import ConfigFile, Json, Overrides, settings_from
+from service.cli.kafka import OnBrokers, connected, unreachable
+from service.cli.options import grouped
 from service.config import Settings
 from service.errors import SetupError
 from service.kafka.connection import Connection
@@ -29,11 +29,12 @@ _COORDINATOR_TRIES = 10
 
 
 @app.command()
-def show(brokers: Brokers = None, config: ConfigFile = None, overrides: Overrides = None, as_json: Json = False) -> None:
+@grouped
+def show(common: OnBrokers) -> None:
     """The committed offset, epoch and unfinished prompts of each partition; one JSON object a line with --json."""
-    settings = settings_from(config, overrides, {"kafka": {"bootstrap_servers": brokers}})
+    settings = common.settings()
     rows = asyncio.run(_rows(settings))
-    if as_json:
+    if common.as_json:
         for row in rows:
             output.print_json(row)
         return

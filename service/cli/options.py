@@ -1,9 +1,13 @@
-"""Options that several commands share, and how they become `Settings`."""
+"""Options that several commands share, each list of them written once, and how they become `Settings`."""
 
+import dataclasses
+import functools
+import inspect
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
@@ -36,6 +40,52 @@ Quantize = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output on standard output.")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Common:
+    """What every command takes."""
+
+    config: ConfigFile = None
+    overrides: Overrides = None
+    as_json: Json = False
+
+    def settings(self, flags: Mapping[str, Mapping[str, Any]] | None = None) -> Settings:
+        """As `settings_from`."""
+        return settings_from(self.config, self.overrides, flags)
+
+
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """`command` as Typer takes it: each parameter that is a dataclass stands for the options that are its fields.
+
+    They come after the command's own.
+    """
+    hints = get_type_hints(command, include_extras=True)
+    groups = {name: hint for name, hint in hints.items() if isinstance(hint, type) and dataclasses.is_dataclass(hint)}
+    parameters = [
+        parameter.replace(kind=parameter.KEYWORD_ONLY, annotation=hints[name])
+        for name, parameter in inspect.signature(command).parameters.items()
+        if name not in groups
+    ]
+    for group in groups.values():
+        annotations = get_type_hints(group, include_extras=True)
+        parameters += [
+            inspect.Parameter(
+                field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=annotations[field.name]
+            )
+            for field in dataclasses.fields(group)
+        ]
+
+    @functools.wraps(command)
+    def run(**values: Any) -> None:
+        for name, group in groups.items():
+            values[name] = group(**{field.name: values.pop(field.name) for field in dataclasses.fields(group)})
+        command(**values)
+
+    # Typer looks at these two; what `wraps` kept of the command's own would hide them.
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
 
 
 def settings_from(

@@ -1,6 +1,7 @@
 """The prompt of a command line: its options, and the `PromptRequest` that they make. Shared by generate, stream and publish."""
 
 import sys
+from dataclasses import dataclass
 from typing import Annotated
 
 import typer
@@ -18,6 +19,27 @@ TopP = Annotated[float | None, typer.Option("--top-p", help="Nucleus sampling.",
 Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Same seed, same draws.", show_default=False)]
 Stop = Annotated[list[str] | None, typer.Option("--stop", help="End before this string; may be repeated.", show_default=False)]
 Label = Annotated[str, typer.Option("--label", help="Your own id; it comes back unchanged.", show_default=False)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptOptions:
+    """How a prompt that a command sends away is asked."""
+
+    raw: Raw = False
+    system: System = ""
+    max_tokens: MaxTokens = None
+    temperature: Temperature = 0.0
+    top_p: TopP = None
+    seed: Seed = None
+    stop: Stop = None
+    label: Label = ""
+
+    def request(self, text: str, *, model: str = "") -> PromptRequest:
+        """As `prompt_request`."""
+        return prompt_request(
+            text, raw=self.raw, system=self.system, max_tokens=self.max_tokens, temperature=self.temperature,
+            top_p=self.top_p, seed=self.seed, stop=self.stop, label=self.label, model=model,
+        )  # fmt: skip
 
 
 def prompt_request(

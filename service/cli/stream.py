@@ -6,46 +6,26 @@ from typing import Annotated
 import typer
 
 from service.cli import output, prompts
-from service.cli.options import ConfigFile, Json, Overrides, settings_from
+from service.cli.options import Common, grouped
 from service.cli.replicas import Target, speak, targets
 from service.contract import Delta, Finished, PromptRequest, Reset
 from service.rpc.client import SluiceClient, StreamItem
 
 
+@grouped
 def stream(
     text: prompts.Text,
+    asked: prompts.PromptOptions,
+    common: Common,
     target: Target = "",
-    raw: prompts.Raw = False,
-    system: prompts.System = "",
-    max_tokens: prompts.MaxTokens = None,
-    temperature: prompts.Temperature = 0.0,
-    top_p: prompts.TopP = None,
-    seed: prompts.Seed = None,
-    stop: prompts.Stop = None,
-    label: prompts.Label = "",
     model: Annotated[
         str, typer.Option("--model", help="The model's name; empty: the one that is served.", show_default=False)
     ] = "",
-    config: ConfigFile = None,
-    overrides: Overrides = None,
-    as_json: Json = False,
 ) -> None:
     """Stream one answer. When the replica dies or restarts the stream goes on where it stopped."""
-    settings = settings_from(config, overrides)
-    request = prompts.prompt_request(
-        text,
-        raw=raw,
-        system=system,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        stop=stop,
-        label=label,
-        model=model,
-    )
-    replicas = targets(settings, target)
-    speak(replicas, _stream(replicas, request, as_json))
+    replicas = targets(common.settings(), target)
+    request = asked.request(text, model=model)
+    speak(replicas, _stream(replicas, request, common.as_json))
 
 
 async def _stream(replicas: Sequence[str], request: PromptRequest, as_json: bool) -> None:

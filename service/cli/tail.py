@@ -16,8 +16,8 @@ from rich.markup import escape
 
 from schemas.v1 import events_pb2
 from service.cli import output
-from service.cli.kafka import Brokers, reader, unreachable
-from service.cli.options import ConfigFile, Json, Overrides, settings_from
+from service.cli.kafka import OnBrokers, reader, unreachable
+from service.cli.options import grouped
 from service.cli.results import as_document, show_result
 from service.config import Settings
 from service.contract import Delta, ReaderEvent, Reset
@@ -32,7 +32,9 @@ MAX_REQUESTS = 4_096
 _UNITS_S = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
 
 
+@grouped
 def tail(
+    common: OnBrokers,
     chunks: Annotated[bool, typer.Option("--chunks", help="Follow the tokens as they are made, not the results.")] = False,
     raw: Annotated[
         bool, typer.Option("--raw", help="With --chunks: each record as it is, those of replaced owners too.")
@@ -44,16 +46,12 @@ def tail(
         ),
     ] = "end",
     count: Annotated[int, typer.Option("--count", "-n", min=0, help="End after this many lines; 0: never.")] = 0,
-    brokers: Brokers = None,
-    config: ConfigFile = None,
-    overrides: Overrides = None,
-    as_json: Json = False,
 ) -> None:
     """Follow the results (or chunks) topic until Ctrl-C. Tokens are shown once each, whichever replicas made them."""
-    settings = settings_from(config, overrides, {"kafka": {"bootstrap_servers": brokers}})
+    settings = common.settings()
     if raw and not chunks:
         raise SetupError("--raw goes with --chunks: results are always shown as they are")
-    asyncio.run(_tail(settings, "chunks" if chunks else "results", raw, starting(start, time.time()), count, as_json))
+    asyncio.run(_tail(settings, "chunks" if chunks else "results", raw, starting(start, time.time()), count, common.as_json))
 
 
 @dataclass(frozen=True, slots=True)

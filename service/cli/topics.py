@@ -11,8 +11,8 @@ from aiokafka.errors import KafkaError
 from rich.markup import escape
 
 from service.cli import output
-from service.cli.kafka import Brokers, connected
-from service.cli.options import ConfigFile, Json, Overrides, settings_from
+from service.cli.kafka import OnBrokers, connected
+from service.cli.options import grouped
 from service.config import Settings
 from service.errors import SetupError
 from service.kafka import topic_check, topics
@@ -25,7 +25,9 @@ app = typer.Typer(no_args_is_help=True, help="Create or check the topics.")
 
 
 @app.command()
+@grouped
 def create(
+    common: OnBrokers,
     partitions: Annotated[
         int | None, typer.Option("--partitions", min=1, help="The most replicas that can share the work.", show_default=False)
     ] = None,
@@ -33,19 +35,14 @@ def create(
         int | None, typer.Option("--replication-factor", help="-1: three, or as many as there are brokers.", show_default=False)
     ] = None,
     classes: Annotated[
-        list[QueueClass] | None,
+        list[str] | None,
         typer.Option("--class", help="A class to make a topic for, too; may be repeated.", show_default=False),
     ] = None,
-    brokers: Brokers = None,
-    config: ConfigFile = None,
-    overrides: Overrides = None,
-    as_json: Json = False,
 ) -> None:
     """Create the topics that are missing; those that exist stay as they are."""
-    flags = {"bootstrap_servers": brokers, "partitions": partitions, "replication_factor": replication_factor}
-    settings = settings_from(config, overrides, {"kafka": flags})
-    created = asyncio.run(_create(settings, classes or ()))
-    if as_json:
+    settings = common.settings({"kafka": {"partitions": partitions, "replication_factor": replication_factor}})
+    created = asyncio.run(_create(settings, _known(classes or ())))
+    if common.as_json:
         output.print_json({"created": list(created)})
     elif created:
         output.out.print(f"created {', '.join(created)}")
@@ -54,19 +51,17 @@ def create(
 
 
 @app.command()
+@grouped
 def check(
+    common: OnBrokers,
     longest_deadline: Annotated[
         int, typer.Option("--longest-deadline", min=1, help="Seconds that a prompt may wait; retention must be longer.")
     ] = 3600,
-    brokers: Brokers = None,
-    config: ConfigFile = None,
-    overrides: Overrides = None,
-    as_json: Json = False,
 ) -> None:
     """Compare the cluster with what Sluice needs (topics, copies, retention, rights); exit 1 when prompts cannot be served whole."""
-    settings = settings_from(config, overrides, {"kafka": {"bootstrap_servers": brokers}})
+    settings = common.settings()
     report = asyncio.run(_check(settings, longest_deadline * 1_000))
-    if as_json:
+    if common.as_json:
         findings = [{"level": f.level, "topic": f.topic, "message": f.message} for f in report.findings]
         output.print_json({"ok": report.ok, "partitions": dict(report.partitions), "findings": findings})
     else:
@@ -79,6 +74,13 @@ def check(
             output.out.print("[green]the topics fit[/]")
     if not report.ok:
         raise typer.Exit(1)
+
+
+def _known(classes: Sequence[str]) -> tuple[QueueClass, ...]:
+    for name in classes:
+        if name not in topics.CLASSES:
+            raise SetupError(f"--class {name}: no such class; those there are: {', '.join(topics.CLASSES)}")
+    return tuple(name for name in topics.CLASSES if name in classes)
 
 
 async def _create(settings: Settings, classes: Sequence[QueueClass]) -> tuple[str, ...]:

@@ -133,7 +133,7 @@ async def command(*arguments: str, environment: dict[str, str] | None = None) ->
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-c",
-        "from service.cli.main import main; main()",
+        "from service.cli.entry import main; main()",
         *arguments,
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
