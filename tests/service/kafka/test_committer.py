@@ -214,3 +214,19 @@ async def test_a_cancellation_that_comes_together_with_a_commits_answer_ends_the
     bench.submit(0, RESULT)
     done, _ = await asyncio.wait({task}, timeout=10)
     assert done == {task}
+
+
+async def test_a_cancellation_that_comes_together_with_a_commits_answer_is_not_lost() -> None:
+    bench = Bench()
+    task = asyncio.create_task(bench.committer.run())
+    take = bench.offsets.commit
+
+    async def commit(points: Mapping[TopicPartition, tuple[int, str]]) -> None:
+        await take(points)
+        # Before anybody who waits for this answer hears of it: `asyncio.wait_for` would forget it here.
+        asyncio.get_running_loop().call_soon(task.cancel)
+
+    bench.offsets.commit = commit  # type: ignore[method-assign]
+    bench.submit(0, RESULT)
+    _, late = await asyncio.wait({task}, timeout=20.0)
+    assert (bench.offsets.lows(), late) == ([1], set())
