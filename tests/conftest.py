@@ -4,12 +4,17 @@ import gc
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from engine.openmp import prefer_short_spin
 from tests.servers import jaeger, kafka
 
 # Brokers, children and tests share the cores.
 prefer_short_spin()
+
+# No test is judged by how long it took, an example of a property neither.
+settings.register_profile("sluice", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("sluice")
 
 
 @pytest.fixture(scope="module", autouse=True)
