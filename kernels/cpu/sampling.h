@@ -69,21 +69,16 @@ struct Candidates {
 
 // sums[i] = weight of the candidates within limits[i].
 inline void sums_within(const Candidates& all, const float* limits, double* sums) {
-    F limit[rungs];
-    for (int i = 0; i < rungs; ++i) {
-        limit[i] = Simd::set1(limits[i]);
-        sums[i] = 0.0;
-    }
+    for (int i = 0; i < rungs; ++i) sums[i] = 0.0;
     const F one = Simd::set1(1.0f);
     for (int64_t start = 0; start < all.size; start += rung_block) {
         F sum[rungs];
-        for (int i = 0; i < rungs; ++i) sum[i] = Simd::zero();
+        each<rungs>([&](auto i) SLUICE_HERE { sum[i] = Simd::zero(); });
         for (int64_t j = start; j < start + rung_block; j += width) {
-            F d = Simd::load(all.distances + j);
-            F w = all.weights ? Simd::load(all.weights + j) : one;
-            for (int i = 0; i < rungs; ++i) sum[i] = Simd::add_where_not_above(sum[i], d, limit[i], w);
+            const F d = Simd::load(all.distances + j), w = all.weights ? Simd::load(all.weights + j) : one;
+            each<rungs>([&](auto i) SLUICE_HERE { sum[i] = Simd::add_where_not_above(sum[i], d, Simd::set1(limits[i]), w); });
         }
-        for (int i = 0; i < rungs; ++i) sums[i] += (double)Simd::sum(sum[i]);
+        each<rungs>([&](auto i) SLUICE_HERE { sums[i] += (double)Simd::sum(sum[i]); });
     }
 }
 
@@ -228,8 +223,19 @@ struct SampleSpace {
     }
 };
 
-inline void fill_weights(SampleSpace& space, int64_t size) {
-    for (int64_t i = 0; i < size; i += width) Simd::store(space.weights + i, weight_of(Simd::load(space.distances + i)));
+// Weights of the distances [0, size), a multiple of sum_block; gives their total.
+inline double fill_weights(SampleSpace& space, int64_t size) {
+    double total = 0.0;
+    for (int64_t start = 0; start < size; start += sum_block) {
+        F sum = Simd::zero();
+        for (int64_t i = start; i < start + sum_block; i += width) {
+            const F weight = weight_of(Simd::load(space.distances + i));
+            Simd::store(space.weights + i, weight);
+            sum = Simd::add(sum, weight);
+        }
+        total += (double)Simd::sum(sum);
+    }
+    return total;
 }
 
 // Keeps the distances within `limit` alone, in order, padded to rung_block; gives how many with the padding.
@@ -274,12 +280,15 @@ inline float limit_of(const Row& row, double top_k, double top_p, double min_p, 
     if (!weighs) return limit;
     Candidates kept{space.distances, space.weights, space.padded};
     float near = never;
-    double total = 0.0;
     if (counts) kept.size = keep_within(space, by_count);
     else near = near_limit(space, few / 2);
-    fill_weights(space, kept.size);
-    if (kept.size > few) total = row.block_sums(by_count, space.sums);
-    else for (int64_t i = 0; i < kept.size; ++i) total += (double)space.weights[i];
+    double total = fill_weights(space, kept.size);
+    if (counts && kept.size > few) {
+        total = row.block_sums(by_count, space.sums);
+    } else if (kept.size <= few) {
+        total = 0.0;
+        for (int64_t i = 0; i < kept.size; ++i) total += (double)space.weights[i];
+    }
     return std::min(limit, limit_for(kept, near, by_count, total, top_p * total));
 }
 
