@@ -45,6 +45,8 @@ def read_all(bootstrap: str, topic: str, *, isolation: str, timeout_s: float = R
     try:
         left = set(partitions_of(bootstrap, topic))
         reader.assign([TopicPartition(topic, partition, OFFSET_BEGINNING) for partition in left])
+        # Where records keep coming, the end is never met.
+        ends = {partition: reader.get_watermark_offsets(TopicPartition(topic, partition))[1] for partition in left}
         found: list[Message] = []
         deadline = time.monotonic() + timeout_s
         while left:
@@ -56,6 +58,8 @@ def read_all(bootstrap: str, topic: str, *, isolation: str, timeout_s: float = R
                 error = message.error()
                 if error is None:
                     found.append(message)
+                    if message.offset() + 1 >= ends[message.partition()]:
+                        left.discard(message.partition())
                 elif error.code() == KafkaError._PARTITION_EOF:
                     left.discard(message.partition())
                 elif not error.retriable():
