@@ -16,6 +16,7 @@ from service.kafka.output import REQUEST_OVERHEAD_BYTES
 TRANSACTION_TIMEOUT_MS = 15_000
 """An owner that vanished with a transaction open holds its partition's readers for this long at most."""
 _REBALANCE_TIMEOUT_MS = 30_000
+_FETCH_WAIT_MS = 100
 _REQUEST_TIMEOUT_MS = 10_000
 _RETRY_BACKOFF_MS = 20
 _BATCH_BYTES = 65_536
@@ -47,6 +48,8 @@ class Clients:
             heartbeat_interval_ms=section.heartbeat_interval_ms,
             rebalance_timeout_ms=_REBALANCE_TIMEOUT_MS,
             max_partition_fetch_bytes=section.max_partition_fetch_bytes,
+            # A question about offsets waits behind the fetch before it on the same connection: a hand-over asks two.
+            fetch_max_wait_ms=_FETCH_WAIT_MS,
             # The group's leader leaves a topic out for as long as it has not seen it.
             metadata_max_age_ms=section.topic_refresh_ms,
         )
