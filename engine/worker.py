@@ -249,6 +249,8 @@ def serve(connection: socket.socket, config_json: str) -> int:
         engine, encode_output = build(config, progress)
         gc.collect()
         gc.freeze()
+        # Pages that loading and packing have left free go back to the system.
+        ctypes.CDLL(None).malloc_trim(0)
         outbox.put(encode(Hello(protocol_version=PROTOCOL_VERSION, facts=engine.facts)))
         Worker(engine, connection, outbox, encode_output).run()
     except ConnectionError:

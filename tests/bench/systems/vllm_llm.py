@@ -30,7 +30,7 @@ class Vllm:
             "eager": self._options.get("eager", True),
             "instruction_set": torch.backends.cpu.get_cpu_capability(),
             "engine_process": os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING", "1") == "1",
-            "preload": os.environ.get("LD_PRELOAD", ""),
+            "preload": os.path.basename(os.environ.get("LD_PRELOAD", "")),
         }
 
     def run(self, case: str, prompts: list[list[int]], new_tokens: int, keep: bool, recorder: Recorder) -> list[list[int]]:
