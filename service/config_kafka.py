@@ -141,7 +141,7 @@ class KafkaSection(Section):
 
     def tenant_of(self, topic: str) -> str:
         """The tenant whose prompts a topic holds; "" when it is nobody's in particular."""
-        return next((pair[len(topic) + 1 :] for pair in self.topic_tenants if pair.startswith(f"{topic}=")), "")
+        return next((pair[len(topic) + 1 :] for pair in reversed(self.topic_tenants) if pair.startswith(f"{topic}=")), "")
 
 
 def _security_fault(section: KafkaSection) -> str:

@@ -12,7 +12,8 @@ SHORT, LONG = ("decode 8/32", "decode 8/512"), ("decode 32/32", "decode 32/512")
 class Target:
     """`ours` over the best of `theirs` in each of `cases`, at least `least`.
 
-    `theirs`: names with commas; "16+": every peer of 16 or more bits."""
+    `theirs`: names with commas; "16+": every peer of 16 or more bits.
+    """
 
     what: str
     cases: tuple[str, ...]
