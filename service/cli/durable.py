@@ -28,10 +28,7 @@ def submit(
         str,
         typer.Option("--key", help="The record's key; default: the label, else the prompt's beginning.", show_default=False),
     ] = "",
-    queue_class: Annotated[
-        str,
-        typer.Option("--class", help="interactive, standard or batch: whose turn it is when many wait.", show_default=False),
-    ] = "",
+    queue_class: prompts.ClassName = "",
     idempotency_key: Annotated[
         str, typer.Option("--idempotency-key", help="Prompts of one key are one prompt.", show_default=False)
     ] = "",

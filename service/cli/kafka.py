@@ -23,6 +23,7 @@ from service.contract import PromptRequest, Source
 from service.errors import RequestError, SetupError
 from service.kafka.connection import Connection
 from service.kafka.request_log import read_result
+from service.kafka.topics import Topics, class_named, to_write
 from service.telemetry import names, tracing
 
 CONNECT_TIMEOUT_S = 10.0
@@ -53,18 +54,22 @@ def publish(
         typer.Option("--file", "-f", help="A JSON Lines file, one Prompt a line, instead of TEXT.", show_default=False),
     ] = None,
     key: Annotated[str, typer.Option("--key", help="The record's key; default: the label.", show_default=False)] = "",
+    queue_class: prompts.ClassName = "",
     wait: Annotated[bool, typer.Option("--wait", "-w", help="Wait for the results and print them.")] = False,
     timeout: Annotated[float, typer.Option("--timeout", min=0.1, help="Seconds to wait for all results.")] = 120.0,
 ) -> None:
-    """Write prompts to the prompts topic; prints each one's request id (topic-partition-offset)."""
+    """Write prompts to the prompts topic, or to a class's; prints each one's request id (topic-partition-offset)."""
     settings = common.settings()
+    if queue_class:
+        # What no broker need be asked for.
+        class_named(queue_class)
     if file is not None:
         requests = list(_read_lines(file))
     elif text:
         requests = [asked.request(text)]
     else:
         raise SetupError("nothing to publish: give TEXT, or --file with one JSON prompt a line")
-    asyncio.run(_publish(settings, requests, key, timeout if wait else 0.0, common.as_json))
+    asyncio.run(_publish(settings, requests, key, queue_class, timeout if wait else 0.0, common.as_json))
 
 
 def _read_lines(file: Path) -> Iterator[PromptRequest]:
@@ -81,14 +86,16 @@ def _read_lines(file: Path) -> Iterator[PromptRequest]:
             raise SetupError(f"{file}, line {number}: {error}; nothing was published") from error
 
 
-async def _publish(settings: Settings, requests: list[PromptRequest], key: str, wait_s: float, as_json: bool) -> None:
-    topic = settings.kafka.topic_prefix + "prompts"
+async def _publish(
+    settings: Settings, requests: list[PromptRequest], key: str, queue_class: str, wait_s: float, as_json: bool
+) -> None:
+    topics = Topics(settings.kafka.topic_prefix)
     spans = tracing.Tracing(settings.tracing)
-    results = settings.kafka.topic_prefix + "results"
     try:
         async with _producer(settings) as producer, AsyncExitStack() as stack:
+            topic = await _topic(producer, topics, queue_class)
             # Placed before anything is written, so that no result is missed.
-            waiting = await stack.enter_async_context(reader(settings, results, at_end)) if wait_s > 0 else None
+            waiting = await stack.enter_async_context(reader(settings, topics.results, at_end)) if wait_s > 0 else None
             pending: set[str] = set()
             for request in requests:
                 span = spans.start(
@@ -116,6 +123,20 @@ async def _publish(settings: Settings, requests: list[PromptRequest], key: str, 
         raise unreachable(settings, error) from error
     finally:
         spans.shutdown()
+
+
+async def _topic(producer: AIOKafkaProducer, topics: Topics, queue_class: str) -> str:
+    """The topic to write to, which is there. Raises `SetupError`, `RequestError`."""
+    # All topics, never one by name: a broker that creates topics by itself would make the one that is asked for.
+    existing = (await producer.client.fetch_all_metadata()).topics()
+
+    async def exists(name: str) -> bool:
+        return name in existing
+
+    topic = await to_write(topics, queue_class, exists)
+    if topic not in existing:
+        raise missing(topic)
+    return topic
 
 
 async def _await_results(records: AIOKafkaConsumer, pending: set[str], wait_s: float, as_json: bool) -> None:
@@ -157,7 +178,7 @@ async def reader(
     )
     async with connected(consumer, consumer.stop, settings):
         if not consumer.partitions_for_topic(topic):
-            raise SetupError(f"topic {topic} does not exist; make it with `sluice topics create`", exit_code=1)
+            raise missing(topic)
         await place(consumer)
         yield consumer
 
@@ -189,6 +210,11 @@ async def connected(client: Startable, stop: Callable[[], Awaitable[None]], sett
         yield
     finally:
         await stop()
+
+
+def missing(topic: str) -> SetupError:
+    """What a person is told of a topic that is not there."""
+    return SetupError(f"topic {topic} does not exist; make it with `sluice topics create`", exit_code=1)
 
 
 def unreachable(settings: Settings, error: BaseException | str) -> SetupError:

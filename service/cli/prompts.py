@@ -18,6 +18,10 @@ Temperature = Annotated[float, typer.Option("--temperature", min=0.0, max=2.0, h
 TopP = Annotated[float | None, typer.Option("--top-p", help="Nucleus sampling.", show_default=False)]
 Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Same seed, same draws.", show_default=False)]
 Stop = Annotated[list[str] | None, typer.Option("--stop", help="End before this string; may be repeated.", show_default=False)]
+ClassName = Annotated[
+    str,
+    typer.Option("--class", help="interactive, standard or batch: whose turn it is when many wait.", show_default=False),
+]
 Label = Annotated[str, typer.Option("--label", help="Your own id; it comes back unchanged.", show_default=False)]
 
 

@@ -10,7 +10,6 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from schemas.v1 import inference_pb2
 from service import wire
 from service.contract import PromptRequest, ReaderEvent, Source
-from service.errors import RequestError
 from service.kafka.cancels import Cancels
 from service.kafka.control import cancel_record
 from service.kafka.live import LiveRequest, LiveRequests
@@ -18,7 +17,7 @@ from service.kafka.reader_fold import NumCharacters, ReaderFold
 from service.kafka.records import HEADER_CONTENT_TYPE, Headers, OutRecord
 from service.kafka.request_log import Place, RequestLog
 from service.kafka.submission import Submission, affinity_key
-from service.kafka.topics import CLASSES, Topics
+from service.kafka.topics import Topics, to_write
 
 
 class AttachedRequest:
@@ -79,30 +78,19 @@ class DurableRequests:
     ) -> Source:
         """Writes the prompt and tells where it stands. `headers` go with the record. Raises `RequestError`.
 
-        `queue_class`: its topic; empty, and `standard` where that has no topic of its own: the prompts topic.
+        `queue_class` as in `topics.to_write`.
         """
         return await self._submission.write(
             OutRecord(
-                topic=await self._topic_of(queue_class),
+                topic=await to_write(self._topics, queue_class, self._exists),
                 key=affinity_key(prompt, key, conversation_id).encode(),
                 value=wire.to_bytes(wire.prompt_to_proto(prompt)),
                 headers=((HEADER_CONTENT_TYPE, wire.JSON.encode()), *headers),
             )
         )
 
-    async def _topic_of(self, queue_class: str) -> str:
-        if not queue_class:
-            return self._topics.prompts
-        topic = next((self._topics.of_class(name) for name in CLASSES if name == queue_class), "")
-        if not topic:
-            message = f"must be one of {', '.join(CLASSES)}, or be left away"
-            raise RequestError("invalid_field", message, field="queue_class")
-        if await self._log.num_partitions(topic):
-            return topic
-        if queue_class == self._topics.classes[self._topics.prompts]:
-            return self._topics.prompts
-        message = f"has no topic here: `sluice topics create --class {queue_class}` makes {topic}"
-        raise RequestError("invalid_field", message, field="queue_class")
+    async def _exists(self, topic: str) -> bool:
+        return await self._log.num_partitions(topic) > 0
 
     async def get(self, request_id: str) -> inference_pb2.Result:
         """The terminal record; one with status `pending` while there is none. Raises `RequestError`."""

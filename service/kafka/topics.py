@@ -1,11 +1,12 @@
 """Topic names, their settings, and their creation. Whether a cluster's topics fit together: `topic_check.py`."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import TopicAlreadyExistsError, for_code
 
+from service.errors import RequestError
 from service.kafka.budget import QueueClass
 from service.kafka.records import TopicPartition
 
@@ -72,6 +73,30 @@ def turns(weights: Mapping[TopicPartition, int]) -> list[TopicPartition]:
     lightest = min(weights.values(), default=1)
     rounds = max(weights.values(), default=0) // lightest
     return [partition for turn in range(rounds) for partition, weight in weights.items() if weight > turn * lightest]
+
+
+def class_named(name: str) -> QueueClass:
+    """The class of this name. Raises `RequestError`."""
+    for known in CLASSES:
+        if name == known:
+            return known
+    raise RequestError("invalid_field", f"must be one of {', '.join(CLASSES)}, or be left away", field="queue_class")
+
+
+async def to_write(topics: Topics, queue_class: str, exists: Callable[[str], Awaitable[bool]]) -> str:
+    """Where prompts of a class go: to its topic; to `prompts` when none is named, and for `standard` where it has none of its own.
+
+    Raises `RequestError` for a class that there is not, or that has no topic; what `exists` raises.
+    """
+    if not queue_class:
+        return topics.prompts
+    topic = topics.of_class(class_named(queue_class))
+    if await exists(topic):
+        return topic
+    if queue_class == topics.classes[topics.prompts]:
+        return topics.prompts
+    message = f"has no topic here: `sluice topics create --class {queue_class}` makes {topic}"
+    raise RequestError("invalid_field", message, field="queue_class")
 
 
 async def create(

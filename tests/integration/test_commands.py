@@ -9,7 +9,7 @@ import pytest
 from confluent_kafka import Producer
 
 from tests.integration.app_harness import Values, command, flags, gone, run, serve, values
-from tests.integration.kafka_harness import Broker
+from tests.integration.kafka_harness import Broker, make_class_topics
 from tests.servers.model import model_dir
 
 NUM_LETTERS, NUM_FOLLOW_UPS = 8, 4
@@ -77,6 +77,25 @@ async def test_publish_writes_nothing_of_a_file_with_a_wrong_line(topics_of_its_
     code, out, errors = await run("publish", "--file", str(prompts), *kafka)
     assert (code, out) == (2, "")
     assert "line 2: unknown_field: promt" in errors
+
+
+@pytest.mark.kafka
+async def test_publish_writes_to_the_class_that_is_named(topics_of_its_own: Broker, tmp_path: Path) -> None:
+    broker = topics_of_its_own
+    make_class_topics(broker, "batch")
+    kafka = only("kafka", values(tmp_path, broker=broker))
+    code, out, errors = await run("publish", "hello", "--class", "batch", "--json", *kafka)
+    assert (code, json.loads(out)["request_id"].rsplit("-", 2)[0], errors) == (0, f"{broker.topics.prompts}.batch", "")
+    code, out, errors = await run("publish", "hello", "--class", "interactive", *kafka)
+    assert (code, out) == (2, "")
+    assert "queue_class: has no topic here: `sluice topics create --class interactive` makes" in errors
+
+
+@pytest.mark.kafka
+async def test_publish_where_there_are_no_topics_says_how_to_make_them(kafka_server: str) -> None:
+    code, out, errors = await run("publish", "hello", "--brokers", kafka_server, "--set", "kafka.topic_prefix=nowhere.")
+    assert (code, out) == (1, "")
+    assert "topic nowhere.prompts does not exist; make it with `sluice topics create`" in errors
 
 
 @pytest.mark.kafka

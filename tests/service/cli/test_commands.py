@@ -50,6 +50,7 @@ WRONG = {
     "can never fit": (["generate", "a", "--max-tokens", "100000"], 1, "too_many_tokens: sampling.max_tokens"),
     "longer than the context": (["generate", "x" * 9000], 1, "prompt_too_long"),
     "nothing to publish": (["publish"], 2, "give TEXT"),
+    "no such class": (["publish", "a", "--class", "urgent"], 2, "queue_class: must be one of interactive, standard, batch"),
     "tail from nowhere": (["tail", "--from", "banana"], 2, "--from banana"),
     "raw results": (["tail", "--raw"], 2, "--raw goes with --chunks"),
     "no target": (["get", "a-0-1", "--target", ","], 2, "--target"),
