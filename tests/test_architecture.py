@@ -87,6 +87,12 @@ def find_broad_excepts(tree: ast.AST) -> list[int]:
     return lines
 
 
+def find_untied(tree: ast.AST) -> list[int]:
+    """Lines that start a process which nothing ends when this one is killed, in a file that ties none."""
+    made = [line for line, name in calls(tree) if name.split(".")[-1] in ("Popen", "create_subprocess_exec")]
+    return [] if any(name == "tie" for _, name in calls(tree)) else made
+
+
 def hits(finder: object, allowed: tuple[str, ...] = ()) -> list[str]:
     """file:line of everything that `finder` finds in the product outside the allowed places."""
     assert callable(finder)
@@ -117,6 +123,12 @@ def test_broad_excepts_stand_at_supervised_boundaries_only() -> None:
     assert hits(find_broad_excepts, BROAD_ALLOWED) == []
 
 
+def test_processes_of_tests_and_benchmarks_end_with_them() -> None:
+    rooms = ("tests/bench", "tests/chaos", "tests/integration", "tests/servers")
+    files = [path for path in python_files(*rooms) if path.name not in ("tied.py", "test_tied.py")]
+    assert [name_of(path) for path in files if find_untied(ast.parse(path.read_text("utf-8")))] == []
+
+
 @pytest.mark.parametrize(
     ("finder", "source"),
     [
@@ -128,6 +140,7 @@ def test_broad_excepts_stand_at_supervised_boundaries_only() -> None:
         (find_unsafe, "from pickle import loads"),
         (find_unsafe, "import torch\ntorch.load('x')"),
         (find_unsafe, "eval('1')"),
+        (find_untied, "import subprocess\nsubprocess.Popen(['x'])"),
         (find_broad_excepts, "try:\n  x()\nexcept Exception:\n  pass"),
         (find_broad_excepts, "try:\n  x()\nexcept:\n  pass"),
         (find_broad_excepts, "try:\n  x()\nexcept (ValueError, BaseException):\n  pass"),

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 from engine.openmp import prefer_short_spin
+from tests.servers.tied import tie
 
 BENCHMARKS = (
     "decode",
@@ -28,13 +29,14 @@ def main() -> int:
     reports = {}
     for name in sys.argv[1:] or BENCHMARKS:
         print(f"{name} …", file=sys.stderr, flush=True)
-        done = subprocess.run(
-            [sys.executable, "-m", f"tests.bench.{name}"], stdout=subprocess.PIPE, env=os.environ, check=False
-        )
-        if done.returncode != 0:
-            print(f"error: {name} ended with {done.returncode}", file=sys.stderr)
+        command = [sys.executable, "-m", f"tests.bench.{name}"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ) as benchmark:
+            tie(benchmark.pid)
+            said, _ = benchmark.communicate()
+        if benchmark.returncode != 0:
+            print(f"error: {name} ended with {benchmark.returncode}", file=sys.stderr)
             return 1
-        reports[name] = json.loads(done.stdout)
+        reports[name] = json.loads(said)
     json.dump(reports, sys.stdout, indent=1)
     print()
     return 0

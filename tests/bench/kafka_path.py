@@ -22,6 +22,7 @@ from tests.bench import report
 from tests.bench.kafka_load import Finished, cpu_s, create_topics, prompt, publish
 from tests.bench.served import serving
 from tests.servers import jaeger, kafka
+from tests.servers.tied import tie
 
 MODES = ("exactly-once", "at-least-once", "bare-exactly-once", "bare-at-least-once")
 RECORDS_A_PROMPT = 6
@@ -48,6 +49,7 @@ def bare(bootstrap: str, group: str, mode: str) -> Iterator[psutil.Process]:
     """The bare loop."""
     arguments = ["--brokers", bootstrap, "--group", group, "--mode", mode.removeprefix("bare-")]
     process = subprocess.Popen([sys.executable, "-m", "tests.bench.kafka_bare", *arguments])
+    tie(process.pid)
     try:
         yield psutil.Process(process.pid)
     finally:

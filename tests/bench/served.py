@@ -12,6 +12,8 @@ from pathlib import Path
 
 import psutil
 
+from tests.servers.tied import tie
+
 START_TIMEOUT_S = 300.0
 
 
@@ -44,6 +46,7 @@ def serving(*arguments: str) -> Iterator[Served]:
         text=True,
         env=os.environ | {"SLUICE_LOGGING__LEVEL": "warning"},
     )
+    tie(process.pid)
     try:
         assert process.stdout is not None
         line = process.stdout.readline()

@@ -12,6 +12,8 @@ from urllib.request import urlopen
 
 import psutil
 
+from tests.servers.tied import tie
+
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 90.0
 
@@ -83,6 +85,7 @@ class Replica:
                 stderr=log,
                 env={**os.environ, "OMP_NUM_THREADS": "1", **self._settings.environment},
             )
+        tie(self._process.pid)
         self.is_paused = False
         assert self._process.stdout is not None
         try:

@@ -21,6 +21,7 @@ from service.config import Settings, load
 from service.contract import Delta, Finished, PromptRequest, SamplingFields
 from service.rpc.client import SluiceClient
 from tests.integration.kafka_harness import Broker
+from tests.servers.tied import tie
 
 WAIT_S = 60.0
 QUICK_KAFKA = {"heartbeat_interval_ms": 200, "session_timeout_ms": 6_000}
@@ -140,6 +141,7 @@ async def command(*arguments: str, environment: dict[str, str] | None = None) ->
         stderr=asyncio.subprocess.PIPE,
         env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120", **(environment or {})},
     )
+    tie(process.pid)
     sluice = Sluice(process)
     try:
         yield sluice

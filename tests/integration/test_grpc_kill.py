@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 
 from service.contract import Delta, Finished, SamplingFields, Started
 from service.rpc.client import Backoff, SluiceClient
+from tests.servers.tied import tie
 from tests.service.rpc.fakes import token
 
 WAIT_S = 60.0
@@ -18,6 +19,7 @@ async def replica(port: int, tokens: int):
     process: Process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "tests.service.rpc.replica", str(port), str(tokens), stdout=PIPE
     )
+    tie(process.pid)
     try:
         assert process.stdout is not None
         yield process, int(await asyncio.wait_for(process.stdout.readline(), WAIT_S))

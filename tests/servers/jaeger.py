@@ -23,6 +23,7 @@ from urllib.error import HTTPError, URLError
 from urllib.request import urlopen
 
 from service.config import cache_dir
+from tests.servers.tied import tie
 
 VERSION = "1.76.0"
 MODULE = "github.com/jaegertracing/jaeger"
@@ -169,6 +170,7 @@ def running() -> Iterator[JaegerServer]:
     otlp_port, query_port, *others = _free_ports(7)
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(_command(executable, otlp_port, query_port, others), stdout=log, stderr=subprocess.STDOUT)
+        tie(process.pid)
         server = JaegerServer(f"127.0.0.1:{otlp_port}", f"http://127.0.0.1:{query_port}")
         try:
             _wait_ready(process, server, log)

@@ -12,7 +12,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import uuid
@@ -24,6 +23,7 @@ from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
 
 from service.config import cache_dir
+from tests.servers.tied import tie, tied_directory
 
 VERSION = "4.1.0"
 SLF4J_VERSION = "1.7.36"
@@ -82,6 +82,7 @@ class KafkaServer:
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )
+        tie(self._process.pid)
         self._wait_ready()
 
     def stop(self, *, kill: bool = False) -> None:
@@ -142,17 +143,16 @@ class KafkaServer:
 @contextmanager
 def running(name: str = "kafka", jvm_flags: tuple[str, ...] = KafkaServer.jvm_flags) -> Iterator[KafkaServer]:
     """A fresh broker, ended and removed at the end; the log of the last one stays as tests/.logs/<name>.log."""
-    directory = Path(tempfile.mkdtemp(prefix="sluice-kafka-"))
-    server = KafkaServer(directory)
-    server.jvm_flags = jvm_flags
-    try:
-        server.start()
-        yield server
-    finally:
-        server.stop()
-        # A fixture does not learn whether its tests passed, so the log is always kept.
-        keep_log(server, name)
-        shutil.rmtree(directory, ignore_errors=True)
+    with tied_directory("sluice-kafka-") as directory:
+        server = KafkaServer(directory)
+        server.jvm_flags = jvm_flags
+        try:
+            server.start()
+            yield server
+        finally:
+            server.stop()
+            # A fixture does not learn whether its tests passed, so the log is always kept.
+            keep_log(server, name)
 
 
 def keep_log(server: KafkaServer, name: str) -> None:

@@ -7,13 +7,13 @@ move within about three seconds.
 
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 from tests.servers.kafka import LOGS, SHORT_LIVED, KafkaServer, free_port, libraries, new_id
+from tests.servers.tied import tied_directory
 
 
 class ClusterBroker(KafkaServer):
@@ -117,15 +117,14 @@ class KafkaCluster:
 @contextmanager
 def cluster(num_brokers: int = 3, *, advertised_ports: Sequence[int] = (), name: str = "cluster") -> Iterator[KafkaCluster]:
     """A fresh cluster, ended and removed at the end; the brokers' logs stay as tests/.logs/<name>-<node>.log."""
-    directory = Path(tempfile.mkdtemp(prefix="sluice-cluster-"))
-    brokers = KafkaCluster(directory, num_brokers=num_brokers, advertised_ports=advertised_ports)
-    try:
-        brokers.start()
-        yield brokers
-    finally:
-        brokers.stop()
-        LOGS.mkdir(exist_ok=True)
-        for broker in brokers.brokers:
-            if broker.log.exists():
-                shutil.copy(broker.log, LOGS / f"{name}-{broker.node_id}.log")
-        shutil.rmtree(directory, ignore_errors=True)
+    with tied_directory("sluice-cluster-") as directory:
+        brokers = KafkaCluster(directory, num_brokers=num_brokers, advertised_ports=advertised_ports)
+        try:
+            brokers.start()
+            yield brokers
+        finally:
+            brokers.stop()
+            LOGS.mkdir(exist_ok=True)
+            for broker in brokers.brokers:
+                if broker.log.exists():
+                    shutil.copy(broker.log, LOGS / f"{name}-{broker.node_id}.log")

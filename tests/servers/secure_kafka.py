@@ -7,12 +7,12 @@ Certificates are made by the openssl command, valid for a day.
 
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from tests.servers.kafka import SHORT_LIVED, KafkaServer, ServerError, free_port, keep_log, new_id
+from tests.servers.tied import tied_directory
 
 USER, PASSWORD = "sluice", "correct horse battery=staple"
 
@@ -127,8 +127,7 @@ class SecureKafka(KafkaServer):
 @contextmanager
 def running(name: str = "secure-kafka") -> Iterator[SecureKafka]:
     """A fresh broker, ended and removed at the end; the log of the last one stays as tests/.logs/<name>.log."""
-    directory = Path(tempfile.mkdtemp(prefix="sluice-secure-kafka-"))
-    try:
+    with tied_directory("sluice-secure-kafka-") as directory:
         server = SecureKafka(directory)
         try:
             server.start()
@@ -136,5 +135,3 @@ def running(name: str = "secure-kafka") -> Iterator[SecureKafka]:
         finally:
             server.stop()
             keep_log(server, name)
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)

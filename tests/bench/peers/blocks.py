@@ -22,6 +22,7 @@ from tests.bench.peers.cases import CASES, Case, Prompts
 from tests.bench.peers.catalogue import CATALOGUE, SCRIPTS, start_of
 from tests.bench.peers.machine import Clock, foreign_share
 from tests.bench.peers.process import SystemFailed, SystemProcess
+from tests.servers.tied import tie
 
 MAX_FOREIGN, MAX_STOLEN = 0.05, 0.03
 HOLD_S = 75.0
@@ -50,6 +51,7 @@ class Hold:
             return
         self.give_back()
         self._holder = subprocess.Popen([*self._command, "cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+        tie(self._holder.pid)
         assert self._holder.stdin is not None
         assert self._holder.stdout is not None
         with contextlib.suppress(BrokenPipeError):

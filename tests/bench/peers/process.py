@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from tests.servers.tied import tie
+
 ANSWER_TIMEOUT_S = 900.0
 """A compiling or badly disturbed system takes minutes; one that takes longer hangs."""
 
@@ -41,6 +43,7 @@ class SystemProcess:
                 start_new_session=True,
                 text=True,
             )
+        tie(self._process.pid)
         if favour:
             self.favour()
 
