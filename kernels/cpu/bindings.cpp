@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 
 #include "dispatch.h"
+#include "weight_memory.h"
 
 namespace {
 
@@ -42,7 +43,7 @@ Tensor pack(const Tensor& weight, c10::string_view format_name, bool gated, int6
     Type type = type_of(weight, "weight");
     const sluice::Operators& operators = sluice::operators();
     int64_t out = weight.size(0), in = weight.size(1);
-    Tensor packed = at::empty({operators.packed_bytes(format, out, in, gated, (int)group)}, at::kByte);
+    Tensor packed = sluice::weight_memory(operators.packed_bytes(format, out, in, gated, (int)group));
     operators.pack(weight.const_data_ptr(), type, format, out, in, gated, (int)group, packed.data_ptr());
     return packed;
 }

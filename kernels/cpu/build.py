@@ -140,6 +140,7 @@ def _build(library: Path, tell: Callable[[str], None]) -> None:
             "bindings.cpp",
             "attention_bindings.cpp",
             "program.cpp",
+            "weight_memory.cpp",
             "dispatch.cpp",
             *(f"isa_{isa}.cpp" for isa in built),
         )
