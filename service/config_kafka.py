@@ -133,15 +133,20 @@ class KafkaSection(Section):
     @field_validator("topic_tenants")
     @classmethod
     def _each_names_both(cls, pairs: tuple[str, ...]) -> tuple[str, ...]:
+        named: dict[str, str] = {}
         for pair in pairs:
             topic, _, tenant = pair.partition("=")
             if not (topic and tenant):
                 raise PydanticCustomError("pair", "{pair}: write it as topic=tenant", {"pair": pair})
+            if topic in named:
+                fault = "{pair}: {topic} has been given to {tenant} already; name each topic once"
+                raise PydanticCustomError("pair", fault, {"pair": pair, "topic": topic, "tenant": named[topic]})
+            named[topic] = tenant
         return pairs
 
     def tenant_of(self, topic: str) -> str:
         """The tenant whose prompts a topic holds; "" when it is nobody's in particular."""
-        return next((pair[len(topic) + 1 :] for pair in reversed(self.topic_tenants) if pair.startswith(f"{topic}=")), "")
+        return next((pair[len(topic) + 1 :] for pair in self.topic_tenants if pair.startswith(f"{topic}=")), "")
 
 
 def _security_fault(section: KafkaSection) -> str:

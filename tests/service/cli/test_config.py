@@ -57,6 +57,12 @@ FAULTS = {
     "huge number": (["--set", "grpc.port=999999999999999999999"], {}, ["grpc.port: ", "65535"]),
     "NaN": (["--set", "engine.hang_timeout_s=nan"], {}, ["engine.hang_timeout_s: "]),
     "infinity": (["--set", "grpc.heartbeat_s=inf"], {}, ["grpc.heartbeat_s: ", "finite"]),
+    "a pair that is none": (["--set", 'kafka.topic_tenants=["a"]'], {}, ["kafka.topic_tenants: ", "write it as topic=tenant"]),
+    "a topic twice": (
+        ["--set", 'kafka.topic_tenants=["a=x", "b=x", "a=y"]'],
+        {},
+        ["kafka.topic_tenants: a=y: a has been given to x already; name each topic once"],
+    ),
     "no value": (["--set", "grpc.port"], {}, ["write it as section.field=value"]),
     "no file": (["--config", "/nowhere/sluice.toml"], {}, ["cannot read /nowhere/sluice.toml", "--config"]),
 }
