@@ -3,7 +3,8 @@
 Guarantees: a partition that is still this owner's (its committed epoch is the one held here) keeps its tracker and its running
 generations; any other begins with the epoch after the committed one, which is committed before the first record is taken, so that
 no epoch is ever used by two owners. Whoever wrote for it before is fenced first. Offsets committed as done are not handed out again;
-those that are not come with what earlier owners had said of them.
+those that are not come with what earlier owners had said of them. Progress that was committed for a topic which has been made anew
+since is not this one's: it begins at its start, and what still ran of the old one is retired.
 """
 
 import asyncio
@@ -19,6 +20,7 @@ from service.errors import RequestError
 from service.kafka.completion import Commits
 from service.kafka.idempotency import IdempotencyWindow
 from service.kafka.ownership import OwnedPartition, Partitions
+from service.kafka.prompt_topics import is_another
 from service.kafka.records import TopicPartition
 from service.kafka.result_keys import ResultKeys
 from service.kafka.resume import ChunkReading
@@ -41,13 +43,19 @@ class Assignment:
         commits: Commits,
         reading: ChunkReading,
         result_keys: ResultKeys,
+        topic_id: Callable[[str], Awaitable[str]],
+        retire: Callable[[OwnedPartition], None],
         window: int,
         wall_ns: Callable[[], int],
     ) -> None:
-        """`progress`: what is committed for a partition, as `membership.progress` reads it."""
+        """`progress`: what is committed for a partition, as `membership.progress` reads it; `topic_id`: as in `TopicLook`.
+
+        `retire` is given a partition of a topic that is there no longer.
+        """
         self._consumer, self._progress = consumer, progress
         self._partitions, self._commits = partitions, commits
         self._reading, self._result_keys = reading, result_keys
+        self._topic_id, self._retire = topic_id, retire
         self._window, self._wall_ns = window, wall_ns
 
     async def open(self, partition: TopicPartition) -> None:
@@ -68,7 +76,10 @@ class Assignment:
     async def _open(self, partition: ClientPartition) -> None:
         name = TopicPartition(*partition)
         held = self._partitions.get(name)
-        if held is not None:
+        topic_id = await self._topic_id(name.topic)
+        if held is not None and is_another(held.tracker.topic_id, topic_id):
+            self._retire(held)
+        elif held is not None:
             point = await self._progress(name)
             end = (await self._consumer.end_offsets([partition]))[partition]
             if point.offset >= 0 and held.epoch == decode(point.metadata).epoch and held.tracker.next_offset <= end:
@@ -77,19 +88,28 @@ class Assignment:
             self._partitions.lose(name)
         # Who wrote last may have a transaction open: what it ends as is known only once it is fenced.
         await self._commits.fence(name)
-        owned = await self._begin(partition, await self._progress(name))
+        owned = await self._begin(partition, await self._progress(name), topic_id)
         await self._commits.claim(name, owned.tracker.commit_point())
         owned.tracker.committed()
         self._admit(owned)
 
-    async def _begin(self, partition: ClientPartition, point: OffsetAndMetadata) -> OwnedPartition:
+    async def _begin(self, partition: ClientPartition, point: OffsetAndMetadata, topic_id: str) -> OwnedPartition:
         name, chunks = TopicPartition(*partition), self._reading.partition(TopicPartition(*partition))
         progress = decode(point.metadata)
+        # The broker forgets the commits of a topic that is deleted; readers of its chunks do not forget their epoch.
+        epoch = max(progress.epoch, self._partitions.retired_epoch(name)) + 1
+        if is_another(progress.topic_id, topic_id):
+            _log.warning("progress of a topic that was deleted is passed over", topic=name.topic, partition=name.partition)
+            point, progress = OffsetAndMetadata(-1, ""), Progress()
         begin = (await self._consumer.beginning_offsets([partition]))[partition]
         results = ClientPartition(*self._result_keys.partition(name))
         ends = await self._consumer.end_offsets([partition, chunks, results])
-        low, done = _bounded(partition, point.offset, progress, begin, ends[partition])
-        tracker = PartitionTracker(low=low, epoch=progress.epoch + 1, done=done, window=self._window, chunk_end=ends[chunks])
+        low, done = _bounded(
+            partition, point.offset, progress, begin, ends[partition], is_same=topic_id == progress.topic_id != ""
+        )
+        tracker = PartitionTracker(
+            low=low, epoch=epoch, done=done, window=self._window, chunk_end=ends[chunks], topic_id=topic_id
+        )
         said, chunk_end = await self._reading.unfinished(
             name, tracker.is_done, begin=progress.chunk_low if progress.chunk_low >= 0 else ends[chunks], end=ends[chunks]
         )
@@ -120,16 +140,14 @@ class Assignment:
         self._commits.opened(owned)
 
 
-def _bounded(partition: ClientPartition, low: int, progress: Progress, begin: int, end: int) -> tuple[int, int]:
-    """The committed offset and done-bits as the log holds them."""
+def _bounded(
+    partition: ClientPartition, low: int, progress: Progress, begin: int, end: int, *, is_same: bool
+) -> tuple[int, int]:
+    """The committed offset and done-bits as the log holds them. `is_same`: the topic is known to be the one of the commit."""
     if low > end:
-        _log.warning(
-            "the log ends before the committed offset: the topic was made anew",
-            topic=partition.topic,
-            committed=low,
-            end=end,
-        )
-        return begin, 0
+        why = "its end is lost (an unclean election)" if is_same else "the topic was made anew"
+        _log.warning("the log ends before the committed offset", reason=why, topic=partition.topic, committed=low, end=end)
+        return (end if is_same else begin), 0
     if low < begin:
         # Retention has removed what lies before: gone by configuration, or there never was a commit.
         return begin, progress.done >> (begin - low) if low >= 0 else 0

@@ -3,12 +3,15 @@
 `connect` gives the arguments that say how to reach the cluster, anew for each client.
 """
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import Awaitable, Callable
 from typing import Any
 
+import structlog
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.coordinator.assignors.sticky.sticky_assignor import StickyPartitionAssignor
+from aiokafka.errors import KafkaError
 
 from service.config import KafkaSection
 from service.kafka.output import REQUEST_OVERHEAD_BYTES
@@ -20,6 +23,21 @@ _FETCH_WAIT_MS = 100
 _REQUEST_TIMEOUT_MS = 10_000
 _RETRY_BACKOFF_MS = 20
 _BATCH_BYTES = 65_536
+_STOP_S = 5.0
+
+_log = structlog.get_logger(__name__)
+
+
+async def stop_in_order(*stops: Callable[[], Awaitable[None]] | None) -> None:
+    """Ends clients one after another; one that does not end in time is left to itself."""
+    for stop in stops:
+        if stop is None:
+            continue
+        try:
+            async with asyncio.timeout(_STOP_S):
+                await stop()
+        except (KafkaError, OSError, TimeoutError) as error:
+            _log.info("a Kafka client did not stop in order", error=type(error).__name__)
 
 
 class Clients:

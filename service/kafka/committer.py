@@ -3,7 +3,7 @@
 Guarantees: an offset is done only after every terminal record of its prompt is acknowledged; `(low, metadata)` is committed every
 `interval_s` while there is something new, at once when idle; nothing is written or committed for a partition that is not `open`.
 A crash between the acknowledgement and the commit redelivers the prompt: its terminal record may then come twice, with the same
-request id. For brokers without transactions; with them: `transactional.py`.
+request id. For brokers without transactions; with them: `transactional.py`. Of a `retired` partition results are written alone.
 Bounded by the intake: a record's tokens are released only once it is durable.
 """
 

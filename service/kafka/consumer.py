@@ -3,12 +3,15 @@
 Guarantees: no record is taken from a partition before its committed progress was read and this owner's epoch was committed; a
 record that is done is skipped; a partition whose window is full, whose class is over budget, or whose next record cannot be read
 is paused while the others go on, and polling never stops, so that the group keeps this member. Both rebalance callbacks return at
-once (a second at most). A topic of a class that appears later is read from then on; what runs meanwhile goes on.
+once (a second at most). A topic of a class that appears later is read from then on; what runs meanwhile goes on. What runs of one
+that is deleted goes on to its result; made anew, it is another topic, and is read from its start once that has ended.
 The broker may be away at start or later: `run` begins anew with back-off, and running generations go on meanwhile.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+import functools
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from typing import Any
 
 import structlog
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener
@@ -24,15 +27,18 @@ from service.kafka import membership
 from service.kafka.assignment import Assignment
 from service.kafka.backlog import Backlog
 from service.kafka.budget import IntakeBudget, estimate
+from service.kafka.clients import stop_in_order
 from service.kafka.completion import Commits
 from service.kafka.handler import PromptHandler
+from service.kafka.intake import Intake
 from service.kafka.lag import Lag
 from service.kafka.ownership import OwnedPartition, Partitions
-from service.kafka.prompt_topics import PromptTopics
+from service.kafka.prompt_topics import is_another
 from service.kafka.records import InRecord, TopicPartition
 from service.kafka.result_keys import ResultKeys
 from service.kafka.resume import ChunkReading
-from service.kafka.topics import WEIGHTS, Topics, turns
+from service.kafka.topic_watch import TopicWatch
+from service.kafka.topics import Topics
 from service.kafka.unreadable import UNREADABLE, Unreadable
 from service.telemetry.metrics import KafkaMetrics
 
@@ -43,10 +49,8 @@ _IDLE_POLL_MS = 200
 _HELD_POLL_MS = 50
 """While some may not be read: nothing tells when they may again."""
 _WATCH_S = 2.0
-_LOOK_S = 5.0
 _BACKOFF_MIN_S, _BACKOFF_MAX_S = 0.5, 10.0
 _REVOKE_COMMIT_S = 1.0
-_STOP_S = 5.0
 # `getmany` without partitions means all of them: polling this one keeps the membership alive and takes nothing.
 _NOWHERE = ClientPartition("", -1)
 
@@ -71,27 +75,31 @@ class PromptConsumer(ConsumerRebalanceListener):
         wall_ns: Callable[[], int],
         engine_alive: Callable[[], bool],
         on_state: Callable[[bool, str], None],
+        on_deleted: Callable[[str], None],
     ) -> None:
         """`prepare` looks at the topics, gives those to read and calls `attach`; `explain` says why no broker lets us in.
 
-        `on_state` hears whether the broker is served, and why not.
+        `on_state` hears whether the broker is served, and why not; `on_deleted` of topics that are there no longer.
         """
-        self._section, self._topics, self._classes = section, topics, topics.classes
+        self._section = section
         self._partitions, self._budget, self._metrics = partitions, budget, metrics
         self._make_consumer, self._make_admin, self._prepare = make_consumer, make_admin, prepare
         self._explain, self._reading, self._result_keys = explain, reading, result_keys
         self._wall_ns = wall_ns
         self._backlog = Backlog()
-        self._engine_alive, self._on_state = engine_alive, on_state
+        self._on_state, self._on_deleted = on_state, on_deleted
+        self._watch_topics = TopicWatch(topics, lambda: self._admin, refresh_s=section.topic_refresh_ms / 1_000)
         self._commits: Commits | None = None
         self._handler: PromptHandler | None = None
         self._consumer: AIOKafkaConsumer | None = None
         self._admin: AIOKafkaAdminClient | None = None
         self._opening: dict[TopicPartition, asyncio.Task[None]] = {}
         self._committing: asyncio.Task[None] | None = None
-        self._paused: set[TopicPartition] = set()
         self._unreadable = Unreadable()
-        self._polling = True
+        self._intake = Intake(
+            partitions=partitions, budget=budget, classes=topics.classes, unreadable=self._unreadable, engine_alive=engine_alive,
+            metrics=metrics,
+        )  # fmt: skip
         self._joined = False
 
     def attach(self, commits: Commits, handler: PromptHandler) -> None:
@@ -101,7 +109,7 @@ class PromptConsumer(ConsumerRebalanceListener):
     @property
     def paused(self) -> frozenset[TopicPartition]:
         """Open partitions that are held back now."""
-        return frozenset(self._paused)
+        return frozenset(self._intake.paused)
 
     async def run(self) -> None:
         """Serves until cancelled; never ends by itself."""
@@ -121,7 +129,7 @@ class PromptConsumer(ConsumerRebalanceListener):
 
     def stop_polling(self) -> None:
         """Takes no further record; membership and commits go on until `run` is cancelled."""
-        self._polling = False
+        self._intake.polling = False
 
     async def commit(self, points: Mapping[TopicPartition, tuple[int, str]]) -> None:
         """`Offsets` for the committer."""
@@ -152,8 +160,26 @@ class PromptConsumer(ConsumerRebalanceListener):
         owned = self._partitions.get(partition)
         if owned is not None and owned.state == "open" and self._consumer is not None:
             self._lose(owned)
-            self._consumer.pause(ClientPartition(*partition))
-            self._open(self._consumer, partition)
+            self._begin_anew(owned)
+
+    def _begin_anew(self, owned: OwnedPartition) -> None:
+        assert self._consumer is not None
+        self._consumer.pause(ClientPartition(*owned.partition))
+        if (opening := self._opening.get(owned.partition)) is None or opening.done():
+            self._open(self._consumer, owned.partition)
+
+    def retire(self, owned: OwnedPartition) -> None:
+        """The topic of `owned` is there no longer; another of its name may be, and is read once what runs has ended."""
+        if owned.state in ("lost", "retired"):
+            return
+        topic, number = owned.partition
+        self._partitions.retire(owned.partition)
+        self._forget(owned.partition)
+        self._on_deleted(topic)
+        self._metrics.retired()
+        _log.warning("a topic was deleted; what runs of it goes on", topic=topic, partition=number, running=owned.num_running)
+        if self._consumer is not None and ClientPartition(topic, number) in self._consumer.assignment():
+            self._begin_anew(owned)
 
     async def on_partitions_revoked(self, revoked: "set[ClientPartition]") -> None:
         """Tentative: what runs goes on; what is done is committed while this member still may."""
@@ -166,12 +192,18 @@ class PromptConsumer(ConsumerRebalanceListener):
             return
         self._metrics.rebalanced()
         wanted = {TopicPartition(*partition) for partition in assigned}
-        for owned in self._partitions:
-            if owned.partition not in wanted:
+        named = {partition.topic for partition in wanted}
+        left = [owned for owned in self._partitions if owned.partition not in wanted]
+        for owned in left:
+            if owned.partition.topic in named:
                 self._lose(owned)
         if assigned:
             consumer.pause(*assigned)
         self._cancel_opening()
+        for owned in left:
+            if owned.state != "lost":
+                # None of its topic is ours: others have them all, or it was deleted. It stays tentative until that is known.
+                self._start(owned.partition, self._settle(owned))
         for partition in sorted(wanted):
             self._open(consumer, partition)
         self._joined = True
@@ -182,15 +214,27 @@ class PromptConsumer(ConsumerRebalanceListener):
         assignment = Assignment(
             consumer=consumer, progress=self.progress, partitions=self._partitions, commits=self._commits,
             reading=self._reading, result_keys=self._result_keys, window=self._section.window_offsets, wall_ns=self._wall_ns,
+            topic_id=self._watch_topics.topic_id, retire=self.retire,
         )  # fmt: skip
-        name = f"open {partition.topic}-{partition.partition}"
-        self._opening[partition] = asyncio.create_task(assignment.open(partition), name=name)
+        self._start(partition, assignment.open(partition))
+
+    def _start(self, partition: TopicPartition, work: Coroutine[Any, Any, None]) -> None:
+        self._opening[partition] = asyncio.create_task(work, name=f"open {partition.topic}-{partition.partition}")
+
+    async def _settle(self, owned: OwnedPartition) -> None:
+        if await self._watch_topics.is_deleted(owned):
+            self.retire(owned)
+        else:
+            self._lose(owned)
 
     def _lose(self, owned: OwnedPartition) -> None:
         self._partitions.lose(owned.partition)
-        self._paused.discard(owned.partition)
-        self._backlog.forget(owned.partition)
-        self._metrics.forget(*owned.partition)
+        self._forget(owned.partition)
+
+    def _forget(self, partition: TopicPartition) -> None:
+        self._intake.paused.discard(partition)
+        self._backlog.forget(partition)
+        self._metrics.forget(*partition)
 
     async def _step_back(self) -> None:
         self._cancel_opening()
@@ -204,7 +248,7 @@ class PromptConsumer(ConsumerRebalanceListener):
 
     def _revoke_all(self) -> None:
         self._partitions.revoke_all()
-        self._paused.clear()
+        self._intake.paused.clear()
         self._unreadable.forget()
 
     def _cancel_opening(self) -> None:
@@ -219,12 +263,13 @@ class PromptConsumer(ConsumerRebalanceListener):
             await admin.start()
         except KafkaConnectionError as error:
             raise SetupError(await self._explain() or str(error), exit_code=3) from error
-        names = frozenset(await self._prepare(admin))
+        names = tuple(await self._prepare(admin))
         self._consumer = consumer = self._make_consumer()
-        consumer.subscribe(topics=tuple(names), listener=self)
+        consumer.subscribe(topics=names, listener=self)
         await consumer.start()
-        parts = (self._poll(consumer), self._watch(consumer), self._follow_topics(consumer, admin, names))
-        tasks = {asyncio.create_task(part) for part in parts}
+        change = functools.partial(self._change_topics, consumer)
+        following = self._watch_topics.follow(dict.fromkeys(names, ""), change)
+        tasks = {asyncio.create_task(part) for part in (self._poll(consumer), self._watch(consumer), following)}
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
@@ -238,14 +283,7 @@ class PromptConsumer(ConsumerRebalanceListener):
         self._revoke_all()
         consumer, self._consumer = self._consumer, None
         admin, self._admin = self._admin, None
-        for client, stop in ((consumer, "stop"), (admin, "close")):
-            if client is None:
-                continue
-            try:
-                async with asyncio.timeout(_STOP_S):
-                    await getattr(client, stop)()
-            except (KafkaError, OSError, TimeoutError) as error:
-                _log.info("a Kafka client did not stop in order", error=type(error).__name__)
+        await stop_in_order(consumer and consumer.stop, admin and admin.close)
 
     async def _watch(self, consumer: AIOKafkaConsumer) -> None:
         """Measures lag every now and then, and says whether the broker answers."""
@@ -256,26 +294,19 @@ class PromptConsumer(ConsumerRebalanceListener):
                 self._report(answers, self._unreadable.reason if answers else "the broker does not answer")
             await asyncio.sleep(_WATCH_S)
 
-    async def _follow_topics(self, consumer: AIOKafkaConsumer, admin: AIOKafkaAdminClient, names: frozenset[str]) -> None:
-        """Reads topics of classes that come, and no longer those that go."""
-        topics = PromptTopics(self._topics, names)
-        while True:
-            await asyncio.sleep(self._section.topic_refresh_ms / 1_000)
-            try:
-                async with asyncio.timeout(_LOOK_S):
-                    found = await topics.changed(admin)
-            except (KafkaError, TimeoutError) as error:
-                _log.info("the topics could not be looked at", error=type(error).__name__)
-                continue
-            if found is not None:
-                _log.info("the topics of prompts have changed", topics=sorted(found))
-                # From here until the group has answered nothing is assigned, and the client takes no commit.
-                await self._step_back()
-                consumer.subscribe(topics=tuple(found), listener=self)
+    async def _change_topics(self, consumer: AIOKafkaConsumer, found: Mapping[str, str]) -> None:
+        """Reads topics of classes that came, and no longer those that went. `found`: their identities."""
+        for owned in self._partitions:
+            topic = owned.partition.topic
+            if topic not in found or is_another(owned.tracker.topic_id, found[topic]):
+                self.retire(owned)
+        # From here until the group has answered nothing is assigned, and the client takes no commit.
+        await self._step_back()
+        consumer.subscribe(topics=tuple(found), listener=self)
 
     async def _poll(self, consumer: AIOKafkaConsumer) -> None:
         while True:
-            readable = self._readable(consumer)
+            readable = self._intake.readable(consumer)
             taken = 0
             for partition in readable:
                 taken += await self._turn(consumer, partition, timeout_ms=0)
@@ -311,41 +342,18 @@ class PromptConsumer(ConsumerRebalanceListener):
             _log.error("records cannot be read; their partition is held back", reason=self._unreadable.reason)
             self._report(True, self._unreadable.reason)
 
-    def _readable(self, consumer: AIOKafkaConsumer) -> list[TopicPartition]:
-        """The open partitions that may be read now, in the order of their turns; pauses and resumes by the way."""
-        readable = []
-        for owned in self._partitions:
-            if owned.state != "open":
-                continue
-            if self._may_read(owned):
-                readable.append(owned.partition)
-                if owned.partition in self._paused:
-                    self._paused.discard(owned.partition)
-                    consumer.resume(ClientPartition(*owned.partition))
-            elif owned.partition not in self._paused:
-                self._paused.add(owned.partition)
-                consumer.pause(ClientPartition(*owned.partition))
-            self._metrics.window(*owned.partition, owned.tracker.used)
-        self._metrics.intake(tokens=self._budget.used, paused_partitions=len(self._paused))
-        return turns({partition: WEIGHTS[self._classes[partition.topic]] for partition in readable})
-
-    def _may_read(self, owned: OwnedPartition) -> bool:
-        if not self._polling or not self._engine_alive() or not self._budget.open(self._classes[owned.partition.topic]):
-            return False
-        if self._unreadable.holds(owned.partition):
-            return False
-        if owned.partition in self._paused:
-            return owned.tracker.used <= owned.tracker.window // 2
-        return not owned.tracker.full
-
     def _take(self, consumer: AIOKafkaConsumer, partition: TopicPartition, records: Sequence[InRecord]) -> int:
         """Hands records to the handler until one may not be taken now; that one and the rest are fetched again later."""
         owned = self._partitions.get(partition)
+        if owned is not None and owned.state == "open" and records[0].offset < owned.tracker.next_offset:
+            # The log ended before our place in it, and the client went to its start: it was cut, or is another's.
+            owned.revoke()
+            self._begin_anew(owned)
         for index, record in enumerate(records):
             if owned is None or owned.state != "open":
                 # A rebalance began while the records came; whoever opens the partition starts from its progress.
                 return index
-            if not self._may_take(owned, record):
+            if not self._intake.may_take(owned, record):
                 owned.tracker.skip_to(record.offset)
                 self._backlog.refused(partition, record.offset, record.timestamp)
                 consumer.seek(ClientPartition(*partition), record.offset)
@@ -358,10 +366,6 @@ class PromptConsumer(ConsumerRebalanceListener):
         self._metrics.records(partition.topic, len(records))
         return len(records)
 
-    def _may_take(self, owned: OwnedPartition, record: InRecord) -> bool:
-        in_budget = self._polling and self._budget.open(self._classes[owned.partition.topic])
-        return in_budget and owned.tracker.fits(record.offset)
-
     def _run(self, owned: OwnedPartition, record: InRecord) -> None:
         assert self._handler is not None
         cost = estimate(record.value, sum(len(value or b"") for _, value in record.headers))
@@ -373,7 +377,8 @@ class PromptConsumer(ConsumerRebalanceListener):
 
         def release() -> None:
             self._budget.release(cost)
-            self._backlog.ended(owned.partition, record.offset)
+            if owned.state != "retired":
+                self._backlog.ended(owned.partition, record.offset)
 
         owned.run(record.offset, self._handler.handle(record, owned, said, release=release))
 

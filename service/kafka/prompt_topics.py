@@ -1,58 +1,65 @@
-"""Which topics of prompts a cluster has, looked at again and again: one of a class may come or go while replicas run.
+"""Which topics of prompts a cluster has, looked at again and again: one of a class may come, go, or be made anew while replicas run.
 
 Guarantee: a topic counts as come only once each of its partitions has a leader and there are as many as `prompts` has; nothing counts
-as changed before two looks in a row have found the same.
+as changed before two looks in a row have found the same. One that was made anew is another topic: the old one goes, the new one comes.
 """
 
-from typing import Any
+from collections.abc import Mapping
 
 import structlog
-from aiokafka.admin import AIOKafkaAdminClient
 
 from service.errors import SetupError
+from service.kafka.topic_look import TopicLook
 from service.kafka.topics import Topics
 
 _log = structlog.get_logger(__name__)
 
 
 class PromptTopics:
-    """What is read now, and what the last look found."""
+    """What is read now, and what the last look found: topics with their identities."""
 
-    def __init__(self, topics: Topics, read: frozenset[str]) -> None:
+    def __init__(self, topics: Topics, read: Mapping[str, str]) -> None:
         self._topics = topics
-        self._read = self._found = read
+        self._read = self._found = dict(read)
         self._told: frozenset[str] = frozenset()
 
-    async def changed(self, admin: AIOKafkaAdminClient) -> frozenset[str] | None:
-        """The topics to read from now on, when they are others than until now; looks once.
+    def changed(self, seen: Mapping[str, TopicLook]) -> Mapping[str, str] | None:
+        """The topics to read from now on, with their identities, when they are others than until now.
 
-        Raises `KafkaError`; `SetupError` when `prompts` itself is gone.
+        Raises `SetupError` when `prompts` itself is gone.
         """
-        # All topics, never these by name: a broker that creates topics by itself would make those that are asked for.
-        described = {topic["topic"]: topic for topic in await admin.describe_topics()}
-        found = self._readable(described)
+        found = self._readable(seen)
         settled, self._found = found == self._found, found
-        if not settled or found == self._read:
+        if not settled:
+            return None
+        if found.keys() == self._read.keys() and not any(is_another(self._read[name], found[name]) for name in found):
+            self._read = found
             return None
         if self._topics.prompts not in found:
             raise SetupError(f"{self._topics.prompts} does not exist any more", exit_code=3)
         self._read = found
         return found
 
-    def _readable(self, described: dict[str, dict[str, Any]]) -> frozenset[str]:
+    def _readable(self, seen: Mapping[str, TopicLook]) -> dict[str, str]:
         # One that is read already stays for as long as it is there: its leaders may be away for a moment.
-        there = {name for name in self._topics.classes if name in described}
-        wanted = len(described[self._topics.prompts]["partitions"]) if self._topics.prompts in there else 0
-        unequal = frozenset(
-            name for name in there - self._read if _is_led(described[name]) and len(described[name]["partitions"]) != wanted
-        )
+        there = {name: seen[name] for name in self._topics.classes if name in seen}
+        new = {name for name, look in there.items() if not self._reads(name, look)}
+        wanted = there[self._topics.prompts].num_partitions if self._topics.prompts in there else 0
+        unequal = frozenset(name for name in new if there[name].led and there[name].num_partitions != wanted)
         for name in sorted(unequal - self._told):
             _log.warning("a topic does not fit", topic=name, reason=f"it is not read: it must have {wanted} partitions")
         self._told = unequal
-        new = {name for name in there - self._read if _is_led(described[name])} - unequal
-        return frozenset(there & self._read | new)
+        # In the order of the classes, and with the identity that is known where a broker tells none now.
+        return {
+            name: look.topic_id or self._read.get(name, "")
+            for name, look in there.items()
+            if name not in new or (look.led and name not in unequal)
+        }
+
+    def _reads(self, name: str, look: TopicLook) -> bool:
+        return name in self._read and not is_another(self._read[name], look.topic_id)
 
 
-def _is_led(topic: dict[str, Any]) -> bool:
-    partitions = topic["partitions"]
-    return topic["error_code"] == 0 and bool(partitions) and all(partition["leader"] >= 0 for partition in partitions)
+def is_another(topic_id: str, other: str) -> bool:
+    """Whether two identities of one name are known to be of two topics."""
+    return bool(topic_id and other and topic_id != other)

@@ -46,12 +46,16 @@ class Readers:
         )
         self._tail = Tail(make_reader, topics)
         self._submission = Submission(clients.producer)
-        log = RequestLog(self.log_reader, self._tail, topics, wall_ns=wall_ns)
+        self._log = log = RequestLog(self.log_reader, self._tail, topics, wall_ns=wall_ns)
         self.live = LiveRequests(on_end=log.remember)
         self.durable = DurableRequests(
             log=log, live=self.live, cancels=self.cancels, submission=self._submission, topics=topics,
             wall_ns=wall_ns, num_characters=num_characters,
         )  # fmt: skip
+
+    def forget(self, topic: str) -> None:
+        """A topic of prompts was deleted: another of its name has other requests under the same ids."""
+        self._log.forget(topic)
 
     async def run(self) -> None:
         """Reads the control topic until cancelled."""

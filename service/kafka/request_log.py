@@ -88,6 +88,13 @@ class RequestLog:
         while self._results_bytes > MAX_RESULTS_BYTES:
             self._results_bytes -= self._results.pop(next(iter(self._results))).result.ByteSize()
 
+    def forget(self, topic: str) -> None:
+        """What is kept of a topic's requests is true no longer."""
+        for request_id in [one for one in self._results if (source := Source.of(one)) is not None and source.topic == topic]:
+            self._results_bytes -= self._results.pop(request_id).result.ByteSize()
+        self._times = {source: time_ms for source, time_ms in self._times.items() if source.topic != topic}
+        self._partitions.pop(topic, None)
+
     def remembered(self, request_id: str) -> Terminal | None:
         """The result, when it is at hand."""
         return self._results.get(request_id)

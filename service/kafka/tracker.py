@@ -21,7 +21,8 @@ class Progress:
 
     `chunk_low`: every chunk record of an unfinished prompt stands at or above this offset of the chunk topic; -1 when not known.
     `commits` counts this epoch's commits: who lost the answer to one reads here whether it landed. `result_low`: no result whose
-    idempotency key is remembered stands below this offset of the results topic; -1 when not known.
+    idempotency key is remembered stands below this offset of the results topic; -1 when not known. `topic_id`: of the topic that this
+    was committed for, "" when not known: one of the same name may have taken its place.
     """
 
     epoch: int = 0
@@ -30,19 +31,23 @@ class Progress:
     chunk_low: int = -1
     commits: int = 0
     result_low: int = -1
+    topic_id: str = ""
 
 
 class PartitionTracker:
     """One partition's progress under one owner. `epoch` names that owner; it grows with each one."""
 
-    def __init__(self, *, low: int, epoch: int = 0, done: int = 0, window: int = 8_192, chunk_end: int = 0) -> None:
-        """`done` as in `Progress`. `window`: offsets between `low` and the newest taken, at most what metadata can hold.
+    def __init__(
+        self, *, low: int, epoch: int = 0, done: int = 0, window: int = 8_192, chunk_end: int = 0, topic_id: str = ""
+    ) -> None:
+        """`done` and `topic_id` as in `Progress`. `window`: offsets between `low` and the newest taken, at most what metadata can hold.
 
         `chunk_end`: an offset of the chunk topic that no record to come is below.
         """
         if low < 0 or done < 0 or window < 1:
             raise ValueError("low, done and window must not be negative, and the window not empty")
         self.epoch = epoch
+        self.topic_id = topic_id
         self.window = window
         self.commits = 0
         self.result_low: Callable[[], int] = lambda: -1
@@ -156,6 +161,7 @@ class PartitionTracker:
             chunk_low=min(marks, default=self._chunk_end),
             commits=self.commits + 1,
             result_low=self.result_low(),
+            topic_id=self.topic_id,
         )
         return low, encode(progress)
 
@@ -188,6 +194,8 @@ def encode(progress: Progress) -> str:
         words.append(f"c={progress.chunk_low}")
     if progress.result_low >= 0:
         words.append(f"k={progress.result_low}")
+    if progress.topic_id:
+        words.append(f"i={progress.topic_id}")
     if progress.done:
         plain = "b=" + _to_text(progress.done.to_bytes((progress.done.bit_length() + 7) // 8, "little"))
         # Runs cannot win once there are many; not building them keeps a full window cheap.
@@ -216,6 +224,7 @@ def decode(metadata: str | None) -> Progress:
             chunk_low=_count(read["c"]) if "c" in read else -1,
             commits=_count(read.get("t", "0")),
             result_low=_count(read["k"]) if "k" in read else -1,
+            topic_id=read.get("i", ""),
         )
     except ValueError:
         return Progress()

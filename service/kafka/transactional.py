@@ -6,6 +6,8 @@ A record that the broker refuses for a reason of its own is found and replaced o
 One lane a partition, one transaction a lane at a time, begun at once when idle and `interval_s` after the last one began else.
 A lane fences anew only while its partition is open and the group has answered this member after the failure: else two replicas that
 both believe to be the owner would fence each other for ever.
+Of a topic that was deleted no progress can be committed, so no transaction lands: what still ends is written without one, by
+`without_progress`, and what a transaction under way becomes is not known then.
 Bounded by the intake: a record's tokens are released only once it is durable.
 """
 
@@ -19,6 +21,7 @@ import structlog
 from aiokafka.errors import CommitFailedError, KafkaConnectionError, KafkaError
 from aiokafka.structs import OffsetAndMetadata
 
+from service.kafka.committer import Committer
 from service.kafka.completion import Completion
 from service.kafka.ownership import OwnedPartition
 from service.kafka.records import OutRecord, TopicPartition
@@ -49,6 +52,10 @@ class Group(Protocol):
         """The partition had another owner meanwhile: begin it anew."""
         ...
 
+    def retire(self, owned: OwnedPartition) -> None:
+        """Its topic was deleted."""
+        ...
+
 
 class TransactionalCommitter:
     """`Commits` with one transactional producer an input partition."""
@@ -58,12 +65,14 @@ class TransactionalCommitter:
         make: Callable[[TopicPartition], Transactions],
         group: Group,
         *,
+        without_progress: Committer,
         interval_s: float,
         metrics: KafkaMetrics,
         on_commit: Callable[[tuple[Completion, ...], bool], None] = lambda batch, ok: None,
     ) -> None:
         """`make` gives the transactions of a partition. `on_commit` hears of each transaction, and whether it landed."""
         self._make, self._group = make, group
+        self._without_progress = without_progress
         self._interval_s = interval_s
         self._metrics = metrics
         self._on_commit = on_commit
@@ -95,13 +104,18 @@ class TransactionalCommitter:
         self._lanes[owned] = lane
         task = asyncio.create_task(lane.run(), name=f"commit {owned.partition.topic}-{owned.partition.partition}")
         owned.keep(task)
+        owned.at_retirement(lane.wake)
         self._tasks.add(task)
 
         def ended(done: asyncio.Task[None]) -> None:
             # Here and not in the task, which may be cancelled before it has begun.
             self._tasks.discard(done)
             self._lanes.pop(owned, None)
-            lane.abandon()
+            if owned.state == "retired":
+                for completion in lane.give_up():
+                    self._without_progress.submit(completion)
+            else:
+                lane.abandon()
             closing = asyncio.ensure_future(transactions.close())
             self._tasks.add(closing)
             closing.add_done_callback(self._tasks.discard)
@@ -112,7 +126,9 @@ class TransactionalCommitter:
 
     def submit(self, completion: Completion) -> None:
         lane = self._lanes.get(completion.owned)
-        if lane is None:
+        if completion.owned.state == "retired":
+            self._without_progress.submit(completion)
+        elif lane is None:
             # Lost before it was done.
             completion.settled(False)
         else:
@@ -120,17 +136,16 @@ class TransactionalCommitter:
 
     async def flush(self, timeout_s: float) -> bool:
         lanes = tuple(self._lanes.values())
-        waits = [asyncio.ensure_future(lane.idle.wait()) for lane in lanes]
-        if not waits:
-            return True
+        waits: list[asyncio.Future[bool]] = [asyncio.ensure_future(lane.idle.wait()) for lane in lanes]
+        waits.append(asyncio.ensure_future(self._without_progress.flush(timeout_s)))
         _, late = await asyncio.wait(waits, timeout=timeout_s)
         for wait in late:
             wait.cancel()
-        return not late
+        return not late and all(wait.result() for wait in waits)
 
     async def run(self) -> None:
         try:
-            await asyncio.get_running_loop().create_future()
+            await self._without_progress.run()
         finally:
             for owned in tuple(self._lanes):
                 owned.lose()
@@ -170,27 +185,38 @@ class _Lane:
 
     def _enqueue(self, completion: Completion) -> None:
         self._queue.append(completion)
+        self.wake()
+
+    def wake(self) -> None:
+        """There is something to write, or the partition's state has changed."""
         self._wake.set()
 
     async def run(self) -> None:
-        """Until the partition is lost, or cancelled."""
+        """Until the partition is lost or retired, or cancelled."""
         loop = asyncio.get_running_loop()
         while True:
             await self._wake.wait()
             self._wake.clear()
+            if self._owned.state == "retired":
+                return
             while self._queue:
                 began_s = loop.time()
-                if not (await self._owned.may_write() and await self._commit(self._next())):
+                if not (await self._owned.may_write() and await self._commit(self._next())) or self._owned.state == "retired":
                     return
                 await asyncio.sleep(max(0.0, began_s + self._interval_s - loop.time()))
 
     def abandon(self) -> None:
         """Another owner's, or nobody's: what is left is settled as lost."""
-        for completion in self._unsettled.values():
+        for completion in self.give_up():
             completion.settled(False)
+
+    def give_up(self) -> tuple[Completion, ...]:
+        """What is left, for whoever settles it."""
+        left = tuple(self._unsettled.values())
         self._unsettled.clear()
         self._queue.clear()
         self.idle.set()
+        return left
 
     def _next(self) -> tuple[Completion, ...]:
         num_bytes = 0
@@ -277,7 +303,7 @@ class _Lane:
     async def _recovered(self, number: int) -> bool | None:
         """Whether commit `number` landed, with a new producer for the next one; None when the partition is another's."""
         pause_s = _RETRY_S
-        while await self._owned.may_write():
+        while await self._owned.may_write() and self._owned.state != "retired":
             if await self._group.in_good_standing():
                 try:
                     await self._transactions.fence()
@@ -285,6 +311,10 @@ class _Lane:
                 except (KafkaError, OSError, TimeoutError) as error:
                     _log.info("a partition waits for the broker", partition=self._name, error=type(error).__name__)
                 else:
+                    if point.offset < 0:
+                        # There was a commit: this owner's first. The broker forgets those of a topic that is deleted.
+                        self._group.retire(self._owned)
+                        return None
                     progress = decode(point.metadata)
                     if progress.epoch == self._owned.epoch and number - 1 <= progress.commits <= number:
                         return progress.commits == number

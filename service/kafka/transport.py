@@ -125,6 +125,7 @@ class KafkaTransport:
             wall_ns=wall_ns,
             engine_alive=engine_alive,
             on_state=self._changed,
+            on_deleted=self.readers.forget,
         )
         self._chunks = ChunkWriter(
             self._output,
@@ -155,7 +156,7 @@ class KafkaTransport:
             return True
         self._state = "draining"
         self._consumer.stop_polling()
-        running = {task for owned in self._partitions for task in owned.tasks()}
+        running = self._partitions.running()
         late: set[asyncio.Task[None]] = set()
         if running:
             _, late = await asyncio.wait(running, timeout=grace_s or 0.0)
@@ -190,6 +191,7 @@ class KafkaTransport:
         for owned in self._partitions:
             self._partitions.lose(owned.partition)
             self._metrics.forget(*owned.partition)
+        await end_tasks(self._partitions.running())
         await self._output.close()
 
     def _run(self, work: Coroutine[Any, Any, None], name: str) -> None:
@@ -261,16 +263,18 @@ class KafkaTransport:
 
     def _make_commits(self, delivery: Delivery) -> Commits:
         interval_s = self._section.commit_interval_ms / 1_000
+        plain = Committer(self._output, self._consumer, interval_s=interval_s, on_commit=self._committed)
         if delivery.mode == "at_least_once":
-            return Committer(self._output, self._consumer, interval_s=interval_s, on_commit=self._committed)
+            return plain
 
         def transactions(partition: TopicPartition) -> Transactions:
             name = transactional_id(self._section, partition)
             return Transactions(lambda: self._clients.transactional(name), group_id=self._section.group_id)
 
         return TransactionalCommitter(
-            transactions, self._consumer, interval_s=interval_s, metrics=self._metrics, on_commit=self._committed
-        )
+            transactions, self._consumer, without_progress=plain, interval_s=interval_s, metrics=self._metrics,
+            on_commit=self._committed,
+        )  # fmt: skip
 
     def _make_handler(self, commits: Commits) -> PromptHandler:
         return PromptHandler(

@@ -189,6 +189,14 @@ class KafkaMetrics:
             names.METRIC_KAFKA_HANDOVERS, "Running prompts given up for another owner to go on", registry=registry
         )
 
+        self._retired = Counter(
+            names.METRIC_KAFKA_RETIRED, "Partitions whose topic was deleted while this replica had them", registry=registry
+        )
+
+    def retired(self) -> None:
+        """The topic of an owned partition was deleted."""
+        self._retired.inc()
+
     def duplicate(self) -> None:
         """A prompt was answered with the result of an earlier one, whose idempotency key it had."""
         self._duplicates.inc()

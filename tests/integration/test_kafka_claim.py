@@ -7,12 +7,15 @@ from aiokafka.errors import KafkaError
 from aiokafka.structs import OffsetAndMetadata
 
 from service.kafka.clients import Clients
+from service.kafka.committer import Committer
 from service.kafka.delivery import transactional_id
+from service.kafka.ownership import OwnedPartition
 from service.kafka.records import TopicPartition
 from service.kafka.transactional import TransactionalCommitter
 from service.kafka.transactions import Transactions
 from service.telemetry.metrics import Metrics
 from tests.integration.kafka_harness import Broker
+from tests.service.kafka.fakes import FakeOutput, NoOffsets
 
 pytestmark = pytest.mark.kafka
 
@@ -26,6 +29,9 @@ class Member:
     async def in_good_standing(self) -> bool:
         return True
 
+    def retire(self, owned: OwnedPartition) -> None:
+        raise NotImplementedError
+
     def reopen(self, partition: TopicPartition) -> None:
         raise NotImplementedError
 
@@ -37,7 +43,10 @@ async def test_a_claim_does_not_overwrite_what_an_earlier_owner_committed_after_
     def transactions(_: TopicPartition) -> Transactions:
         return Transactions(lambda: clients.transactional(transactional_id(section, partition)), group_id=section.group_id)
 
-    new_owner = TransactionalCommitter(transactions, Member(), interval_s=0.05, metrics=Metrics().kafka)
+    unused = Committer(FakeOutput(), NoOffsets(), interval_s=0.05)
+    new_owner = TransactionalCommitter(
+        transactions, Member(), without_progress=unused, interval_s=0.05, metrics=Metrics().kafka
+    )
     halted = transactions(partition)
     await new_owner.fence(partition)
     # The new owner reads the progress here; the earlier one was halted on its way to this fence.

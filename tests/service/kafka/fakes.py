@@ -1,7 +1,7 @@
 """Stand-ins for what the Kafka transport leans on: a generation that can be held, refused or broken, and a recorded output."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from service.contract import (
@@ -18,7 +18,7 @@ from service.contract import (
     Usage,
 )
 from service.errors import RequestError
-from service.kafka.records import OutRecord
+from service.kafka.records import OutRecord, TopicPartition
 
 TIMINGS = Timings(queue_ms=1.0, ttft_ms=2.0, tpot_ms=0.5, total_ms=4.0)
 
@@ -178,3 +178,10 @@ async def until(condition: object, *, within_s: float = 20.0) -> None:
     async with asyncio.timeout(within_s):
         while not condition():  # noqa: ASYNC110 - what is waited for tells nobody
             await asyncio.sleep(0.01)
+
+
+class NoOffsets:
+    """For a committer that is to commit nothing."""
+
+    async def commit(self, points: Mapping[TopicPartition, tuple[int, str]]) -> None:
+        raise AssertionError

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 from aiokafka import TopicPartition as ClientPartition
 from aiokafka.errors import KafkaConnectionError
 from aiokafka.structs import OffsetAndMetadata
@@ -26,6 +27,10 @@ class FakeGroup:
         self.position = -1
         self.said: dict[int, Said] = {}
         self.events: list[str] = []
+        self.identity = "a1"
+
+    async def topic_id(self, topic: str) -> str:
+        return self.identity
 
     async def progress(self, partition: TopicPartition) -> OffsetAndMetadata:
         self.events.append("progress")
@@ -75,14 +80,15 @@ async def opened(group: FakeGroup, partitions: Partitions | None = None) -> Part
     anything: Any = group
     assignment = Assignment(
         consumer=anything, progress=group.progress, partitions=partitions, commits=anything, reading=anything,
-        result_keys=anything, window=64, wall_ns=lambda: 0,
+        result_keys=anything, window=64, wall_ns=lambda: 0, topic_id=group.topic_id,
+        retire=lambda owned: partitions.retire(owned.partition),
     )  # fmt: skip
     await assignment.open(PARTITION)
     return partitions
 
 
-def point(low: int, **progress: int) -> OffsetAndMetadata:
-    return OffsetAndMetadata(low, encode(Progress(**progress)))
+def point(low: int, *, topic_id: str = "", **progress: int) -> OffsetAndMetadata:
+    return OffsetAndMetadata(low, encode(Progress(topic_id=topic_id, **progress)))
 
 
 async def test_a_new_owner_fences_reads_commits_its_epoch_and_only_then_opens() -> None:
@@ -141,3 +147,34 @@ async def test_what_may_pass_is_tried_again() -> None:
     group.fence = fence  # type: ignore[method-assign]
     (owned,) = await opened(group)
     assert owned.state == "open"
+
+
+async def test_progress_is_committed_with_the_topics_identity() -> None:
+    group = FakeGroup(point(40, epoch=3))
+    await opened(group)
+    assert decode(group.commits[0][1]).topic_id == "a1"
+
+
+async def test_progress_of_another_topic_of_the_name_is_passed_over_but_for_its_epoch() -> None:
+    group = FakeGroup(point(40, epoch=3, next_offset=50, done=0b10, chunk_low=7, result_low=60, topic_id="b2"))
+    (owned,) = await opened(group)
+    assert (owned.tracker.low, owned.epoch, owned.tracker.is_done(41), owned.redelivered_below) == (0, 4, False, 0)
+    assert [event for event in group.events if event.startswith("read keys")] == []
+    assert decode(group.commits[0][1]).topic_id == "a1"
+
+
+async def test_a_topic_made_anew_under_an_owner_retires_what_it_held() -> None:
+    group = FakeGroup(point(40, epoch=3), OffsetAndMetadata(-1, ""))
+    partitions = await opened(group)
+    (first,) = partitions
+    group.identity = "b2"
+    await opened(group, partitions)
+    (second,) = partitions
+    # The broker has forgotten the epoch; readers have not.
+    assert (first.state, second.tracker.low, second.epoch) == ("retired", 0, first.epoch + 1)
+
+
+@pytest.mark.parametrize(("committed_for", "low"), [("a1", 100), ("", 0), ("b2", 0)])
+async def test_a_log_that_ends_before_its_progress_was_cut_or_is_another(committed_for: str, low: int) -> None:
+    (owned,) = await opened(FakeGroup(point(140, epoch=3, done=0b10, topic_id=committed_for)))
+    assert (owned.tracker.low, owned.tracker.is_done(low + 1)) == (low, False)

@@ -45,7 +45,7 @@ def consumer_of(group: Any) -> PromptConsumer:
         metrics=Metrics().kafka, make_consumer=lambda: group, make_admin=lambda: group, prepare=no_topics,
         explain=no_reason, reading=ChunkReading(lambda: group, "t.chunks"),
         result_keys=ResultKeys(group, "t.results"), wall_ns=lambda: 0, engine_alive=lambda: True,
-        on_state=lambda served, reason: None,
+        on_state=lambda served, reason: None, on_deleted=lambda topic: None,
     )  # fmt: skip
     consumer._consumer = group
     consumer._commits = Committer(FakeOutput(), consumer, interval_s=0.001)

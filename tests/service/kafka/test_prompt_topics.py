@@ -1,72 +1,77 @@
-"""Topics of prompts that come and go, as two looks in a row have seen them."""
+"""Topics of prompts that come, go and are made anew, as two looks in a row have seen them."""
 
-from typing import Any
+from collections.abc import Mapping
 
 import pytest
 
 from service.errors import SetupError
 from service.kafka.prompt_topics import PromptTopics
+from service.kafka.topic_look import TopicLook
 from service.kafka.topics import Topics
 
 TOPICS = Topics("t.")
 PROMPTS, BATCH = "t.prompts", "t.prompts.batch"
 
-
-class FakeAdmin:
-    """Tells of topics by their partitions' leaders."""
-
-    def __init__(self, **leaders: list[int]) -> None:
-        self.leaders = {PROMPTS: [0, 0], **leaders}
-
-    async def describe_topics(self) -> list[dict[str, Any]]:
-        return [
-            {"topic": name, "error_code": 0, "partitions": [{"leader": leader} for leader in leaders]}
-            for name, leaders in self.leaders.items()
-        ]
+Seen = Mapping[str, TopicLook]
 
 
-async def seen(topics: PromptTopics, *admins: FakeAdmin) -> list[frozenset[str] | None]:
-    return [await topics.changed(admin) for admin in admins]
+def look(topic_id: str, *, num_partitions: int = 2, led: bool = True) -> TopicLook:
+    return TopicLook(topic_id=topic_id, num_partitions=num_partitions, led=led)
 
 
-async def test_a_topic_that_came_is_read_after_the_second_look_and_told_once() -> None:
-    with_batch = FakeAdmin(**{BATCH: [0, 0]})
-    assert await seen(PromptTopics(TOPICS, frozenset({PROMPTS})), FakeAdmin(), with_batch, with_batch, with_batch) == [
-        None,
-        None,
-        {PROMPTS, BATCH},
-        None,
-    ]
+def seen(topics: PromptTopics, *looks: Seen) -> list[Mapping[str, str] | None]:
+    return [topics.changed(one) for one in looks]
 
 
-async def test_a_topic_waits_for_its_leaders() -> None:
-    young, led = FakeAdmin(**{BATCH: [0, -1]}), FakeAdmin(**{BATCH: [0, 1]})
-    assert await seen(PromptTopics(TOPICS, frozenset({PROMPTS})), young, young, led, led) == [
-        None,
-        None,
-        None,
-        {PROMPTS, BATCH},
-    ]
+ALONE: Seen = {PROMPTS: look("p1")}
+WITH_BATCH: Seen = {PROMPTS: look("p1"), BATCH: look("b1")}
+BATCH_ANEW: Seen = {PROMPTS: look("p1"), BATCH: look("b2")}
 
 
-async def test_a_topic_with_another_number_of_partitions_is_not_read() -> None:
-    small = FakeAdmin(**{BATCH: [0]})
-    assert await seen(PromptTopics(TOPICS, frozenset({PROMPTS})), small, small) == [None, None]
+def test_a_topic_that_came_is_read_after_the_second_look_and_told_once() -> None:
+    topics = PromptTopics(TOPICS, {PROMPTS: "p1"})
+    assert seen(topics, ALONE, WITH_BATCH, WITH_BATCH, WITH_BATCH) == [None, None, {PROMPTS: "p1", BATCH: "b1"}, None]
 
 
-async def test_a_topic_that_is_read_stays_while_its_leaders_are_away() -> None:
-    led, away = FakeAdmin(**{BATCH: [0, 0]}), FakeAdmin(**{BATCH: [-1, -1]})
-    assert await seen(PromptTopics(TOPICS, frozenset({PROMPTS, BATCH})), led, away, away) == [None, None, None]
+def test_a_topic_waits_for_its_leaders() -> None:
+    young = {**ALONE, BATCH: look("b1", led=False)}
+    topics = PromptTopics(TOPICS, {PROMPTS: "p1"})
+    assert seen(topics, young, young, WITH_BATCH, WITH_BATCH) == [None, None, None, {PROMPTS: "p1", BATCH: "b1"}]
 
 
-async def test_a_topic_that_went_is_read_no_longer_after_the_second_look() -> None:
-    topics = PromptTopics(TOPICS, frozenset({PROMPTS, BATCH}))
-    assert await seen(topics, FakeAdmin(), FakeAdmin(), FakeAdmin()) == [None, {PROMPTS}, None]
+def test_a_topic_with_another_number_of_partitions_is_not_read() -> None:
+    small = {**ALONE, BATCH: look("b1", num_partitions=1)}
+    assert seen(PromptTopics(TOPICS, {PROMPTS: "p1"}), small, small) == [None, None]
 
 
-async def test_without_the_main_topic_the_connection_ends() -> None:
-    topics, none = PromptTopics(TOPICS, frozenset({PROMPTS})), FakeAdmin()
-    none.leaders = {}
-    assert await seen(topics, none) == [None]
+def test_a_topic_that_is_read_stays_while_its_leaders_are_away() -> None:
+    away = {PROMPTS: look("p1", led=False), BATCH: look("b1", led=False)}
+    assert seen(PromptTopics(TOPICS, {PROMPTS: "p1", BATCH: "b1"}), WITH_BATCH, away, away) == [None, None, None]
+
+
+def test_a_topic_that_went_is_read_no_longer_after_the_second_look() -> None:
+    assert seen(PromptTopics(TOPICS, {PROMPTS: "p1", BATCH: "b1"}), ALONE, ALONE, ALONE) == [None, {PROMPTS: "p1"}, None]
+
+
+def test_a_topic_that_was_made_anew_is_another() -> None:
+    topics = PromptTopics(TOPICS, {PROMPTS: "p1", BATCH: "b1"})
+    assert seen(topics, BATCH_ANEW, BATCH_ANEW, BATCH_ANEW) == [None, {PROMPTS: "p1", BATCH: "b2"}, None]
+
+
+def test_one_made_anew_that_does_not_fit_is_read_no_longer() -> None:
+    small = {**ALONE, BATCH: look("b2", num_partitions=1)}
+    assert seen(PromptTopics(TOPICS, {PROMPTS: "p1", BATCH: "b1"}), small, small) == [None, {PROMPTS: "p1"}]
+
+
+def test_identities_that_were_not_known_change_nothing() -> None:
+    topics = PromptTopics(TOPICS, {PROMPTS: "", BATCH: ""})
+    nameless = {PROMPTS: look(""), BATCH: look("")}
+    assert seen(topics, WITH_BATCH, WITH_BATCH, nameless, nameless) == [None, None, None, None]
+    assert seen(topics, BATCH_ANEW, BATCH_ANEW) == [None, {PROMPTS: "p1", BATCH: "b2"}]
+
+
+def test_without_the_main_topic_the_connection_ends() -> None:
+    topics = PromptTopics(TOPICS, {PROMPTS: "p1"})
+    assert seen(topics, {}) == [None]
     with pytest.raises(SetupError, match=r"t\.prompts does not exist any more"):
-        await seen(topics, none)
+        seen(topics, {})

@@ -8,6 +8,7 @@ from typing import Any
 from aiokafka.errors import KafkaConnectionError, MessageSizeTooLargeError, TopicAuthorizationFailedError
 from aiokafka.structs import OffsetAndMetadata
 
+from service.kafka.committer import Committer
 from service.kafka.completion import Completion
 from service.kafka.ownership import OwnedPartition
 from service.kafka.records import OutRecord, TopicPartition
@@ -15,7 +16,7 @@ from service.kafka.tracker import PartitionTracker, Progress, decode, encode
 from service.kafka.transactional import TransactionalCommitter
 from service.kafka.transactions import LostError, RefusedError
 from service.telemetry.metrics import Metrics
-from tests.service.kafka.fakes import until
+from tests.service.kafka.fakes import FakeOutput, NoOffsets, until
 
 PARTITION = TopicPartition("t", 0)
 SMALLER = OutRecord(topic="results", value=b"smaller")
@@ -54,6 +55,10 @@ class Cluster:
 
     def reopen(self, partition: TopicPartition) -> None:
         self.reopened.append(partition)
+
+    def retire(self, owned: OwnedPartition) -> None:
+        self.events.append("retire")
+        owned.retire()
 
 
 class FakeTransactions:
@@ -95,7 +100,11 @@ class Bench:
 
     def __init__(self) -> None:
         self.cluster = Cluster()
-        self.committer = TransactionalCommitter(self._make, self.cluster, interval_s=0.001, metrics=Metrics().kafka)
+        self.output = FakeOutput()
+        self.plain = Committer(self.output, NoOffsets(), interval_s=0.001)
+        self.committer = TransactionalCommitter(
+            self._make, self.cluster, without_progress=self.plain, interval_s=0.001, metrics=Metrics().kafka
+        )
         self.owned = OwnedPartition(PARTITION, PartitionTracker(low=0, epoch=1))
         self.settled: list[tuple[int, bool]] = []
         self.written: list[int] = []
@@ -260,3 +269,31 @@ async def test_a_broker_that_is_away_is_asked_until_it_answers() -> None:
         bench.submit(0)
         assert await bench.committer.flush(20)
     assert bench.cluster.log == [b"0"]
+
+
+async def test_a_result_of_a_deleted_topic_is_written_without_progress() -> None:
+    async with running() as bench:
+        bench.cluster.gate.clear()
+        bench.cluster.answers = [LostError("no such topic")]
+        bench.submit(0)
+        await asyncio.sleep(0)
+        bench.submit(1)
+        bench.cluster.point = OffsetAndMetadata(-1, "")
+        bench.cluster.gate.set()
+        assert await bench.committer.flush(10)
+        await until(lambda: len(bench.settled) == 2)
+        bench.submit(2)
+        assert await bench.committer.flush(10)
+    assert bench.cluster.events == ["standing", "fence", "progress", "retire"]
+    assert ([record.value for record in bench.output.sent], bench.cluster.log) == ([b"0", b"1", b"2"], [])
+    assert bench.settled == [(0, True), (1, True), (2, True)]
+
+
+async def test_an_idle_lane_ends_when_its_topic_is_deleted() -> None:
+    async with running() as bench:
+        (lane,) = bench.owned._kept
+        bench.owned.retire()
+        await asyncio.wait_for(lane, 10)
+        bench.submit(0)
+        assert await bench.committer.flush(10)
+        assert [record.value for record in bench.output.sent] == [b"0"]
