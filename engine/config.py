@@ -37,7 +37,8 @@ class EngineConfig:
 
     quantize: Quantize = ""
     """Weights of a plain checkpoint are stored so when it is loaded: `int8` (a scale an output) or `int4` (a scale for 32 inputs), for
-    the C++ operators of a CPU. The embedding and the head stay as they are. Faster and smaller, and not quite the same model."""
+    the C++ operators of a CPU. The embedding stays as it is, and with `int4` so does the head. Faster and smaller, and not quite the
+    same model."""
 
     cpu_isa: CpuIsa = "auto"
     """What computes on a CPU: `auto` builds the C++ operators once and takes the processor's best instruction set, plain torch where

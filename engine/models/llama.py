@@ -14,7 +14,7 @@ from engine.layers.linear import Linear
 from engine.layers.norm import make_norm, norm_targets
 from engine.layers.rotary import cos_sin_table
 from engine.models.config import ModelConfig
-from engine.quantization.registry import method
+from engine.quantization.registry import head_method, method
 from kernels.ops import Operators
 
 
@@ -28,8 +28,7 @@ class Llama(Module):
         self.layers = tuple(DecoderLayer(config, index, cos_sin, ops, dtype=dtype, on=on) for index in range(config.num_layers))
         self.registered = ModuleList(self.layers)
         self.norm = make_norm(config.hidden_size, config.rms_norm_eps, dtype=dtype, on=on)
-        # Formats leave the head plain: its error falls straight onto the logits.
-        self.head = Head(method("", ops), self.embedding, self.norm, tied=config.tied)
+        self.head = Head(head_method(config.quant_method, ops), self.embedding, self.norm, tied=config.tied)
 
     def forward(self, input_ids: Tensor, positions: Tensor, batch: ForwardBatch) -> Tensor:
         """input_ids, positions: [T] int64; out: [T, H], before the final norm, which only the rows that want logits need."""

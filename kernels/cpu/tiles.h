@@ -131,12 +131,18 @@ struct Bf16Tile {
                     [&](int v) SLUICE_HERE { return Simd::load_lanes(vector_at<4>(at, panel_bytes, v)); },
                     [](F s, I x, I b) SLUICE_HERE { return Simd::add_bf16_products(s, b, x); });
             } else {
+                // Sums and rows leave no register for what load_high would hold: without it 3 rows take two thirds of the time.
+                constexpr bool full = V > R && R * V == max_rows * panel_vectors;
                 add_products(
                     sum, [&](int r) SLUICE_HERE { return Simd::set1(a[r * stride + k]); },
                     [&](int v) SLUICE_HERE { return Simd::load_low(vector_at<4>(at, panel_bytes, v)); }, add_product);
                 add_products(
                     sum, [&](int r) SLUICE_HERE { return Simd::set1(a[r * stride + k + 1]); },
-                    [&](int v) SLUICE_HERE { return Simd::load_high(vector_at<4>(at, panel_bytes, v)); }, add_product);
+                    [&](int v) SLUICE_HERE {
+                        const uint8_t* pairs = vector_at<4>(at, panel_bytes, v);
+                        return full ? Simd::high(Simd::load_lanes(pairs)) : Simd::load_high(pairs);
+                    },
+                    add_product);
             }
         }
         store_tile(sum, out);

@@ -62,6 +62,12 @@ def test_what_is_said_does_not_depend_on_batch_chunks_threads_or_cache(config, a
     assert said(replace(config, **changes)) == alone
 
 
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_what_quantised_weights_say_does_not_depend_on_batch_or_chunks(config, quantize):
+    quantised = replace(config, quantize=quantize)
+    assert said(replace(quantised, max_num_batched_tokens=24)) == said(replace(quantised, max_num_seqs=1))
+
+
 def test_the_reference_has_many_tokens_and_a_logprob_for_each(alone):
     assert {len(logprobs) for _, logprobs in alone.values()} == {8}
     assert len({token for tokens, _ in alone.values() for token in tokens}) > 20

@@ -6,7 +6,7 @@ from torch.nn import functional
 
 from engine.layers.linear import Linear
 from engine.layers.norm import make_norm
-from engine.quantization.registry import method, methods
+from engine.quantization.registry import head_method, method, methods
 from kernels import ops, reference
 
 CPU = torch.device("cpu")
@@ -52,3 +52,11 @@ def test_the_parts_of_a_checkpoint_are_named_and_shaped():
 @pytest.mark.parametrize(("operators", "names"), [(COMPOSED, ["unquantized"]), (PACKED, ["packed", "int8", "int4"])])
 def test_every_registered_format_can_be_made(operators, names):
     assert [method(name, operators).name for name in methods(operators)] == names
+
+
+@pytest.mark.parametrize(
+    ("operators", "formats", "names"),
+    [(COMPOSED, [""], ["unquantized"]), (PACKED, ["", "int8", "int4"], ["packed", "int8", "packed"])],
+)
+def test_the_head_is_quantised_beside_int8_alone(operators, formats, names):
+    assert [head_method(name, operators).name for name in formats] == names
