@@ -2,7 +2,8 @@
 //
 //   f32   step 1                                  bf16  step 2: pairs
 //   int8  step 4: bytes, then a panel's float scales, then int32 128 * sum(w)
-//   int4  per group of inputs: [group / 2][outputs] bytes of two numbers (low nibble first, biased by 8), then half-float scales
+//   int4  per group of inputs: step 8, 4 bytes: input i in the low nibble of byte i, input 4 + i in the high one, biased by 8;
+//         then half-float scales
 //
 // Outputs and inputs are padded with zeros. Gated layers alternate a panel of gate and the panel of up that it multiplies.
 // INT8 is symmetric per output: w = scale * q, |q| at most 127, or what the processor's products of bytes are exact for. INT4 is symmetric per output and group, q in [-8, 7], the scale
@@ -109,8 +110,8 @@ inline void pack_int4_row(const float* row, int64_t in_features, int output, int
             int value = 0;
             if (start + k < end) value = (int)std::nearbyint(row[start + k] * inverse);
             uint8_t nibble = (uint8_t)((value > 7 ? 7 : value < -8 ? -8 : value) + 8);
-            uint8_t& both = panel[k / 2 * panel_outputs + output];
-            both = k % 2 ? (uint8_t)(both | nibble << 4) : nibble;
+            uint8_t& both = panel[(k / 8 * panel_outputs + output) * 4 + k % 4];
+            both = k % 8 >= 4 ? (uint8_t)(both | nibble << 4) : nibble;
         }
     }
 }

@@ -51,14 +51,7 @@ inline float quantise_row(const Linear& call, int64_t row, int64_t in, float* fl
     return largest / 127.0f;
 }
 
-// int4.
-inline void prepare_row(const Linear& call, int64_t row, int64_t in, int64_t inputs, int16_t* out, float* floats, float* scale) {
-    *scale = quantise_row(call, row, in, floats);
-    for (int64_t i = 0; i < in; ++i) out[i] = (int16_t)floats[i];
-    for (int64_t i = in; i < inputs; ++i) out[i] = 0;
-}
-
-// int8: plus 128, for products of unsigned bytes.
+// int8 and int4: plus 128, for products of unsigned bytes.
 inline void prepare_row(const Linear& call, int64_t row, int64_t in, int64_t inputs, uint8_t* out, float* floats, float* scale) {
     *scale = quantise_row(call, row, in, floats);
     const F excess = Simd::set1(128.0f);

@@ -151,6 +151,21 @@ inline float limit_for(const Candidates& all, float near, float outer, double ou
     }
 }
 
+// Memory of one thread: distances, weights, block sums.
+struct SampleSpace {
+    int64_t padded;
+    float* distances;
+    float* weights;
+    double* sums;
+    bool filled = false;  // with every token's distance and weight
+
+    explicit SampleSpace(int64_t size) : padded(round_up(size, rung_block)) {
+        distances = (float*)scratch(1, padded * 8 + round_up(size, sum_block) / sum_block * 8);
+        weights = distances + padded;
+        sums = (double*)(weights + padded);
+    }
+};
+
 // One row on its way to a token.
 struct Row {
     const float* x;
@@ -167,10 +182,21 @@ struct Row {
         return Simd::load(lanes);
     }
 
-    // sums[b] = weight of block b's tokens within `limit`; gives their total.
-    double block_sums(float limit, double* sums) const {
+    // sums[b] = weight of block b's tokens within `limit`; gives their total. `space`: of distances and weights of every token, or null.
+    double block_sums(float limit, double* sums, const SampleSpace* space = nullptr) const {
         double total = 0.0;
         F upper = Simd::set1(limit), none = Simd::set1(-1.0f);
+        if (space) {
+            for (int64_t i = 0, b = 0; i < size; i += sum_block, ++b) {
+                F sum = Simd::zero();
+                for (int64_t j = i; j < i + sum_block; j += width) {
+                    sum = Simd::add_where_not_above(sum, Simd::load(space->distances + j), upper, Simd::load(space->weights + j));
+                }
+                sums[b] = (double)Simd::sum(sum);
+                total += sums[b];
+            }
+            return total;
+        }
         for (int64_t i = 0, b = 0; i < size; i += sum_block, ++b) {
             F sum = Simd::zero();
             for (int64_t j = i; j < i + sum_block; j += width) {
@@ -185,8 +211,9 @@ struct Row {
     }
 
     // The first token at which the running sum of weights within `limit` passes uniform x total.
-    int64_t draw(float limit, double uniform, double* sums) const {
-        double total = block_sums(limit, sums);
+    int64_t draw(float limit, double uniform, const SampleSpace& space) const {
+        double* sums = space.sums;
+        double total = block_sums(limit, sums, space.filled ? &space : nullptr);
         double target = std::min(uniform * total, std::nextafter(total, 0.0));
         int64_t last_block = (size - 1) / sum_block, block = 0;
         double before = 0.0;
@@ -206,20 +233,6 @@ struct Row {
             if (weights[j] > 0.0f) last = j;
         }
         return block * sum_block + std::min(passed, last);
-    }
-};
-
-// Memory of one thread: distances, weights, block sums.
-struct SampleSpace {
-    int64_t padded;
-    float* distances;
-    float* weights;
-    double* sums;
-
-    explicit SampleSpace(int64_t size) : padded(round_up(size, rung_block)) {
-        distances = (float*)scratch(1, padded * 8 + round_up(size, sum_block) / sum_block * 8);
-        weights = distances + padded;
-        sums = (double*)(weights + padded);
     }
 };
 
@@ -283,6 +296,7 @@ inline float limit_of(const Row& row, double top_k, double top_p, double min_p, 
     if (counts) kept.size = keep_within(space, by_count);
     else near = near_limit(space, few / 2);
     double total = fill_weights(space, kept.size);
+    space.filled = !counts;
     if (counts && kept.size > few) {
         total = row.block_sums(by_count, space.sums);
     } else if (kept.size <= few) {
@@ -316,7 +330,7 @@ inline int64_t sample_row(const float* x, int64_t size, const double* filters, c
     SampleSpace space(size);
     Row row{x, size, best.value, (float)(1.0 / temperature)};
     float limit = limit_of(row, filters[1], filters[2], filters[3], space);
-    return row.draw(limit, uniform_of((uint64_t)draw[0], (uint64_t)draw[1], (uint64_t)draw[2]), space.sums);
+    return row.draw(limit, uniform_of((uint64_t)draw[0], (uint64_t)draw[1], (uint64_t)draw[2]), space);
 }
 
 inline void greedy(const float* logits, int64_t rows, int64_t size, int64_t* tokens) {

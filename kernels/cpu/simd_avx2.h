@@ -2,7 +2,7 @@
 //
 // Every simd_*.h gives the same `Simd` in the namespace SLUICE_ISA, and the operators are written against it alone. Meanings that are
 // not plain from a name stand here; the other files differ in width and instructions only. bf16 is a uint16_t: a float's high half.
-// A "pair" is one 32-bit lane that holds two bf16 (or int16) neighbours along the summed dimension, the earlier one low.
+// A "pair" is one 32-bit lane that holds two bf16 neighbours along the summed dimension, the earlier one low.
 #pragma once
 
 namespace SLUICE_ISA {
@@ -74,13 +74,9 @@ struct Simd {
     static I zero_lanes() { return _mm256_setzero_si256(); }
     static F to_float(I lanes) { return _mm256_cvtepi32_ps(lanes); }
     static I sub_lanes(I a, I b) { return _mm256_sub_epi32(a, b); }
-    // width bytes of two 4-bit numbers each (low nibble first, biased by 8) as int16 pairs.
-    static I load_nibbles_as_pairs(const uint8_t* p) {
-        __m128i bytes = _mm_loadl_epi64((const __m128i*)p);
-        __m128i mask = _mm_set1_epi8(15);
-        __m128i both = _mm_unpacklo_epi8(_mm_and_si128(bytes, mask), _mm_and_si128(_mm_srli_epi16(bytes, 4), mask));
-        return _mm256_cvtepi8_epi16(_mm_sub_epi8(both, _mm_set1_epi8(8)));
-    }
+    // The low, or high, nibbles of the bytes, less 8.
+    static I low_nibbles(I x) { return _mm256_sub_epi8(_mm256_and_si256(x, _mm256_set1_epi8(15)), _mm256_set1_epi8(8)); }
+    static I high_nibbles(I x) { return low_nibbles(_mm256_srli_epi16(x, 4)); }
     // x is in a register here, and what was written before is computed before.
     static void hold(I& x) { asm volatile("" : "+x"(x)); }
     static void hold(F& x) { asm volatile("" : "+x"(x)); }
@@ -89,7 +85,9 @@ struct Simd {
     static I add_byte_products(I sum, I a, I b) {
         return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(a, b), _mm256_set1_epi16(1)));
     }
-    static I add_pair_products(I sum, I a, I b) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
+    // The same in sums of 16 bits or more, made whole lanes by widen_small: for so few and so small products that they fit.
+    static I add_small_products(I sum, I a, I b) { return _mm256_add_epi16(sum, _mm256_maddubs_epi16(a, b)); }
+    static I widen_small(I sum) { return _mm256_madd_epi16(sum, _mm256_set1_epi16(1)); }
     static F add_bf16_products(F sum, I a, I b);  // defined where bf16_dot is true
     static F load_half(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
 

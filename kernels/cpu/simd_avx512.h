@@ -80,19 +80,18 @@ struct Simd {
     static I zero_lanes() { return _mm512_setzero_si512(); }
     static F to_float(I lanes) { return _mm512_cvtepi32_ps(lanes); }
     static I sub_lanes(I a, I b) { return _mm512_sub_epi32(a, b); }
-    static I load_nibbles_as_pairs(const uint8_t* p) {
-        __m256i wide = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)p));
-        __m256i both = _mm256_or_si256(_mm256_and_si256(wide, _mm256_set1_epi16(15)),
-                                       _mm256_slli_epi16(_mm256_srli_epi16(wide, 4), 8));
-        return _mm512_cvtepi8_epi16(_mm256_sub_epi8(both, _mm256_set1_epi8(8)));
-    }
-    static I add_pair_products(I sum, I a, I b) { return _mm512_add_epi32(sum, _mm512_madd_epi16(a, b)); }
+    static I low_nibbles(I x) { return _mm512_sub_epi8(_mm512_and_si512(x, _mm512_set1_epi8(15)), _mm512_set1_epi8(8)); }
+    static I high_nibbles(I x) { return low_nibbles(_mm512_srli_epi16(x, 4)); }
 #ifdef SLUICE_VNNI
     static I add_byte_products(I sum, I a, I b) { return _mm512_dpbusd_epi32(sum, a, b); }
+    static I add_small_products(I sum, I a, I b) { return _mm512_dpbusd_epi32(sum, a, b); }
+    static I widen_small(I sum) { return sum; }
 #else
     static I add_byte_products(I sum, I a, I b) {
         return _mm512_add_epi32(sum, _mm512_madd_epi16(_mm512_maddubs_epi16(a, b), _mm512_set1_epi16(1)));
     }
+    static I add_small_products(I sum, I a, I b) { return _mm512_add_epi16(sum, _mm512_maddubs_epi16(a, b)); }
+    static I widen_small(I sum) { return _mm512_madd_epi16(sum, _mm512_set1_epi16(1)); }
 #endif
     static F load_half(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 

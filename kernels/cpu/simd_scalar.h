@@ -90,16 +90,15 @@ struct Simd {
     static I zero_lanes() { return each_lane([](int) { return 0; }); }
     static F to_float(I lanes) { return each([&](int i) { return (float)lanes.lane[i]; }); }
     static I sub_lanes(I a, I b) { return each_lane([&](int i) { return a.lane[i] - b.lane[i]; }); }
-    static int32_t pair(int low, int high) { return (int32_t)((uint32_t)(uint16_t)low | ((uint32_t)(uint16_t)high << 16)); }
-    static I load_nibbles_as_pairs(const uint8_t* p) {
-        return each_lane([&](int i) { return pair((p[i] & 15) - 8, (p[i] >> 4) - 8); });
-    }
-    static I add_pair_products(I sum, I a, I b) {
+    static I low_nibbles(I x) {
         return each_lane([&](int i) {
-            int32_t low = (int16_t)a.lane[i] * (int16_t)b.lane[i];
-            int32_t high = (a.lane[i] >> 16) * (b.lane[i] >> 16);
-            return sum.lane[i] + low + high;
+            uint32_t out = 0;
+            for (int shift = 0; shift < 32; shift += 8) out |= (uint32_t)(uint8_t)((x.lane[i] >> shift & 15) - 8) << shift;
+            return (int32_t)out;
         });
+    }
+    static I high_nibbles(I x) {
+        return low_nibbles(each_lane([&](int i) { return (int32_t)((uint32_t)x.lane[i] >> 4); }));
     }
     static I add_byte_products(I sum, I a, I b) {
         return each_lane([&](int i) {
@@ -107,6 +106,8 @@ struct Simd {
             return sum.lane[i];
         });
     }
+    static I add_small_products(I sum, I a, I b) { return add_byte_products(sum, a, b); }
+    static I widen_small(I sum) { return sum; }
     static F add_bf16_products(F sum, I a, I b);  // defined where bf16_dot is true
     static F load_half(const uint16_t* p) {
         return each([&](int i) {

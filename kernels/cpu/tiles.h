@@ -149,6 +149,9 @@ struct Bf16Tile {
     }
 };
 
+// Inputs whose products with 4-bit weights Simd::add_small_products may sum: 32 * 255 * 8 / 2 fits 16 bits.
+constexpr int nibbles_summed = 32;
+
 // Rows are unsigned, 128 too high: what that adds is taken off at the end.
 struct Int8Tile {
     using Row = uint8_t;
@@ -178,30 +181,50 @@ struct Int8Tile {
     }
 };
 
+// Rows as in Int8Tile. Products of up to 32 inputs are summed in whatever small numbers the processor sums fastest, then scaled.
 struct Int4Tile {
-    using Row = int16_t;
-    static constexpr int max_rows = Simd::tile_rows / 2;
+    using Row = uint8_t;
+    static constexpr int max_rows = Simd::tile_rows * 2 / 3;  // the excess takes registers too
 
     template <int R, int C>
     static void run(const Row* a, int64_t stride, const uint8_t* w, int64_t panel_bytes, int64_t inputs, int group, Ahead ahead, float* out) {
         constexpr int V = panel_vectors * C;
+        static const uint8_t excess_bytes[4] = {128, 128, 128, 128};
+        const I excess_row = Simd::set1_lane(excess_bytes);
+        const int together = group % nibbles_summed ? nibbles_summed / 2 : nibbles_summed;
         F total[R][V];
         clear_tile(total);
         const uint8_t* at = w;
         for (int64_t start = 0; start < inputs; start += group) {
-            I sum[R][V];
-            clear_tile(sum);
-            for (int k = 0; k < group; k += 2, at += panel_outputs) {
-                prefetch<R, C>(at, panel_bytes, panel_outputs, ahead);
-                add_products(
-                    sum, [&](int r) SLUICE_HERE { return Simd::set1_lane(a + r * stride + start + k); },
-                    [&](int v) SLUICE_HERE { return Simd::load_nibbles_as_pairs(vector_at<1>(at, panel_bytes, v)); },
-                    [](I s, I x, I b) SLUICE_HERE { return Simd::add_pair_products(s, x, b); });
+            const uint8_t* scales = at + (int64_t)group / 2 * panel_outputs;
+            for (int64_t k = start; k < start + group; k += together) {
+                I sum[R][V], excess[1][V];
+                clear_tile(sum);
+                clear_tile(excess);
+                for (int64_t i = k; i < k + together; i += 8, at += panel_outputs * 4) {
+                    prefetch<R, C>(at, panel_bytes, panel_outputs * 4, ahead);
+                    each<2>([&](auto half) SLUICE_HERE {
+                        add_products(
+                            sum, [&](int r) SLUICE_HERE { return Simd::set1_lane(a + r * stride + i + 4 * half); },
+                            [&](int v) SLUICE_HERE {
+                                const I both = Simd::load_lanes(vector_at<4>(at, panel_bytes, v));
+                                const I b = half ? Simd::high_nibbles(both) : Simd::low_nibbles(both);
+                                excess[0][v] = Simd::add_small_products(excess[0][v], excess_row, b);
+                                Simd::hold(excess[0][v]);
+                                return b;
+                            },
+                            [](I s, I x, I b) SLUICE_HERE { return Simd::add_small_products(s, x, b); });
+                    });
+                }
+                each<V>([&](auto v) SLUICE_HERE {
+                    const F scale = Simd::load_half((const uint16_t*)vector_at<2>(scales, panel_bytes, v));
+                    const I high = Simd::widen_small(excess[0][v]);
+                    each<R>([&](auto r) SLUICE_HERE {
+                        const F exact = Simd::to_float(Simd::sub_lanes(Simd::widen_small(sum[r][v]), high));
+                        total[r][v] = Simd::fma(exact, scale, total[r][v]);
+                    });
+                });
             }
-            each<V>([&](auto v) SLUICE_HERE {
-                const F scale = Simd::load_half((const uint16_t*)vector_at<2>(at, panel_bytes, v));
-                each<R>([&](auto r) SLUICE_HERE { total[r][v] = Simd::fma(Simd::to_float(sum[r][v]), scale, total[r][v]); });
-            });
             at += 2 * panel_outputs;
         }
         store_tile(total, out);

@@ -147,10 +147,11 @@ def test_a_row_of_an_infinite_or_no_number_leaves_the_others_alone(native):
         assert not torch.isfinite(spoilt[4]).any()
 
 
+@pytest.mark.parametrize("stored_as", ["int8", "int4"])
 @pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_the_largest_bytes_are_summed_exactly(native, sign):
-    """Sums of two products in 16 bits would saturate on them, were the weights not limited."""
-    packed = native.pack(torch.full((33, 512), sign), "int8", False, 32)
+def test_the_largest_bytes_are_summed_exactly(native, sign, stored_as):
+    """Sums of 16 bits would not hold them, were weights of 8 bits not limited and those of 4 not summed few at a time."""
+    packed = native.pack(torch.full((33, 512), sign), stored_as, False, 64)
     out = native.linear(torch.ones(5, 512), packed, None, EPS, None, None, False)
     torch.testing.assert_close(out, torch.full((5, 33), sign * 512), atol=0.0, rtol=1e-6)
 

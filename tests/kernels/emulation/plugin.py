@@ -47,6 +47,7 @@ def _build(sources: list[Path], built: Path) -> None:
         names = (
             "bindings.cpp",
             "attention_bindings.cpp",
+            "weight_memory.cpp",
             "dispatch.cpp",
             "isa_scalar.cpp",
             *(f"isa_{name}.cpp" for name in EMULATED),
