@@ -5,6 +5,7 @@ from typing import Literal, Self
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from service.addresses import fault_of
 from service.config_base import Section
 
 
@@ -123,6 +124,15 @@ class KafkaSection(Section):
 
     ssl_key_password: SecretStr = SecretStr("")
     """Of ssl_key, when it is encrypted; better from the environment (SLUICE_KAFKA__SSL_KEY_PASSWORD)."""
+
+    @field_validator("bootstrap_servers")
+    @classmethod
+    def _each_is_an_address(cls, servers: str) -> str:
+        for address in servers.split(","):
+            # 0: the embedded broker takes any free port.
+            if fault := fault_of(address.strip(), least_port=0):
+                raise PydanticCustomError("address", "{fault}", {"fault": fault})
+        return servers
 
     @model_validator(mode="after")
     def _security_is_whole(self) -> Self:

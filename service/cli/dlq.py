@@ -13,7 +13,7 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
 from google.protobuf import json_format
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from service.cli import output
 from service.cli.kafka import OnBrokers, connected, unreachable
@@ -46,7 +46,8 @@ def list_letters(
         for row in rows:
             output.print_json(row)
         return
-    table = Table("time", "request", "code", "field", "stage", "label", "bytes", box=None, header_style="dim", padding=(0, 1))
+    request = Column("request", no_wrap=True)
+    table = Table("time", request, "code", "field", "stage", "label", "bytes", box=None, header_style="dim", padding=(0, 1))
     for row in rows:
         table.add_row(
             *(escape(str(row[name])) for name in ("time", "request_id", "code", "field", "stage", "label", "original_bytes"))

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Annotated, Any, Protocol
 
 import typer
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
-from aiokafka.errors import KafkaError
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka.errors import KafkaError, MessageSizeTooLargeError
 from opentelemetry.trace import SpanKind
 
 from service import wire
@@ -48,7 +48,7 @@ class OnBrokers(Common):
 def publish(
     asked: prompts.PromptOptions,
     common: OnBrokers,
-    text: Annotated[str, typer.Argument(metavar="[TEXT]", help="The prompt; - reads standard input.", show_default=False)] = "",
+    text: Annotated[str, typer.Argument(metavar="TEXT", help="The prompt; - reads standard input.", show_default=False)] = "",
     file: Annotated[
         Path | None,
         typer.Option("--file", "-f", help="A JSON Lines file, one Prompt a line, instead of TEXT.", show_default=False),
@@ -63,8 +63,12 @@ def publish(
     if queue_class:
         # What no broker need be asked for.
         class_named(queue_class)
+    if file is not None and (text or asked != prompts.PromptOptions()):
+        raise SetupError("--file holds whole prompts: leave TEXT and the options of a prompt away")
     if file is not None:
         requests = list(_read_lines(file))
+        if not requests:
+            raise SetupError(f"{file} holds no prompt: write one JSON prompt a line")
     elif text:
         requests = [asked.request(text)]
     else:
@@ -119,6 +123,8 @@ async def _publish(
                     )
             if waiting is not None:
                 await _await_results(waiting, pending, wait_s, as_json)
+    except MessageSizeTooLargeError as error:
+        raise RequestError("prompt_too_long", str(error), field="prompt") from error
     except KafkaError as error:
         raise unreachable(settings, error) from error
     finally:
@@ -127,7 +133,6 @@ async def _publish(
 
 async def _topic(producer: AIOKafkaProducer, topics: Topics, queue_class: str) -> str:
     """The topic to write to, which is there. Raises `SetupError`, `RequestError`."""
-    # All topics, never one by name: a broker that creates topics by itself would make the one that is asked for.
     existing = (await producer.client.fetch_all_metadata()).topics()
 
     async def exists(name: str) -> bool:
@@ -168,17 +173,21 @@ async def _producer(settings: Settings) -> AsyncIterator[AIOKafkaProducer]:
 async def reader(
     settings: Settings, topic: str, place: Callable[[AIOKafkaConsumer], Awaitable[None]]
 ) -> AsyncIterator[AIOKafkaConsumer]:
-    """A reader of the whole topic without a group, where `place` has put it. Raises `SetupError`."""
+    """A reader of the whole topic without a group, where `place` has put it. Raises `SetupError`.
+
+    It is looked for among all topics, here as in `publish`: a broker that creates topics by itself would make one that is asked for.
+    """
     consumer = AIOKafkaConsumer(
-        topic,
         **Connection(settings.kafka).aiokafka(),
         auto_offset_reset="earliest",
         isolation_level="read_uncommitted" if topic.endswith("chunks") else "read_committed",
         enable_auto_commit=False,
     )
     async with connected(consumer, consumer.stop, settings):
-        if not consumer.partitions_for_topic(topic):
+        found = (await consumer._client.fetch_all_metadata()).partitions_for_topic(topic)
+        if not found:
             raise missing(topic)
+        consumer.assign([TopicPartition(topic, partition) for partition in sorted(found)])
         await place(consumer)
         yield consumer
 

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterator
+from contextlib import AsyncExitStack
 from typing import Any
 
 import typer
@@ -105,9 +106,11 @@ async def _rows(settings: Settings) -> list[dict[str, Any]]:
     kafka = settings.kafka
     arguments = Connection(kafka).aiokafka()
     admin = AIOKafkaAdminClient(**arguments)
-    consumer = AIOKafkaConsumer(**arguments, enable_auto_commit=False)
     try:
-        async with connected(admin, admin.close, settings), connected(consumer, consumer.stop, settings):
+        async with connected(admin, admin.close, settings), AsyncExitStack() as stack:
+            # Made once a broker has answered: one that is made and not stopped complains.
+            consumer = AIOKafkaConsumer(**arguments, enable_auto_commit=False)
+            await stack.enter_async_context(connected(consumer, consumer.stop, settings))
             counts = await count_partitions(admin, Topics(kafka.topic_prefix).classes)
             asked = [ClientPartition(name, number) for name, count in sorted(counts.items()) for number in range(count)]
             if not asked:

@@ -46,6 +46,15 @@ class PromptOptions:
         )  # fmt: skip
 
 
+def _standard_input() -> str:
+    """All of it, whatever the locale: prompts are UTF-8. Raises `SetupError`."""
+    raw = sys.stdin.buffer.read()
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise SetupError(f"standard input is no valid UTF-8 at byte {error.start}: a prompt is text") from None
+
+
 def prompt_request(
     text: str,
     *,
@@ -61,7 +70,7 @@ def prompt_request(
 ) -> PromptRequest:
     """A checked prompt. Raises `RequestError` that names the field, `SetupError` for options that exclude each other."""
     if text == "-":
-        text = sys.stdin.read()
+        text = _standard_input()
     if not text.strip():
         raise SetupError("the prompt is empty: give TEXT, or - to read standard input")
     if raw and system:

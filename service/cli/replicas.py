@@ -6,6 +6,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
+from service.addresses import fault_of
 from service.config import Settings
 from service.errors import SetupError
 from service.rpc.client_errors import SluiceError
@@ -29,6 +30,10 @@ def targets(settings: Settings, target: str) -> tuple[str, ...]:
     named = tuple(part.strip() for part in target.split(",") if part.strip())
     if target and not named:
         raise SetupError("--target: name at least one host:port")
+    for address in named:
+        # Others are gRPC's own names, as unix:/path or dns:///host:port.
+        if not address.startswith(("unix:", "unix-abstract:", "dns:", "ipv4:", "ipv6:")) and (fault := fault_of(address)):
+            raise SetupError(f"--target {fault}")
     return named or (f"{settings.grpc.host}:{settings.grpc.port}",)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from confluent_kafka import Producer
 
+from service.kafka.embedded import EmbeddedBroker
 from tests.integration.app_harness import Values, command, flags, gone, run, serve, values
 from tests.integration.kafka_harness import Broker, make_class_topics
 from tests.servers.model import model_dir
@@ -89,6 +90,29 @@ async def test_publish_writes_to_the_class_that_is_named(topics_of_its_own: Brok
     code, out, errors = await run("publish", "hello", "--class", "interactive", *kafka)
     assert (code, out) == (2, "")
     assert "queue_class: has no topic here: `sluice topics create --class interactive` makes" in errors
+
+
+@pytest.mark.kafka
+async def test_publish_of_a_prompt_that_no_record_holds_says_so(topics_of_its_own: Broker, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": "x" * 3_000_000}))
+    kafka = only("kafka", values(tmp_path, broker=topics_of_its_own))
+    code, out, errors = await run("publish", "--file", str(prompts), *kafka)
+    assert (code, out) == (1, "")
+    assert errors.startswith("error: prompt_too_long: prompt: ")
+
+
+async def test_tail_of_topics_that_are_not_there_makes_none() -> None:
+    # A broker that creates each topic that it is asked for.
+    broker = EmbeddedBroker(port=0)
+    await broker.start({"there.prompts": 1})
+    try:
+        for _ in range(2):
+            code, out, errors = await run("tail", "--brokers", broker.bootstrap, "--set", "kafka.topic_prefix=nowhere.")
+            assert (code, out) == (1, "")
+            assert "topic nowhere.results does not exist; make it with `sluice topics create`" in errors
+    finally:
+        await broker.close()
 
 
 @pytest.mark.kafka

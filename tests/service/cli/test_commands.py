@@ -1,9 +1,12 @@
 """Commands that need no server: what they print and how they exit."""
 
+import io
 import json
+import os
 import socket
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -51,6 +54,15 @@ WRONG = {
     "longer than the context": (["generate", "x" * 9000], 1, "prompt_too_long"),
     "nothing to publish": (["publish"], 2, "give TEXT"),
     "no such class": (["publish", "a", "--class", "urgent"], 2, "queue_class: must be one of interactive, standard, batch"),
+    "no broker's address": (["publish", "a", "--brokers", "nonsense"], 2, "kafka.bootstrap_servers: 'nonsense': write it as"),
+    "no such port": (["topics", "check", "--brokers", "a:9092,b:99999"], 2, "'b:99999': a port lies between"),
+    "no broker": (["serve", "--brokers", ""], 2, "kafka.bootstrap_servers: '': write it as host:port"),
+    "no replica's address": (["stream", "a", "--target", "localhost"], 2, "--target 'localhost': write it as host:port"),
+    "no replica's port": (["get", "a-0-1", "--target", "127.0.0.1:99999"], 2, "a port lies between 1 and 65535"),
+    "a file and a text": (["publish", "a", "--file", "x"], 2, "--file holds whole prompts"),
+    "a file and an option": (["publish", "--file", "x", "--max-tokens", "3"], 2, "--file holds whole prompts"),
+    "an empty file": (["publish", "--file", "/dev/null"], 2, "/dev/null holds no prompt"),
+    "no file": (["publish", "--file", "/nowhere/x"], 2, "cannot read /nowhere/x: No such file or directory"),
     "tail from nowhere": (["tail", "--from", "banana"], 2, "--from banana"),
     "raw results": (["tail", "--raw"], 2, "--raw goes with --chunks"),
     "no target": (["get", "a-0-1", "--target", ","], 2, "--target"),
@@ -143,9 +155,60 @@ def test_the_doctor_finds_a_taken_port_and_a_good_machine(sluice: Sluice, stand_
     assert "fail" not in out
 
 
+def shell(command: str) -> "subprocess.CompletedProcess[str]":
+    """A line of bash in which `sluice` is the command."""
+    sluice = f'sluice() {{ {sys.executable} -c "from service.cli.main import main; main()" "$@"; }}'
+    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    return subprocess.run(["bash", "-c", f"{sluice}; {command}"], capture_output=True, text=True, check=True, env=environment)
+
+
 def test_a_reader_that_goes_away_is_no_error() -> None:
-    program = "from service.cli.main import main; main()"
-    command = f"{sys.executable} -c '{program}' config show | head -1; echo ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    done = shell("sluice config show | head -1; echo ${PIPESTATUS[0]}")
     first, status = done.stdout.splitlines()
     assert (first[:9], status, done.stderr) == ("# Every s", "0", "")
+
+
+@pytest.mark.parametrize("arguments", ["config show", "--help"])
+def test_nor_is_one_that_was_never_there(arguments: str) -> None:
+    # `wait` on the other end of the pipe: it is closed before anything is written.
+    done = shell(f"exec 3> >(exec 0<&-); wait $!; sluice {arguments} >&3; echo $?")
+    assert (done.stdout, done.stderr) == ("0\n", "")
+
+
+@pytest.mark.parametrize("arguments", ["config show", "--version"])
+def test_a_full_disk_is_one_message_and_exit_code_1(arguments: str) -> None:
+    done = shell(f"sluice {arguments} > /dev/full; echo $?")
+    assert (done.stdout, done.stderr) == ("1\n", "error: No space left on device\n")
+
+
+def test_tables_are_whole_where_nobody_sees_their_edge() -> None:
+    table = "from rich.table import Table; from service.cli.output import out; out.print(Table('x' * 500, 'y' * 500, box=None))"
+    assert "x" * 500 + "  " + "y" * 500 in shell(f'{sys.executable} -c "{table}"').stdout
+
+
+@pytest.mark.parametrize("command", [["generate", "-"], ["publish", "-"], ["stream", "-"], ["submit", "-"]])
+def test_a_prompt_that_is_no_text_is_said_to_be_none(
+    sluice: Sluice, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="latin-1"))
+    code, out, errors = sluice.run(*command)
+    assert (code, out) == (2, "")
+    assert "standard input is no valid UTF-8 at byte 3" in errors
+
+
+def test_a_prompt_on_standard_input_is_utf_8_whatever_the_terminal_says(
+    sluice: Sluice, stand_in: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("é".encode()), encoding="ascii"))
+    _, piped, _ = sluice.run("generate", "-", "--raw", "--json", "--max-tokens", "1", "--seed", "1", *stand_in)
+    _, typed, _ = sluice.run("generate", "é", "--raw", "--json", "--max-tokens", "1", "--seed", "1", *stand_in)
+    assert [json.loads(out)["usage"]["prompt_tokens"] for out in (piped, typed)] == [2, 2]
+
+
+def test_the_version_is_shown(sluice: Sluice) -> None:
+    assert sluice.run("--version") == (0, f"sluice {version('sluice')}\n", "")
+
+
+def test_looking_for_progress_where_no_broker_is_leaves_nothing_open(sluice: Sluice) -> None:
+    code, out, errors = sluice.run("offsets", "show", "--brokers", f"127.0.0.1:{unused_port()}")
+    assert (code, out, errors.count("\n"), "Unclosed" in errors) == (3, "", 1, False)
