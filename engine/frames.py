@@ -17,7 +17,7 @@ from engine.errors import FrameError
 from engine.output import EngineFacts, EngineFailure, EngineProgress, StepOutput
 from engine.request import Request
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_FRAME_BYTES = 16 * 1024 * 1024
 _HEADER = struct.Struct("<IB")
 

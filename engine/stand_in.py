@@ -16,7 +16,7 @@ from collections.abc import Callable
 from engine.config import EngineConfig
 from engine.errors import EngineFullError, InvalidFieldError, PromptTooLongError, TooManyTokensError
 from engine.limits import check_vocabulary
-from engine.output import EngineFacts, FinishReason, StepOutput, StepStats, TokenOutput
+from engine.output import EngineFacts, FinishReason, PlainColumns, StepOutput, StepStats, TokenOutput
 from engine.request import Request
 from engine.stand_in_fault import Fault
 from engine.stand_in_script import Choice, stand_in_facts, stand_in_state, stand_in_token
@@ -45,7 +45,8 @@ class StandInEngine:
         self._live: dict[str, list[Choice]] = {}
         self._waiting: deque[Choice] = deque()
         self._running: list[Choice] = []
-        self._ended: list[TokenOutput] = []
+        self._outputs: list[TokenOutput] = []
+        self._plain = PlainColumns()
         self._step = 0
         self._used_blocks = 0
         self._used_tokens = 0
@@ -58,7 +59,7 @@ class StandInEngine:
     @property
     def has_work(self) -> bool:
         """Whether `step` would say or do something."""
-        return bool(self._running or self._waiting or self._ended)
+        return bool(self._running or self._waiting or self._outputs)
 
     def add(self, request: Request) -> None:
         """Takes a request. Raises the same typed errors as the real engine."""
@@ -130,8 +131,8 @@ class StandInEngine:
                 still.append(choice)
             num_decode += choice.said - before
         self._running = still
-        outputs, self._ended = tuple(self._ended), []
-        return StepOutput(outputs=outputs, stats=self._stats(started, num_prefill, num_decode))
+        outputs, self._outputs = tuple(self._outputs), []
+        return StepOutput(outputs=outputs, stats=self._stats(started, num_prefill, num_decode), plain=self._plain.take())
 
     def stats(self) -> StepStats:
         """The present state as a step of no tokens."""
@@ -154,7 +155,7 @@ class StandInEngine:
         return num_tokens
 
     def _pause(self, now: int) -> None:
-        if self._gap_ns and self._running and not self._ended:
+        if self._gap_ns and self._running and not self._outputs:
             wait_ns = min(choice.due_ns for choice in self._running) - now
             if wait_ns > 0:
                 self._sleep(min(wait_ns / 1e9, _LONGEST_PAUSE_S))
@@ -178,13 +179,17 @@ class StandInEngine:
             self._release(choice)
             self._end(choice, tuple(tokens), reason, tokens[-1] if reason == "stop" else None)
             return True
+        request_id = choice.request.request_id
         facts = None
         if not choice.first_token_ns:
             choice.first_token_ns = now
             facts = choice.facts()
-        self._ended.append(
+        elif len(tokens) == 1:
+            self._plain.add(request_id, choice.choice, first, tokens[0])
+            return False
+        self._outputs.append(
             TokenOutput(
-                request_id=choice.request.request_id,
+                request_id=request_id,
                 choice=choice.choice,
                 seq=first,
                 token_ids=tuple(tokens),
@@ -211,7 +216,7 @@ class StandInEngine:
     def _end(self, choice: Choice, tokens: tuple[int, ...], reason: FinishReason, stop: int | None) -> None:
         if tokens and not choice.first_token_ns:
             choice.first_token_ns = choice.last_token_ns
-        self._ended.append(
+        self._outputs.append(
             TokenOutput(
                 request_id=choice.request.request_id,
                 choice=choice.choice,

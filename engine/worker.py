@@ -158,10 +158,10 @@ class Worker:
         if self._engine.has_work:
             output = self._engine.step()
             if refused:
-                output = StepOutput(outputs=refused + output.outputs, stats=output.stats)
+                output = replace(output, outputs=refused + output.outputs)
         else:
             output = StepOutput(outputs=refused, stats=self._engine.stats())
-        self._outbox.put(self._encode(output))
+        self._outbox.put(self._encode(output.packed()))
 
 
 def refusals(request: Request, error: EngineError) -> list[TokenOutput]:

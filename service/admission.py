@@ -146,18 +146,19 @@ class Admission:
         line = self._lines.setdefault(waiter.line, _Line(weight=waiter.line[1]))
         line.waiters.append(waiter)
         self.num_waiting += 1
-        timeout_s = (deadline_ns - self._clock()) / _NS if deadline_ns else None
+        timer = None
+        if deadline_ns:
+            timer = asyncio.get_running_loop().call_later((deadline_ns - self._clock()) / _NS, _expire, waiter.turn)
         try:
-            done, _ = await asyncio.wait({waiter.turn}, timeout=timeout_s)
-            if not done:
-                raise RequestError("deadline_exceeded", "the deadline passed while it waited to enter")
-            return waiter.turn.result()
+            return await waiter.turn
         except BaseException:
             # A turn that came in the same moment as the end of the wait must not be lost.
             if waiter.turn.done() and not waiter.turn.cancelled() and waiter.turn.exception() is None:
                 waiter.turn.result().release()
             raise
         finally:
+            if timer is not None:
+                timer.cancel()
             self._leave_line(waiter)
 
     def _leave_line(self, waiter: _Waiter) -> None:
@@ -227,3 +228,8 @@ class Admission:
             keep = 0.5 ** (elapsed_s / _RATE_HALF_LIFE_S)
             self._freed *= keep
             self._busy_s = self._busy_s * keep + elapsed_s
+
+
+def _expire(turn: "asyncio.Future[Ticket]") -> None:
+    if not turn.done():
+        turn.set_exception(RequestError("deadline_exceeded", "the deadline passed while it waited to enter"))

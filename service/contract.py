@@ -62,10 +62,10 @@ class Source:
     topic: str
     partition: int
     offset: int
+    request_id: str = field(init=False, compare=False)
 
-    @property
-    def request_id(self) -> str:
-        return f"{self.topic}-{self.partition}-{self.offset}"
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "request_id", f"{self.topic}-{self.partition}-{self.offset}")
 
     @classmethod
     def of(cls, request_id: str) -> "Source | None":

@@ -10,7 +10,7 @@ every byte of the run (knowing that takes the whole run, which would stop the st
 
 import codecs
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -26,8 +26,23 @@ def _byte_level_alphabet() -> dict[str, int]:
     return alphabet | {chr(0x100 + index): byte for index, byte in enumerate(others)}
 
 
+_Utf8 = codecs.getincrementaldecoder("utf-8")
+
+
 class UnsupportedDecoderError(Exception):
     """tokenizer.json names a decoder whose text cannot be made a token at a time."""
+
+
+class _Pieces(dict[int, bytes]):
+    """Computes what it lacks: the look-up of what it has then needs no Python."""
+
+    def __init__(self, compute: Callable[[int], bytes]) -> None:
+        super().__init__()
+        self._compute = compute
+
+    def __missing__(self, token_id: int) -> bytes:
+        found = self[token_id] = self._compute(token_id)
+        return found
 
 
 class TokenPieces:
@@ -44,7 +59,9 @@ class TokenPieces:
         self._byte_fallback = False
         self.leading_spaces = 0
         """Spaces that the decoder takes from the start of a whole text."""
-        self._cache: dict[int, bytes] = {}
+        self._cache = _Pieces(self._compute)
+        self.piece: Callable[[int], bytes] = self._cache.__getitem__
+        """The token's bytes: part of a character, or many; empty for special tokens and ids that the vocabulary lacks."""
         for step in _steps(decoder):
             self._take(step)
 
@@ -67,13 +84,6 @@ class TokenPieces:
     def is_special(self, token_id: int) -> bool:
         return token_id in self._special
 
-    def piece(self, token_id: int) -> bytes:
-        """The token's bytes: part of a character, or many; empty for special tokens and ids that the vocabulary lacks."""
-        found = self._cache.get(token_id)
-        if found is None:
-            found = self._cache[token_id] = self._compute(token_id)
-        return found
-
     def text(self, token_id: int) -> str:
         """The token alone as a text, special ones by their name; U+FFFD for what is no whole character."""
         if token_id in self._special:
@@ -88,8 +98,11 @@ class TokenPieces:
             return bytes([int(match[1], 16)])
         for old, new in self._replacements:
             token = token.replace(old, new)
-        if self._alphabet and all(character in self._alphabet for character in token):
-            return bytes(self._alphabet[character] for character in token)
+        if self._alphabet:
+            try:
+                return bytes([self._alphabet[character] for character in token])
+            except KeyError:
+                pass  # an added token, which stands for itself
         return token.encode("utf-8")
 
 
@@ -104,7 +117,7 @@ class IncrementalDetokenizer:
 
     def __init__(self, pieces: TokenPieces) -> None:
         self._pieces = pieces
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._decoder = _Utf8("replace")
         self._strip = pieces.leading_spaces
 
     def push(self, *token_ids: int) -> str:

@@ -13,8 +13,9 @@ Pure state: no I/O, no clock, no tasks; one owner, `EngineProcess`. Bounded by a
 import operator
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import cast
 
-from engine import FinishReason, Request, TokenOutput
+from engine import FinishReason, PlainTokens, Request, StepOutput, TokenOutput
 from engine.errors import FrameError
 
 MAX_DEATHS = 4
@@ -31,7 +32,7 @@ class _Entry:
         self.said: list[list[int]] = [list(ids) for ids in request.output_token_ids] or [[] for _ in range(choices)]
         self.ended = set(request.ended_choices)
         self.moved: set[int] = set()
-        """Choices that said a token since the last (re)submission."""
+        """Of a suspect: choices that said a token since it was submitted again."""
         self.suspect = False
         self.deaths = 0
         self.aborted = False
@@ -57,6 +58,8 @@ class EngineLedger:
     def __init__(self) -> None:
         self._inside: dict[str, _Entry] = {}
         self._waiting: dict[str, _Entry] = {}
+        self._saying: dict[tuple[str, int], list[int]] = {}
+        """What each choice inside that goes on and is no suspect's has said, by request and choice."""
         self._probation = False
 
     def __len__(self) -> int:
@@ -92,6 +95,8 @@ class EngineLedger:
             del self._waiting[entry.request.request_id]
             self._inside[entry.request.request_id] = entry
             entry.moved.clear()
+            if not entry.suspect:
+                self._trust(entry)
         return [entry.as_request() for entry in entering]
 
     def abort(self, request_id: str) -> tuple[bool, tuple[TokenOutput, ...]]:
@@ -103,13 +108,37 @@ class EngineLedger:
         waiting = self._waiting.get(request_id)
         return False, () if waiting is None else self._end(waiting, "cancelled")
 
-    def accept(self, outputs: tuple[TokenOutput, ...]) -> tuple[TokenOutput, ...]:
-        """Of a step, what has not been handed on before: `outputs` itself where that is all of it.
+    def accept(self, step: StepOutput) -> StepOutput:
+        """Of a step, what has not been handed on before: `step` itself where that is all of it.
 
         Raises `FrameError`, and takes nothing, when a token is skipped.
         """
+        lists = self._continued(step.plain)
+        outputs = step.every() if lists is None else step.outputs
+        self._check(outputs)
+        if lists is None:
+            return StepOutput(outputs=self._accept(outputs), stats=step.stats)
+        for said, token_id in zip(lists, step.plain.token_ids, strict=True):
+            said.append(token_id)
+        accepted = self._accept(outputs)
+        return step if accepted is outputs else StepOutput(outputs=accepted, stats=step.stats, plain=step.plain)
+
+    def _continued(self, plain: PlainTokens) -> list[list[int]] | None:
+        """The lists that these tokens are the next of; None unless that holds for each of them, which it nearly always does."""
+        choices = list(zip(plain.request_ids, plain.choices, strict=True))
+        lists = list(map(self._saying.get, choices))
+        if None in lists or len(set(choices)) < len(choices):
+            return None
+        found = cast(list[list[int]], lists)
+        return found if tuple(map(len, found)) == plain.seqs else None
+
+    def _trust(self, entry: _Entry) -> None:
+        for choice in entry.open_choices:
+            self._saying[entry.request.request_id, choice] = entry.said[choice]
+
+    def _accept(self, outputs: tuple[TokenOutput, ...]) -> tuple[TokenOutput, ...]:
         accepted = []
-        for output in self._checked(outputs):
+        for output in outputs:
             entry = self._inside.get(output.request_id)
             if entry is None or output.choice in entry.ended:
                 continue
@@ -119,6 +148,7 @@ class EngineLedger:
                 entry.moved.add(output.choice)
             if new.finish_reason is not None:
                 entry.ended.add(new.choice)
+                self._saying.pop((new.request_id, new.choice), None)
                 self._settle(entry)
             elif entry.suspect:
                 self._settle(entry)
@@ -127,11 +157,10 @@ class EngineLedger:
         whole = len(accepted) == len(outputs) and all(map(operator.is_, accepted, outputs))
         return outputs if whole else tuple(accepted)
 
-    def _checked(self, outputs: Iterable[TokenOutput]) -> list[TokenOutput]:
-        """All of a step's outputs, or `FrameError` before any is counted as said: what is not handed on must come again."""
-        checked = list(outputs)
+    def _check(self, outputs: Iterable[TokenOutput]) -> None:
+        """Raises `FrameError` before any of a step's outputs is counted as said: what is not handed on must come again."""
         counts: dict[tuple[str, int], int] = {}
-        for output in checked:
+        for output in outputs:
             entry = self._inside.get(output.request_id)
             if entry is None:
                 continue
@@ -144,14 +173,14 @@ class EngineLedger:
             if output.token_ids and output.seq > said:
                 raise FrameError(f"an output starts at token {output.seq}, but {said} were said")
             counts[key] = max(said, output.seq + len(output.token_ids))
-        return checked
 
     def _settle(self, entry: _Entry) -> None:
         open_choices = entry.open_choices
         if not open_choices:
             del self._inside[entry.request.request_id]
-        elif entry.moved.issuperset(open_choices):
+        elif entry.suspect and entry.moved.issuperset(open_choices):
             entry.suspect = False
+            self._trust(entry)
 
     def child_died(self) -> tuple[TokenOutput, ...]:
         """Everything leaves the dead child. Gives the ends of requests that were aborted or are proven to be the cause."""
@@ -159,6 +188,7 @@ class EngineLedger:
         present = list(self._inside.values())
         self._waiting = self._inside | self._waiting
         self._inside = {}
+        self._saying.clear()
         self._probation = self._probation or bool(present)
         for entry in present:
             proven = entry.suspect  # `take` never lets two suspects in at once
@@ -183,6 +213,8 @@ class EngineLedger:
         return tuple(end for entry in entries for end in self._end(entry, "error", code, message))
 
     def _end(self, entry: _Entry, reason: FinishReason, code: str = "", message: str = "") -> tuple[TokenOutput, ...]:
+        for choice in entry.open_choices:
+            self._saying.pop((entry.request.request_id, choice), None)
         self._inside.pop(entry.request.request_id, None)
         self._waiting.pop(entry.request.request_id, None)
         return tuple(

@@ -33,6 +33,8 @@ _CLOSE_TIMEOUT_S = 3.0
 _DRAIN_TIMEOUT_S = 0.5
 _SILENT_CHECKS = 8
 _MAX_UNREAD_STEPS = 1024
+_WRITE_BYTES = 65_536
+"""Requests that enter together go to the child in one write, up to so much."""
 
 
 class EngineClient(Protocol):
@@ -312,12 +314,10 @@ class EngineProcess:
         return failure
 
     async def _take_step(self, step: StepOutput) -> None:
-        accepted = self._ledger.accept(step.outputs)
+        accepted = self._ledger.accept(step)
         if self._ledger.num_waiting:
             self._wake.set()
-        if accepted is not step.outputs:
-            step = StepOutput(outputs=accepted, stats=step.stats)
-        await self._outputs.put(step)
+        await self._outputs.put(accepted)
 
     def _child_ready(self, hello: frames.Hello) -> None:
         if hello.protocol_version != frames.PROTOCOL_VERSION:
@@ -336,16 +336,20 @@ class EngineProcess:
         while True:
             await self._wake.wait()
             self._wake.clear()
+            gathered = bytearray()
             for request in self._ledger.take():
                 try:
-                    frame = frames.encode(request)
+                    gathered += frames.encode(request)
                 except EngineError as error:
                     await self._give_out(self._ledger.end_one(request.request_id, "prompt_too_long", error.message))
                     self._wake.set()
-                else:
-                    await child.write(frame)
+                if len(gathered) >= _WRITE_BYTES:
+                    await child.write(bytes(gathered))
+                    gathered.clear()
             while self._aborts:
-                await child.write(frames.encode(frames.Abort(request_id=self._aborts.popleft())))
+                gathered += frames.encode(frames.Abort(request_id=self._aborts.popleft()))
+            if gathered:
+                await child.write(bytes(gathered))
 
     async def _watch(self) -> _Death:
         """Returns when the child is not ready in time, or has work and completes no step for `hang_timeout_s`.

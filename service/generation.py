@@ -274,7 +274,9 @@ class Generation:
         run = GenerationRun(prompt, call, resolved, choices, measured, context)
         try:
             if len(ended) < len(choices):
-                request = replace(resolved.request, ended_choices=tuple(choice.index for choice in ended))
+                request = resolved.request
+                if ended:
+                    request = replace(request, ended_choices=tuple(choice.index for choice in ended))
                 await self._engine.submit(request)
         except ValueError as error:
             # The engine owes an aborted attempt's end for as long as it hangs: longer than that attempt was waited for.

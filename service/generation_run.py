@@ -5,8 +5,9 @@ engine told to stop if it still runs, the spans ended and the line logged. All s
 """
 
 import asyncio
+import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -15,7 +16,7 @@ import structlog
 from engine import FinishReason, TokenOutput
 from service.admission import Ticket
 from service.choices import Choice
-from service.contract import Call, Failed, Finished, PromptRequest, Started
+from service.contract import Call, ChoiceResult, Failed, Finished, PromptRequest, Started, Timings, Usage
 from service.engine_process import EngineClient
 from service.errors import CODES, Code, RequestError
 from service.generation_trace import GenerationTrace
@@ -31,6 +32,8 @@ ABORT_GRACE_S = 2.0
 """An aborted request that the engine does not end by then (it hangs, or restarts) ends without the engine's last facts."""
 
 _log = structlog.get_logger(__name__)
+_logs_info = logging.getLogger(__name__).isEnabledFor
+"""Asked before a line is put together."""
 
 _SIGNAL_REASONS: dict[Code, FinishReason] = {"cancelled": "cancelled", "draining": "cancelled", "deadline_exceeded": "deadline"}
 
@@ -103,7 +106,7 @@ class GenerationRun:
         whole = False
         try:
             while any(choice.finish_reason is None for choice in self._choices):
-                for item in joined(await self._context.inbox.take()):
+                for item in await self._context.inbox.take():
                     if isinstance(item, Signal):
                         await self._signalled(item.code)
                     else:
@@ -175,28 +178,9 @@ class GenerationRun:
                 usage=usage,
                 timings=timings,
                 code=code,
-                trace_id=trace.trace_id,
+                trace_id=trace.exemplar,
             )
-            _log.info(
-                "request finished",
-                span=trace.span,
-                **{
-                    names.LOG_REQUEST_ID: self.request.request_id,
-                    names.LOG_LABEL: self._label,
-                    names.LOG_TENANT: hashed(self._call.tenant),
-                    names.LOG_TRANSPORT: self._call.transport,
-                    names.LOG_MODEL: self._context.model,
-                    names.LOG_CODE: code or "ok",
-                    names.LOG_PROMPT_TOKENS: usage.prompt_tokens,
-                    names.LOG_CACHED_PROMPT_TOKENS: usage.cached_prompt_tokens,
-                    names.LOG_COMPLETION_TOKENS: usage.completion_tokens,
-                    names.LOG_QUEUE_MS: round(timings.queue_ms, 3),
-                    names.LOG_TTFT_MS: round(timings.ttft_ms, 3),
-                    names.LOG_TPOT_MS: round(timings.tpot_ms, 3),
-                    names.LOG_TOTAL_MS: round(timings.total_ms, 3),
-                    names.LOG_FINISH_REASONS: [result.finish_reason for result in results],
-                },
-            )
+            self._log_end(results, usage, timings, code or "ok")
         finally:
             self._context.ticket.release()
             self._context.on_end()
@@ -214,29 +198,29 @@ class GenerationRun:
                     )
                 )
 
-
-def joined(items: Iterable[TokenOutput | Signal]) -> list[TokenOutput | Signal]:
-    """The same outputs with tokens that followed one another as one: what comes between wake-ups is taken in one go."""
-    found: list[TokenOutput | Signal] = []
-    run: list[TokenOutput] = []
-    for item in items:
-        plain = isinstance(item, TokenOutput) and item.facts is None and item.finish_reason is None and item.logprobs is None
-        if run and not (plain and cast(TokenOutput, item).choice == run[-1].choice):
-            found.append(_one(run))
-            run = []
-        if plain:
-            run.append(cast(TokenOutput, item))
-        else:
-            found.append(item)
-    if run:
-        found.append(_one(run))
-    return found
-
-
-def _one(run: list[TokenOutput]) -> TokenOutput:
-    if len(run) == 1:
-        return run[0]
-    return replace(run[0], token_ids=tuple(token_id for output in run for token_id in output.token_ids))
+    def _log_end(self, results: tuple[ChoiceResult, ...], usage: Usage, timings: Timings, code: str) -> None:
+        if not _logs_info(logging.INFO):
+            return
+        _log.info(
+            "request finished",
+            span=self._context.trace.span,
+            **{
+                names.LOG_REQUEST_ID: self.request.request_id,
+                names.LOG_LABEL: self._label,
+                names.LOG_TENANT: hashed(self._call.tenant),
+                names.LOG_TRANSPORT: self._call.transport,
+                names.LOG_MODEL: self._context.model,
+                names.LOG_CODE: code,
+                names.LOG_PROMPT_TOKENS: usage.prompt_tokens,
+                names.LOG_CACHED_PROMPT_TOKENS: usage.cached_prompt_tokens,
+                names.LOG_COMPLETION_TOKENS: usage.completion_tokens,
+                names.LOG_QUEUE_MS: round(timings.queue_ms, 3),
+                names.LOG_TTFT_MS: round(timings.ttft_ms, 3),
+                names.LOG_TPOT_MS: round(timings.tpot_ms, 3),
+                names.LOG_TOTAL_MS: round(timings.total_ms, 3),
+                names.LOG_FINISH_REASONS: [result.finish_reason for result in results],
+            },
+        )
 
 
 def _engine_error(output: TokenOutput) -> RequestError:

@@ -21,6 +21,12 @@ class GenerationTrace:
     def __init__(self, tracing: Tracing, model: str, prompt: PromptRequest, call: Call, arrived_ns: int) -> None:
         self._tracing = tracing
         self._arrived_ns = arrived_ns
+        self.span = tracing.start(names.chat_span(model), parent=call.parent, kind=SpanKind.INTERNAL, at_ns=arrived_ns)
+        self._records = self.span.is_recording()
+        if self._records:
+            self._describe(model, prompt, call)
+
+    def _describe(self, model: str, prompt: PromptRequest, call: Call) -> None:
         chat = prompt.messages is not None
         attributes: dict[str, str | int] = {
             names.GEN_AI_OPERATION_NAME: names.OPERATION_CHAT if chat else names.OPERATION_TEXT_COMPLETION,
@@ -37,16 +43,21 @@ class GenerationTrace:
             attributes[names.TENANT] = hashed(call.tenant)
         if call.epoch:
             attributes[names.EPOCH] = call.epoch
-        self.span = tracing.start(
-            names.chat_span(model), parent=call.parent, kind=SpanKind.INTERNAL, attributes=attributes, at_ns=arrived_ns
-        )
+        self.span.set_attributes(attributes)
 
     @property
     def trace_id(self) -> str:
         return trace_id(self.span)
 
+    @property
+    def exemplar(self) -> str:
+        """The trace id, where there is a trace to find by it."""
+        return self.trace_id if self._records else ""
+
     def accepted(self, sampling: SamplingParams, num_prompt_tokens: int, num_resumed_tokens: int) -> None:
         """What it will be run with."""
+        if not self._records:
+            return
         self.span.set_attributes(
             {
                 names.GEN_AI_REQUEST_MAX_TOKENS: sampling.max_tokens,
@@ -62,6 +73,8 @@ class GenerationTrace:
 
     def refused(self, code: Code, now_ns: int, queue_depth: int) -> None:
         """It was not accepted: all its time was spent in the queue."""
+        if not self._records:
+            return
         record_error(self.span, code)
         self._child(names.SPAN_QUEUE, self._arrived_ns, now_ns, {names.QUEUE_DEPTH: queue_depth})
         self._tracing.end(self.span, at_ns=now_ns)
@@ -77,6 +90,8 @@ class GenerationTrace:
         queue_depth: int,
     ) -> None:
         """It has ended; `code` None is success. `queue_depth`: requests admitted when it came."""
+        if not self._records:
+            return
         self.span.set_attributes(
             {
                 names.GEN_AI_RESPONSE_FINISH_REASONS: [choice.finish_reason for choice in choices],
@@ -119,8 +134,6 @@ class GenerationTrace:
             )
 
     def _child(self, name: str, start_ns: int, end_ns: int, attributes: dict[str, int], *, event: str = "") -> None:
-        if not self.span.is_recording():
-            return
         span = self._tracing.start(name, parent=context_of(self.span), attributes=attributes, at_ns=start_ns)
         if event:
             self._tracing.event(span, event, at_ns=start_ns)

@@ -13,7 +13,7 @@ import math
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
-from engine import StepOutput, TokenOutput
+from engine import PlainTokens, StepOutput, TokenOutput
 from service.errors import Code
 
 
@@ -24,24 +24,42 @@ class Signal:
     code: Code
 
 
+class _Run:
+    """Tokens of one choice that followed one another, with nothing else."""
+
+    __slots__ = ("choice", "seq", "token_ids")
+
+    def __init__(self, choice: int, seq: int, token_id: int) -> None:
+        self.choice, self.seq, self.token_ids = choice, seq, [token_id]
+
+
 class Inbox:
-    """What came for one request and was not taken yet, in order. One reader."""
+    """What came for one request and was not taken yet, in order; plain tokens that follow one another as one output. One reader."""
 
-    __slots__ = ("_arrived", "_items", "eager")
+    __slots__ = ("_arrived", "_items", "_request_id", "eager", "run")
 
-    def __init__(self, *, eager: bool = False) -> None:
-        self._items: list[TokenOutput | Signal] = []
+    def __init__(self, request_id: str = "", *, eager: bool = False) -> None:
+        self._request_id = request_id
+        self._items: list[TokenOutput | Signal | _Run] = []
         self._arrived = asyncio.Event()
         self.eager = eager
+        self.run: _Run | None = None
+        """The last that came, when that is one: what follows may be added to it."""
 
     def put(self, item: TokenOutput | Signal) -> None:
         """Adds an item and wakes the reader."""
-        self._items.append(item)
+        self.hold(item)
         self._arrived.set()
 
-    def hold(self, output: TokenOutput) -> None:
-        """Adds an output for whoever wakes the reader next."""
-        self._items.append(output)
+    def hold(self, item: TokenOutput | Signal) -> None:
+        """Adds an item for whoever wakes the reader next."""
+        self._items.append(item)
+        self.run = None
+
+    def begin(self, run: _Run) -> None:
+        """Adds a token that follows no run, for whoever wakes the reader next."""
+        self._items.append(run)
+        self.run = run
 
     def wake(self) -> None:
         """Wakes the reader when something is there."""
@@ -52,8 +70,11 @@ class Inbox:
         """Everything that has come, at least one item; waits for the first."""
         await self._arrived.wait()
         self._arrived.clear()
-        items, self._items = self._items, []
-        return items
+        items, self._items, self.run = self._items, [], None
+        return [self._output(item) if isinstance(item, _Run) else item for item in items]
+
+    def _output(self, run: _Run) -> TokenOutput:
+        return TokenOutput(request_id=self._request_id, choice=run.choice, seq=run.seq, token_ids=tuple(run.token_ids))
 
 
 class Streams:
@@ -89,7 +110,7 @@ class Streams:
         """
         if request_id in self._inboxes:
             raise ValueError(f"request {request_id} is open already")
-        inbox = self._inboxes[request_id] = Inbox(eager=eager or not self._pace_s)
+        inbox = self._inboxes[request_id] = Inbox(request_id, eager=eager or not self._pace_s)
         if self._ended:
             inbox.put(Signal("engine_failed"))
         return inbox
@@ -105,6 +126,7 @@ class Streams:
                 # Ends that the supervisor gives stand for no step.
                 if self._on_step is not None and step.stats.step:
                     self._on_step(step)
+                self._say(step.plain)
                 for output in step.outputs:
                     inbox = self._inboxes.get(output.request_id)
                     if inbox is not None:
@@ -126,6 +148,24 @@ class Streams:
         else:
             inbox.hold(output)
             self._held[inbox] = None
+
+    def _say(self, plain: PlainTokens) -> None:
+        inboxes, held = self._inboxes, self._held
+        for request_id, choice, seq, token_id in zip(
+            plain.request_ids, plain.choices, plain.seqs, plain.token_ids, strict=True
+        ):
+            inbox = inboxes.get(request_id)
+            if inbox is None:
+                continue
+            run = inbox.run
+            if run is not None and run.choice == choice:
+                run.token_ids.append(token_id)
+                continue
+            inbox.begin(_Run(choice, seq, token_id))
+            if inbox.eager:
+                inbox.wake()
+            else:
+                held[inbox] = None
 
     def _wake_in_time(self) -> None:
         """After a step: wakes who is held, or sees to it that somebody will."""

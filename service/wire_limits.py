@@ -5,6 +5,7 @@ numbers are the engine's (`SamplingParams`), and context length is admission's.
 """
 
 import math
+import operator
 from dataclasses import fields
 
 from service.contract import PromptRequest, SamplingFields
@@ -20,6 +21,8 @@ MAX_ROLE_BYTES = 64
 UINT32_MAX = 2**32 - 1
 INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
 UINT64_MAX = 2**64 - 1
+_SAMPLING_NAMES = tuple(field.name for field in fields(SamplingFields))
+_sampling_values = operator.attrgetter(*_SAMPLING_NAMES)
 
 
 def invalid(field: str, message: str) -> RequestError:
@@ -88,9 +91,8 @@ def _check_sampling(sampling: SamplingFields) -> None:
         if len(stop) > MAX_STOP_CHARACTERS:
             raise invalid(f"sampling.stop[{index}]", f"is {len(stop)} characters long; at most {MAX_STOP_CHARACTERS}")
         check_text(f"sampling.stop[{index}]", stop)
-    for field in fields(sampling):
-        value = getattr(sampling, field.name)
+    for name, value in zip(_SAMPLING_NAMES, _sampling_values(sampling), strict=True):
         if isinstance(value, float) and not math.isfinite(value):
-            raise invalid(f"sampling.{field.name}", "must be a finite number")
+            raise invalid(f"sampling.{name}", "must be a finite number")
     if any(not math.isfinite(bias) for bias in sampling.logit_bias.values()):
         raise invalid("sampling.logit_bias", "must hold finite numbers")

@@ -102,6 +102,8 @@ async def _serve(settings: Settings, model_dir: Path, as_json: bool) -> None:
     # What starting made lives as long as the process: a collection that walked it all would hold every stream up.
     gc.collect()
     gc.freeze()
+    # A prompt makes thousands of short-lived objects and no cycles to speak of: looked for less often, at a few megabytes.
+    gc.set_threshold(20_000, 20, 20)
     _announce(app, endpoints, settings, as_json)
     await waiting
     output.err.print(f"draining (up to {settings.admin.drain_grace_s:g} s; once more ends at once) …")

@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import math
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -129,7 +129,7 @@ class ChunkWriter:
                 self._wake.set()
             self._waiting[stream] = None
 
-    async def send(self, source: Source, media_type: str, message: ChunkMessage) -> Awaitable[int]:
+    async def send(self, source: Source, media_type: str, message: ChunkMessage) -> "asyncio.Future[int]":
         """Hands one record over; the answer is its offset."""
         return await self._output.send(chunk_record(self._topic, source, message, media_type))
 
@@ -174,8 +174,9 @@ class ChunkStream:
         self._pending: dict[int, list[Delta]] = {}
         self._gathered = 0
         self._any_written = False
-        self._unanswered: deque[tuple[ChunkMessage, Awaitable[int]]] = deque()
-        self._settling: asyncio.Task[None] | None = None
+        self._unanswered: deque[tuple[ChunkMessage, asyncio.Future[int]]] = deque()
+        self._answered = asyncio.Event()
+        self._answered.set()
         self._empty = asyncio.Event()
         self._empty.set()
         self._closed = self._dropped = self._opened = False
@@ -215,8 +216,7 @@ class ChunkStream:
         if not self._empty.is_set():
             self._writer.ready(self, urgent=True)
         await self._empty.wait()
-        while self._settling is not None:
-            await asyncio.wait({self._settling})
+        await self._answered.wait()
 
     def hand_over(self) -> None:
         """Ends the attempt for another owner to go on: what was said is written with a mark behind it; never waits."""
@@ -273,26 +273,26 @@ class ChunkStream:
                 continue
             self.num_written += 1
             self._unanswered.append((message, acknowledged))
-            if self._settling is None:
-                self._settling = asyncio.create_task(self._settle(), name="chunk acknowledgements")
+            self._answered.clear()
+            acknowledged.add_done_callback(self._settle)
             return
 
-    async def _settle(self) -> None:
-        try:
-            while self._unanswered:
-                message, acknowledged = self._unanswered.popleft()
-                try:
-                    offset = await acknowledged
-                except (RequestError, KafkaError) as error:
-                    _log.warning("a chunk was refused", request_id=self._source.request_id, error=type(error).__name__)
-                else:
-                    self._written(offset + 1)
-                    if self._writer.listener is not None:
-                        self._writer.listener.acknowledged(self._source, message, offset)
-                if isinstance(message, events_pb2.Handover):
-                    self._writer.handing_over(self, False)
-        finally:
-            self._settling = None
+    def _settle(self, _: "asyncio.Future[int]") -> None:
+        """Takes the answers that have come, in the order of the records."""
+        while self._unanswered and self._unanswered[0][1].done():
+            message, acknowledged = self._unanswered.popleft()
+            error = None if acknowledged.cancelled() else acknowledged.exception()
+            if error is not None or acknowledged.cancelled():
+                _log.warning("a chunk was refused", request_id=self._source.request_id, error=type(error).__name__)
+            else:
+                offset = acknowledged.result()
+                self._written(offset + 1)
+                if self._writer.listener is not None:
+                    self._writer.listener.acknowledged(self._source, message, offset)
+            if isinstance(message, events_pb2.Handover):
+                self._writer.handing_over(self, False)
+        if not self._unanswered:
+            self._answered.set()
 
     def _announce(self, *, urgent: bool) -> None:
         if self._closed:

@@ -108,7 +108,8 @@ def read_prompt(record: InRecord, *, trust_tenant: bool = False) -> ReadPrompt:
     if len(headers.get(HEADER_IDEMPOTENCY, b"")) > MAX_HEADER_BYTES:
         raise invalid(f"headers.{HEADER_IDEMPOTENCY}", f"is longer than {MAX_HEADER_BYTES} bytes")
     prompt = wire.prompt_from_bytes(record.value or b"", _text(headers, HEADER_CONTENT_TYPE))
-    prompt = replace(prompt, label=prompt.label or label)
+    if label and not prompt.label:
+        prompt = replace(prompt, label=label)
     if prompt.sampling.seed is None:
         seed = derived_seed(Source(topic=record.topic, partition=record.partition, offset=record.offset))
         prompt = replace(prompt, sampling=replace(prompt.sampling, seed=seed))

@@ -81,6 +81,7 @@ class PromptHandler:
         self._chunks = chunks
         self._cancels, self._result_keys = cancels, result_keys
         self._section, self._classes = section, topics.classes
+        self._tenants = {topic: section.tenant_of(topic) for topic in topics.classes}
         listener = None if chunks is None else chunks.listener
         self._terminals = Terminals(
             topics, max_bytes=section.max_result_bytes, spans=spans, metrics=metrics, wall_ns=wall_ns, listener=listener
@@ -122,27 +123,26 @@ class PromptHandler:
         links = tracing.link_to(creator, is_parent=True)
         if said is not None:
             links += tracing.link_to(tracing.extract([("traceparent", said.traceparent)]))
-        return self._spans.start(
-            names.SPAN_PROCESS,
-            kind=SpanKind.CONSUMER,
-            parent=creator,
-            links=links,
-            attributes={
-                names.MESSAGING_SYSTEM: names.SYSTEM_KAFKA,
-                names.MESSAGING_OPERATION_NAME: "process",
-                names.MESSAGING_OPERATION_TYPE: "process",
-                names.MESSAGING_DESTINATION_NAME: record.topic,
-                names.MESSAGING_DESTINATION_PARTITION_ID: str(record.partition),
-                names.MESSAGING_CONSUMER_GROUP_NAME: self._section.group_id,
-                names.MESSAGING_KAFKA_OFFSET: record.offset,
-                names.MESSAGING_KAFKA_MESSAGE_TOMBSTONE: record.value is None,
-                names.MESSAGING_MESSAGE_BODY_SIZE: len(record.value or b""),
-                names.REQUEST_ID: envelope.request_id,
-                names.LABEL: envelope.label,
-                names.EPOCH: taken.owned.epoch,
-                names.ATTEMPT: taken.attempt,
-            },
-        )
+        span = self._spans.start(names.SPAN_PROCESS, kind=SpanKind.CONSUMER, parent=creator, links=links)
+        if span.is_recording():
+            span.set_attributes(
+                {
+                    names.MESSAGING_SYSTEM: names.SYSTEM_KAFKA,
+                    names.MESSAGING_OPERATION_NAME: "process",
+                    names.MESSAGING_OPERATION_TYPE: "process",
+                    names.MESSAGING_DESTINATION_NAME: record.topic,
+                    names.MESSAGING_DESTINATION_PARTITION_ID: str(record.partition),
+                    names.MESSAGING_CONSUMER_GROUP_NAME: self._section.group_id,
+                    names.MESSAGING_KAFKA_OFFSET: record.offset,
+                    names.MESSAGING_KAFKA_MESSAGE_TOMBSTONE: record.value is None,
+                    names.MESSAGING_MESSAGE_BODY_SIZE: len(record.value or b""),
+                    names.REQUEST_ID: envelope.request_id,
+                    names.LABEL: envelope.label,
+                    names.EPOCH: taken.owned.epoch,
+                    names.ATTEMPT: taken.attempt,
+                }
+            )
+        return span
 
     async def _run(self, taken: Taken, said: Said | None, span: Span) -> Ending | None:
         """The ending; None when the record is to be given back."""
@@ -197,7 +197,7 @@ class PromptHandler:
             request_id=taken.request_id,
             transport=TRANSPORT,
             parent=tracing.context_of(span),
-            tenant=read.tenant or self._section.tenant_of(taken.envelope.source.topic),
+            tenant=read.tenant or self._tenants[taken.envelope.source.topic],
             deadline_ns=deadline_ns,
             waits=True,
             weight=WEIGHTS[self._classes.get(taken.envelope.source.topic, "standard")],

@@ -6,7 +6,7 @@ client's sequence numbers no longer fit the broker's: the producer is replaced b
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import structlog
@@ -25,7 +25,7 @@ REQUEST_OVERHEAD_BYTES = 65_536
 class Output(Protocol):
     """Where records go."""
 
-    async def send(self, record: OutRecord) -> Awaitable[int]:
+    async def send(self, record: OutRecord) -> "asyncio.Future[int]":
         """Hands a record over in order; the answer resolves once it is durable, to its offset.
 
         Raises `RequestError` (`result_too_large`) for a record that can never be written, `KafkaError` for what may pass; so does
@@ -43,7 +43,7 @@ class ProducerOutput:
         self._broken = False
         self._lock = asyncio.Lock()
 
-    async def send(self, record: OutRecord) -> Awaitable[int]:
+    async def send(self, record: OutRecord) -> "asyncio.Future[int]":
         producer = await self._current()
         await self._require_partition(producer, record)
         try:
@@ -57,7 +57,10 @@ class ProducerOutput:
                 # Its sender has ended: nothing would ever leave this producer again.
                 self._fail(producer)
             raise
-        return self._acknowledged(record, producer, future)
+        # One of its own: whoever waits may be cancelled; the record is on its way all the same.
+        answer: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        future.add_done_callback(lambda done: self._acknowledged(record, producer, done, answer))
+        return answer
 
     async def close(self, timeout_s: float = 5.0) -> None:
         """Sends what is left for at most `timeout_s`; what is not acknowledged by then is given up. Idempotent."""
@@ -88,16 +91,20 @@ class ProducerOutput:
             producer.client.force_metadata_update()
             raise UnknownTopicOrPartitionError(f"{record.topic} has no partition {record.partition}")
 
-    async def _acknowledged(self, record: OutRecord, producer: AIOKafkaProducer, future: "asyncio.Future[Any]") -> int:
-        try:
-            # Whoever waits may be cancelled; the record is on its way all the same.
-            return int((await asyncio.shield(future)).offset)
-        except MessageSizeTooLargeError as error:
+    def _acknowledged(
+        self, record: OutRecord, producer: AIOKafkaProducer, done: "asyncio.Future[Any]", answer: "asyncio.Future[int]"
+    ) -> None:
+        error = None if done.cancelled() else done.exception()
+        if isinstance(error, KafkaError):
             self._fail(producer)
-            raise _too_large(record) from error
-        except KafkaError:
-            self._fail(producer)
-            raise
+        if answer.done():
+            return
+        if done.cancelled():
+            answer.cancel()
+        elif error is None:
+            answer.set_result(done.result().offset)
+        else:
+            answer.set_exception(_too_large(record) if isinstance(error, MessageSizeTooLargeError) else error)
 
     def _fail(self, producer: AIOKafkaProducer) -> None:
         if producer is self._producer and not self._broken:

@@ -76,18 +76,7 @@ class Terminals:
 
     def completion(self, taken: Taken, span: Span, ending: Ending, release: Callable[[], None]) -> Completion:
         """The terminal records of `ending`. `span` is the prompt's; it ends, and `release` is called, when they are settled."""
-        send = self._spans.start(
-            names.SPAN_SEND_RESULTS,
-            kind=SpanKind.PRODUCER,
-            parent=tracing.context_of(span),
-            attributes={
-                names.MESSAGING_SYSTEM: names.SYSTEM_KAFKA,
-                names.MESSAGING_OPERATION_NAME: "send",
-                names.MESSAGING_OPERATION_TYPE: "send",
-                names.MESSAGING_DESTINATION_NAME: self._topics.results,
-                names.MESSAGING_DESTINATION_PARTITION_ID: str(taken.record.partition),
-            },
-        )
+        send = self._start_send(taken, span)
         trace_headers: Headers = tuple((name, value.encode()) for name, value in tracing.inject(send))
         result = self._result(taken, ending, tracing.trace_id(span))
         first = "" if ending.repeats is None else ending.repeats.request_id
@@ -142,6 +131,20 @@ class Terminals:
         records = (written, *letter(self._max_bytes))
         return self._completion(taken, records, smaller, settled, span, release, written_at)
 
+    def _start_send(self, taken: Taken, span: Span) -> Span:
+        send = self._spans.start(names.SPAN_SEND_RESULTS, kind=SpanKind.PRODUCER, parent=tracing.context_of(span))
+        if send.is_recording():
+            send.set_attributes(
+                {
+                    names.MESSAGING_SYSTEM: names.SYSTEM_KAFKA,
+                    names.MESSAGING_OPERATION_NAME: "send",
+                    names.MESSAGING_OPERATION_TYPE: "send",
+                    names.MESSAGING_DESTINATION_NAME: self._topics.results,
+                    names.MESSAGING_DESTINATION_PARTITION_ID: str(taken.record.partition),
+                }
+            )
+        return send
+
     def _settle_key(self, taken: Taken, stands: int | None) -> None:
         """The prompt's idempotency key is known from now on by a result that stands there (-1: not known where), or (None) is free."""
         key, keys = taken.envelope.idempotency_key, taken.owned.keys
@@ -194,7 +197,8 @@ class Terminals:
         self, envelope: Envelope, result: inference_pb2.Result, trace_headers: Headers, duplicate_of: str
     ) -> tuple[OutRecord, inference_pb2.Result, RequestError | None]:
         """The result within the limit and its record: whole, without logprobs, or as `result_too_large`."""
-        for candidate in (result, without_logprobs(result)):
+        for shrink in (_whole, without_logprobs):
+            candidate = shrink(result)
             # Neither form is smaller than the binary one: what cannot fit is not spelled out, which would hold up the loop.
             if candidate.ByteSize() > self._max_bytes:
                 continue
@@ -223,7 +227,11 @@ class Terminals:
             self._spans.end(span)
             release()
 
-        links = tracing.link_to(tracing.context_of(span))
+        links = tracing.link_to(tracing.context_of(span)) if span.is_recording() else ()
         return Completion(
             owned=owned, offset=offset, records=records, replacement=replacement, settled=end, written=written, links=links
         )
+
+
+def _whole(result: inference_pb2.Result) -> inference_pb2.Result:
+    return result

@@ -24,6 +24,18 @@ _STEP_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.
 _LAG_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Labelled:
+    """The series of one model and transport, looked up once."""
+
+    prompt: Counter
+    cached: Counter
+    said: Counter
+    duration: Histogram
+    first: Histogram
+    per_token: Histogram
+
+
 class RequestMetrics:
     """Requests of every transport: reported by admission and `generation.py`."""
 
@@ -61,28 +73,48 @@ class RequestMetrics:
             names.METRIC_CACHED_PROMPT_TOKENS, "Of them, tokens from the prefix cache", by, registry=registry
         )
         self._said = Counter(names.METRIC_COMPLETION_TOKENS, "Tokens said", by, registry=registry)
-        self._queue = Gauge(names.METRIC_QUEUE_DEPTH, "Requests that wait for admission", registry=registry)
-        self._requests = Gauge(names.METRIC_ADMITTED_REQUESTS, "Requests admitted and unfinished", registry=registry)
-        self._tokens = Gauge(names.METRIC_ADMITTED_TOKENS, "Their prompt + max_tokens", registry=registry)
+        self._by: dict[tuple[str, str], _Labelled] = {}
+        # What changes several times a request is read when somebody asks.
+        self._admission = (0, 0, 0)
+        for place, (name, text) in enumerate(
+            (
+                (names.METRIC_QUEUE_DEPTH, "Requests that wait for admission"),
+                (names.METRIC_ADMITTED_REQUESTS, "Requests admitted and unfinished"),
+                (names.METRIC_ADMITTED_TOKENS, "Their prompt + max_tokens"),
+            )
+        ):
+            Gauge(name, text, registry=registry).set_function(functools.partial(self._now, place))
 
     def finished(
         self, *, model: str, transport: str, usage: Usage, timings: Timings, code: Code | None = None, trace_id: str = ""
     ) -> None:
         """An accepted request has ended; `code` None is success. Durations of failed ones are not mixed into the histograms."""
-        by = (model, transport)
-        self._total.labels(*by, code or "ok").inc()
-        self._prompt.labels(*by).inc(usage.prompt_tokens)
-        self._cached.labels(*by).inc(usage.cached_prompt_tokens)
-        self._said.labels(*by).inc(usage.completion_tokens)
+        by = self._by.get((model, transport))
+        if by is None:
+            by = self._by[model, transport] = self._labelled(model, transport)
+        self._total.labels(model, transport, code or "ok").inc()
+        by.prompt.inc(usage.prompt_tokens)
+        by.cached.inc(usage.cached_prompt_tokens)
+        by.said.inc(usage.completion_tokens)
         if code == "deadline_exceeded":
             self.deadline_missed("running")
         if code is not None:
             return
         exemplar = {names.LOG_TRACE_ID: trace_id} if trace_id else None
-        self._duration.labels(*by).observe(timings.total_ms / 1e3, exemplar)
-        self._first.labels(*by).observe(timings.ttft_ms / 1e3, exemplar)
+        by.duration.observe(timings.total_ms / 1e3, exemplar)
+        by.first.observe(timings.ttft_ms / 1e3, exemplar)
         if usage.completion_tokens > 1:
-            self._per_token.labels(*by).observe(timings.tpot_ms / 1e3, exemplar)
+            by.per_token.observe(timings.tpot_ms / 1e3, exemplar)
+
+    def _labelled(self, model: str, transport: str) -> "_Labelled":
+        return _Labelled(
+            prompt=self._prompt.labels(model, transport),
+            cached=self._cached.labels(model, transport),
+            said=self._said.labels(model, transport),
+            duration=self._duration.labels(model, transport),
+            first=self._first.labels(model, transport),
+            per_token=self._per_token.labels(model, transport),
+        )
 
     def refused(self, *, transport: str, code: Code) -> None:
         """A request was refused before acceptance."""
@@ -96,9 +128,10 @@ class RequestMetrics:
 
     def admission(self, *, waiting: int, requests: int, tokens: int) -> None:
         """The state of admission after a change."""
-        self._queue.set(waiting)
-        self._requests.set(requests)
-        self._tokens.set(tokens)
+        self._admission = (waiting, requests, tokens)
+
+    def _now(self, place: int) -> float:
+        return float(self._admission[place])
 
 
 class EngineMetrics:

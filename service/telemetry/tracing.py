@@ -22,7 +22,7 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.sdk.trace.sampling import ParentBasedTraceIdRatio
-from opentelemetry.trace import Link, NoOpTracerProvider, Span, SpanKind, Status, StatusCode, Tracer
+from opentelemetry.trace import Link, NonRecordingSpan, NoOpTracerProvider, Span, SpanKind, Status, StatusCode, Tracer
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from opentelemetry.util.types import AttributeValue
 
@@ -97,7 +97,15 @@ class Tracing:
         links: Sequence[Link] = (),
         at_ns: int = 0,
     ) -> Span:
-        """A started span, not current. `parent` None begins a trace; `at_ns` is a monotonic stamp, 0 for now. End it with `end`."""
+        """A started span, not current. `parent` None begins a trace; `at_ns` is a monotonic stamp, 0 for now. End it with `end`.
+
+        Attributes that are costly to make are better set once it is known that it `is_recording`.
+        """
+        if parent is not None:
+            above = trace.get_current_span(parent).get_span_context()
+            if above.is_valid and not above.trace_flags.sampled:
+                # Nothing below it is sampled either; the SDK would take ten times as long to say so.
+                return NonRecordingSpan(above)
         return self.tracer.start_span(
             name,
             # None would mean the ambient context to the SDK, which Sluice never uses.
@@ -170,14 +178,20 @@ def extract(headers: Headers) -> Context:
 
 def inject(span: Span) -> list[tuple[str, str]]:
     """`traceparent` (and `tracestate`) for whoever continues after `span`; empty when there is no trace."""
-    carrier: dict[str, str] = {}
-    _propagator.inject(carrier, context_of(span))
-    return list(carrier.items())
+    if span.get_span_context().trace_state:
+        carrier: dict[str, str] = {}
+        _propagator.inject(carrier, context_of(span))
+        return list(carrier.items())
+    header = traceparent(span)
+    return [("traceparent", header)] if header else []
 
 
 def traceparent(span: Span) -> str:
     """The W3C traceparent of a span, "" without a trace."""
-    return dict(inject(span)).get("traceparent", "")
+    context = span.get_span_context()
+    if not context.is_valid:
+        return ""
+    return f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"
 
 
 def context_of(span: Span) -> Context:

@@ -47,7 +47,7 @@ class Ours:
             self._engine.add(Request(request_id=f"{self._runs}-{i}", prompt_token_ids=tuple(prompt), sampling=sampling))
         said = 0
         while said < new_tokens * len(prompts):
-            said += sum(len(output.token_ids) for output in self._engine.step().outputs)
+            said += sum(len(output.token_ids) for output in self._engine.step().every())
 
 
 class Transformers:

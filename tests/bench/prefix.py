@@ -33,7 +33,7 @@ def first_token_ms(engine: Engine, name: str, prompt: list[int]) -> tuple[float,
         nonlocal cached
         engine.add(Request(request_id=name, prompt_token_ids=tuple(prompt), sampling=sampling))
         while True:
-            for output in engine.step().outputs:
+            for output in engine.step().every():
                 if output.facts is not None:
                     cached = output.facts.num_cached_tokens
                 if output.token_ids:

@@ -47,7 +47,7 @@ def offline(engine: Engine, prompts: Prompts, arguments: argparse.Namespace, blo
         while waiting and running < arguments.concurrent:
             engine.add(waiting.pop())
             running += 1
-        done = sum(output.finish_reason is not None for output in engine.step().outputs)
+        done = sum(output.finish_reason is not None for output in engine.step().every())
         running, ended = running - done, ended + done
     return time.perf_counter() - start
 

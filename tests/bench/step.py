@@ -150,7 +150,7 @@ def _beside(said: list[StepOutput], pieces: Tokenization) -> dict[str, float]:
         list(decoder.feed(frame))
     decoded = time.perf_counter()
     for step in said:
-        for output in step.outputs:
+        for output in step.every():
             for token_id in output.token_ids:
                 detokenizers[output.request_id].push(token_id)
     ended = time.perf_counter()
@@ -171,7 +171,7 @@ async def behind_the_socket(config: EngineConfig, batches: list[int], steps: int
         ended, cpu_s = 0, 0.0
         while ended < batch:
             step = await anext(outputs)
-            ended += sum(output.finish_reason is not None for output in step.outputs)
+            ended += sum(output.finish_reason is not None for output in step.every())
             if step.stats.num_decode_tokens == batch and not step.stats.num_prefill_tokens and not ended:
                 cpu_s = cpu_s or time.process_time()
                 stamps.append((step.stats.started_ns, step.stats.ended_ns))

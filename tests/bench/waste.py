@@ -63,7 +63,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                 next_id += 1
                 running += 1
             step = engine.step()
-            done = sum(output.finish_reason is not None for output in step.outputs)
+            done = sum(output.finish_reason is not None for output in step.every())
             running, ended = running - done, ended + done
             steps += 1
             held += step.stats.num_used_blocks * arguments.block_size

@@ -66,7 +66,7 @@ class Wire:
             if not isinstance(output, StepOutput):
                 raise AssertionError(f"{output!r} instead of a step")
             steps.append(output)
-            listener.hear(output.outputs)
+            listener.hear(output.every())
         return steps
 
     def run(self, requests: list[Request]) -> Listener:

@@ -55,7 +55,7 @@ def step(engine: Engine | StandInEngine, listener: Listener) -> None:
     """One step, heard."""
     output = engine.step()
     listener.stats.append(output.stats)
-    listener.hear(output.outputs)
+    listener.hear(output.every())
 
 
 def run(engine: Engine | StandInEngine, requests: Sequence[Request]) -> Listener:

@@ -162,4 +162,4 @@ def test_a_fault_waits_for_its_step() -> None:
     engine.step()
     with pytest.raises(RuntimeError):
         engine.step()
-    assert len(engine.step().outputs) == 1
+    assert len(engine.step().every()) == 1

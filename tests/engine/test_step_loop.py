@@ -59,7 +59,7 @@ def _finish(loop: StepLoop, max_steps: int = 2000) -> dict[str, list[TokenOutput
     for _ in range(max_steps):
         if not loop.has_work:
             return heard
-        for output in loop.step().outputs:
+        for output in loop.step().every():
             heard.setdefault(output.request_id, []).append(output)
     raise AssertionError("work left")
 

@@ -67,7 +67,7 @@ def test_a_step_without_tokens_is_heard_too() -> None:
         engine.hello()
         engine.send(_ask(max_tokens=3))
         steps = engine.hear(Listener(), 1)
-        assert any(not output.outputs for output in steps)
+        assert any(not output.every() for output in steps)
         assert [output.stats.step for output in steps] == list(range(1, len(steps) + 1))
 
 

@@ -122,4 +122,4 @@ class FakeEngine:
             logprobs=logprobs,
             facts=facts,
         )
-        self._outputs.put_nowait(StepOutput(outputs=(output,), stats=stats(self._step)))
+        self._outputs.put_nowait(StepOutput(outputs=(output,), stats=stats(self._step)).packed())

@@ -35,7 +35,7 @@ class Listener:
 
     async def _read(self, process: EngineProcess) -> None:
         async for step in process.outputs():
-            for output in step.outputs:
+            for output in step.every():
                 key = (output.request_id, output.choice)
                 said = self.tokens.setdefault(key, [])
                 assert key not in self.ends, "nothing may follow a finish reason"

@@ -133,7 +133,8 @@ async def test_every_way_to_fail_has_a_span_with_an_error(bench: Bench, how: str
     assert "queue" in bench.spans()
 
 
-async def test_one_line_a_finished_request_without_its_text(bench: Bench) -> None:
+async def test_one_line_a_finished_request_without_its_text(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="service.generation_run")
     with structlog.testing.capture_logs() as lines:
         stream = await bench.start("hello secret")
         bench.engine.say("r", *ids("answer"), finish="length")

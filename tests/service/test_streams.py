@@ -1,12 +1,12 @@
 """Who is woken when: first and last tokens at once, the others together."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 
 import pytest
 
-from engine import StepOutput, TokenOutput
+from engine import StepOutput, TokenLogprobs, TokenOutput
 from service.streams import Inbox, Signal, Streams
 from tests.service.fake_engine import facts, stats
 
@@ -33,7 +33,7 @@ class Steps:
 
     async def give(self, *outputs: TokenOutput) -> None:
         """One step, dispatched when this returns."""
-        self._queue.put_nowait(StepOutput(outputs=outputs, stats=stats(next(self._numbers))))
+        self._queue.put_nowait(StepOutput(outputs=outputs, stats=stats(next(self._numbers))).packed())
         for _ in range(5):
             await asyncio.sleep(0)
 
@@ -59,7 +59,13 @@ async def taken(inbox: Inbox) -> list[int]:
     if not task.done():
         task.cancel()
         return []
-    return [item.seq for item in task.result() if isinstance(item, TokenOutput)]
+    return positions(task.result())
+
+
+def positions(items: Sequence[TokenOutput | Signal]) -> list[int]:
+    """Of each token."""
+    outputs = [item for item in items if isinstance(item, TokenOutput)]
+    return [output.seq + index for output in outputs for index in range(len(output.token_ids))]
 
 
 async def test_first_and_last_tokens_wake_at_once_and_bring_what_was_held() -> None:
@@ -87,7 +93,7 @@ async def test_readers_are_woken_together_when_the_pace_has_passed() -> None:
         for inbox in inboxes:
             seen: list[int] = []
             while len(seen) < 20:
-                seen += [item.seq for item in await inbox.take() if isinstance(item, TokenOutput)]
+                seen += positions(await inbox.take())
             assert seen == list(range(20))
 
 
@@ -120,7 +126,8 @@ async def test_a_signal_wakes_at_once_and_comes_after_what_was_held() -> None:
         await steps.give(output("a", 1))
         await steps.give(output("a", 2))
         inbox.put(Signal("cancelled"))
-        assert [getattr(item, "seq", "signal") for item in await inbox.take()] == [0, 1, 2, "signal"]
+        items = await inbox.take()
+    assert (positions(items), items[-1]) == ([0, 1, 2], Signal("cancelled"))
 
 
 async def test_when_the_engine_ends_every_reader_is_told() -> None:
@@ -134,3 +141,46 @@ async def test_when_the_engine_ends_every_reader_is_told() -> None:
     await streams.run(nothing())
     assert await inbox.take() == [Signal("engine_failed")]
     assert await streams.open("b").take() == [Signal("engine_failed")]
+
+
+def more(seq: int, choice: int = 0, **fields: object) -> TokenOutput:
+    return TokenOutput(request_id="a", choice=choice, seq=seq, token_ids=(seq,), **fields)  # type: ignore[arg-type]
+
+
+async def test_tokens_of_one_choice_that_follow_one_another_come_as_one_output() -> None:
+    streams = Streams(pace_s=LONG_S)
+    inbox = streams.open("a")
+    async with dispatching(streams) as steps:
+        for seq in (3, 4, 5):
+            await steps.give(more(seq))
+        assert await inbox.take() == [TokenOutput(request_id="a", choice=0, seq=3, token_ids=(3, 4, 5))]
+
+
+async def test_whatever_says_more_than_its_tokens_stays_by_itself_and_in_its_place() -> None:
+    streams = Streams(pace_s=LONG_S)
+    inbox = streams.open("a")
+    first, scored = more(0, facts=facts(1, 1, 1)), more(3, logprobs=(TokenLogprobs(token_id=3, logprob=-1.0),))
+    last = more(6, finish_reason="length")
+    async with dispatching(streams) as steps:
+        for output in (first, more(1), more(2)):
+            await steps.give(output)
+        inbox.put(Signal("cancelled"))
+        for output in (scored, more(4), more(5), last):
+            await steps.give(output)
+        assert await inbox.take() == [
+            first,
+            TokenOutput(request_id="a", choice=0, seq=1, token_ids=(1, 2)),
+            Signal("cancelled"),
+            scored,
+            TokenOutput(request_id="a", choice=0, seq=4, token_ids=(4, 5)),
+            last,
+        ]
+
+
+async def test_choices_are_never_mixed() -> None:
+    streams = Streams(pace_s=LONG_S)
+    inbox = streams.open("a")
+    outputs = [more(1), more(1, choice=1), more(2)]
+    async with dispatching(streams) as steps:
+        await steps.give(*outputs)
+        assert await inbox.take() == outputs

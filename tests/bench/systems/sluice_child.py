@@ -37,7 +37,7 @@ class SluiceChild:
             )
         ended = 0
         while ended < len(prompts):
-            outputs = (await anext(self._outputs)).outputs
+            outputs = (await anext(self._outputs)).every()
             recorder.step({int(output.request_id.split("-")[1]): len(output.token_ids) for output in outputs})
             for output in outputs:
                 said[int(output.request_id.split("-")[1])] += output.token_ids

@@ -30,7 +30,7 @@ class Sluice:
             self._engine.add(Request(request_id=f"{self._runs}-{i}", prompt_token_ids=tuple(prompt), sampling=sampling))
         ended = 0
         while ended < len(prompts):
-            outputs = self._engine.step().outputs
+            outputs = self._engine.step().every()
             recorder.step({int(output.request_id.split("-")[1]): len(output.token_ids) for output in outputs})
             for output in outputs:
                 said[int(output.request_id.split("-")[1])] += output.token_ids

@@ -24,7 +24,7 @@ def _said(engine: Engine, lengths: list[int]) -> dict[str, list[tuple[int, float
         sampling = SamplingParams(max_tokens=6 + 9 * i, seed=0, temperature=0.0, ignore_eos=True, logprobs=0)
         engine.add(Request(request_id=str(i), prompt_token_ids=prompt, sampling=sampling))
     while engine.has_work:
-        for output in engine.step().outputs:
+        for output in engine.step().every():
             found = output.logprobs or ()
             said.setdefault(output.request_id, []).extend((one.token_id, one.logprob) for one in found)
     return said

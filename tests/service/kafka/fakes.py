@@ -1,7 +1,7 @@
 """Stand-ins for what the Kafka transport leans on: a generation that can be held, refused or broken, and a recorded output."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from service.contract import (
@@ -159,11 +159,12 @@ class FakeOutput:
     def release(self) -> None:
         self._gate.set()
 
-    async def send(self, record: OutRecord) -> Awaitable[int]:
+    async def send(self, record: OutRecord) -> "asyncio.Future[int]":
         if self.errors:
             raise self.errors.pop(0)
         self.sent.append(record)
-        return self._answer(len(self.sent) - 1, self.answers.pop(0) if self.answers else None)
+        answer = self._answer(len(self.sent) - 1, self.answers.pop(0) if self.answers else None)
+        return asyncio.ensure_future(answer)
 
     async def _answer(self, offset: int, error: Exception | None) -> int:
         await self._gate.wait()
