@@ -4,13 +4,16 @@ Guarantees: a line inside a trace carries its trace id; fields that may hold pro
 `logging.capture_content` is on; fields named like a secret are redacted always, at any depth. A line is one write.
 """
 
+import json
 import logging
 import sys
 import traceback
 from collections.abc import Mapping, MutableMapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TextIO
 
+import msgspec
 import structlog
 from opentelemetry.trace import Span, format_span_id, format_trace_id
 from structlog.typing import EventDict, Processor
@@ -42,7 +45,9 @@ def configure(section: LoggingSection, stream: TextIO | None = None, *, quiet: b
         structlog.processors.format_exc_info if not console else _keep,
         Redactor(capture_content=section.capture_content),
     ]
-    renderer: Processor = structlog.dev.ConsoleRenderer(colors=out.isatty()) if console else structlog.processors.JSONRenderer()
+    renderer: Processor = (
+        structlog.dev.ConsoleRenderer(colors=out.isatty()) if console else structlog.processors.JSONRenderer(_to_json)
+    )
     formatter = structlog.stdlib.ProcessorFormatter(
         foreign_pre_chain=[structlog.stdlib.add_logger_name, *shared],
         processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
@@ -104,6 +109,21 @@ def _trace_ids(logger: object, method: str, event: EventDict) -> EventDict:
     return event
 
 
+@lru_cache(maxsize=1024)
+def _kind(key: str) -> tuple[bool, bool]:
+    """Whether a field of this name is a secret, and whether it may hold text."""
+    lowered = key.lower().replace("-", "_")
+    return any(word in lowered for word in names.SECRET_LOG_WORDS), lowered in names.TEXT_LOG_FIELDS
+
+
+def _to_json(event: EventDict, **_: object) -> str:
+    try:
+        return msgspec.json.encode(event, enc_hook=repr).decode()
+    except UnicodeEncodeError:
+        # Half of a surrogate pair, as in a file's name that is no UTF-8.
+        return json.dumps(event, default=repr)
+
+
 class Redactor:
     """A structlog processor that replaces what must not be logged by `REDACTED`; the fields stay, so that their absence is seen."""
 
@@ -114,11 +134,11 @@ class Redactor:
         return {key: value if key == "event" else self._clean(key, value, 0) for key, value in event.items()}
 
     def _clean(self, key: str, value: Any, depth: int) -> Any:
-        lowered = key.lower().replace("-", "_")
-        if any(word in lowered for word in names.SECRET_LOG_WORDS):
+        is_secret, is_text = _kind(key)
+        if is_secret:
             return REDACTED
         # A number says nothing of the text: `tokens=12` is a count.
-        if not self._capture_content and lowered in names.TEXT_LOG_FIELDS and not isinstance(value, int | float | None):
+        if is_text and not self._capture_content and not isinstance(value, int | float | None):
             return REDACTED
         if isinstance(value, Mapping):
             if depth == _MAX_DEPTH:

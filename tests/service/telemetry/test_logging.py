@@ -46,6 +46,15 @@ def test_a_console_line_is_for_people(restored):
     assert "total_ms=3.5" in out.getvalue()
 
 
+def test_whatever_a_field_holds_the_line_is_json(lines):
+    log = structlog.get_logger("mine")
+    log.warning("odd", what=object, number=float("nan"))
+    log.warning("no UTF-8", file="\udce9.json", what=object)
+    first, second = lines()
+    assert (first["what"], first["number"]) == ("<class 'object'>", None)
+    assert (second["what"], second["file"]) == ("<class 'object'>", "\udce9.json")
+
+
 def test_standard_library_lines_come_in_the_same_format(lines):
     logging.getLogger("aiokafka.consumer").warning("lost %s", "it")
     (line,) = lines()
