@@ -24,7 +24,7 @@ class LiveRequest:
         """Tokens that stand before the first message, one number a choice."""
         self.traceparent = ""
         """Of the latest attempt."""
-        self._changed = asyncio.Event()
+        self._waiting: list[asyncio.Future[None]] = []
 
     def add(self, message: ChunkMessage | Terminal) -> None:
         """The next message."""
@@ -53,18 +53,21 @@ class LiveRequest:
         """All of them from the first on, as they come; a `Terminal` is the last. Ends without one when the request went elsewhere."""
         taken = 0
         while True:
-            changed = self._changed
             while taken < len(self._messages):
                 taken += 1
                 yield self._messages[taken - 1]
             if self._over:
                 return
-            await changed.wait()
+            changed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiting.append(changed)
+            await changed
 
     def _notify(self) -> None:
-        # Each change wakes all who wait now; whoever waits later waits for the next one.
-        self._changed.set()
-        self._changed = asyncio.Event()
+        # Nobody waits for most of them.
+        waiting, self._waiting = self._waiting, []
+        for changed in waiting:
+            if not changed.done():
+                changed.set_result(None)
 
 
 class LiveRequests:
