@@ -80,9 +80,6 @@ class PlainTokens:
         if not len(self.request_ids) == len(self.choices) == len(self.seqs) == len(self.token_ids):
             raise ValueError("the columns differ in length")
 
-    def __len__(self) -> int:
-        return len(self.request_ids)
-
     def outputs(self) -> Iterator[TokenOutput]:
         """The same as objects."""
         for request_id, choice, seq, token_id in zip(self.request_ids, self.choices, self.seqs, self.token_ids, strict=True):
@@ -98,9 +95,6 @@ class PlainColumns:
         self._request_ids, self._choices = list(first.request_ids), list(first.choices)
         self._seqs, self._token_ids = list(first.seqs), list(first.token_ids)
 
-    def __len__(self) -> int:
-        return len(self._request_ids)
-
     def add(self, request_id: str, choice: int, seq: int, token_id: int) -> None:
         """The next token."""
         self._request_ids.append(request_id)
@@ -110,10 +104,14 @@ class PlainColumns:
 
     def take(self) -> PlainTokens:
         """What was gathered; begins anew."""
-        columns = (self._request_ids, self._choices, self._seqs, self._token_ids)
+        taken = PlainTokens(
+            request_ids=tuple(self._request_ids),
+            choices=tuple(self._choices),
+            seqs=tuple(self._seqs),
+            token_ids=tuple(self._token_ids),
+        )
         self._request_ids, self._choices, self._seqs, self._token_ids = [], [], [], []
-        request_ids, choices, seqs, token_ids = columns
-        return PlainTokens(request_ids=tuple(request_ids), choices=tuple(choices), seqs=tuple(seqs), token_ids=tuple(token_ids))
+        return taken
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -38,7 +38,7 @@ class Inbox:
 
     __slots__ = ("_arrived", "_items", "_request_id", "eager", "run")
 
-    def __init__(self, request_id: str = "", *, eager: bool = False) -> None:
+    def __init__(self, request_id: str, *, eager: bool = False) -> None:
         self._request_id = request_id
         self._items: list[TokenOutput | Signal | _Run] = []
         self._arrived = asyncio.Event()
