@@ -146,13 +146,20 @@ def running(name: str = "kafka", jvm_flags: tuple[str, ...] = KafkaServer.jvm_fl
     with tied_directory("sluice-kafka-") as directory:
         server = KafkaServer(directory)
         server.jvm_flags = jvm_flags
-        try:
-            server.start()
+        with started(server, name):
             yield server
-        finally:
-            server.stop()
-            # A fixture does not learn whether its tests passed, so the log is always kept.
-            keep_log(server, name)
+
+
+@contextmanager
+def started(server: KafkaServer, name: str) -> Iterator[None]:
+    """Runs a broker; its log stays."""
+    try:
+        server.start()
+        yield
+    finally:
+        server.stop()
+        # A fixture does not learn whether its tests passed, so the log is always kept.
+        keep_log(server, name)
 
 
 def keep_log(server: KafkaServer, name: str) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.servers.kafka import SHORT_LIVED, KafkaServer, ServerError, free_port, keep_log, new_id
+from tests.servers.kafka import SHORT_LIVED, KafkaServer, ServerError, free_port, new_id, started
 from tests.servers.tied import tied_directory
 
 USER, PASSWORD = "sluice", "correct horse battery=staple"
@@ -129,9 +129,5 @@ def running(name: str = "secure-kafka") -> Iterator[SecureKafka]:
     """A fresh broker, ended and removed at the end; the log of the last one stays as tests/.logs/<name>.log."""
     with tied_directory("sluice-secure-kafka-") as directory:
         server = SecureKafka(directory)
-        try:
-            server.start()
+        with started(server, name):
             yield server
-        finally:
-            server.stop()
-            keep_log(server, name)
