@@ -12,6 +12,7 @@ EngineKind = Literal["paged", "stand-in"]
 LoadFormat = Literal["auto", "safetensors", "dummy"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Policy = Literal["fcfs", "priority"]
+Overlap = Literal["auto", "on", "off"]
 Quantize = Literal["", "int8", "int4"]
 CpuIsa = Literal["auto", "torch", "scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16"]
 
@@ -73,6 +74,10 @@ class EngineConfig:
 
     enable_prefix_cache: bool = True
     """Blocks of equal prefixes (and equal salt) are computed once."""
+
+    overlap: Overlap = "auto"
+    """Whether the next step is decided and launched before the tokens of this one are known: `auto` on a GPU, which then never waits
+    for the host; a request that arrives meanwhile enters one step later. On a CPU the host's work takes cores that compute."""
 
     policy: Policy = "fcfs"
     """Who runs next: `fcfs` by arrival, `priority` by priority, then arrival."""

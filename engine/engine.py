@@ -1,9 +1,9 @@
 """Tokens in, tokens out: one model, one scheduler, one runner, stepped by whoever owns the thread.
 
-`step` = schedule, launch, collect, update (`step_loop`, `execution/runner`). Synchronous: no I/O, no threads of its own, no
-waiting for a reader (I10). What a caller asks wrongly raises a typed error from `add`; what goes wrong in a step ends the
-requests that it concerns and no other. Any other exception from `step` means that the engine cannot go on. Composition only: what
-is built of what stands here, and nothing else.
+`step` = schedule, launch, collect, update, and on a GPU the step after is launched in between (`step_loop`, `execution/runner`).
+Synchronous: no I/O, no threads of its own, no waiting for a reader (I10). What a caller asks wrongly raises a typed error from `add`;
+what goes wrong in a step ends the requests that it concerns and no other. Any other exception from `step` means that the engine cannot
+go on. Composition only: what is built of what stands here, and nothing else.
 """
 
 import os
@@ -100,6 +100,7 @@ class Engine:
             block_size=config.block_size,
             vocab_size=spec.vocab_size,
             operators=operators,
+            overlap=config.overlap == "on" or (config.overlap == "auto" and device.type == "cuda"),
         )
         scheduler = Scheduler(
             SchedulerConfig(

@@ -1,4 +1,4 @@
-"""One step after another: schedule, execute, update, and what happens when the device has no memory for a step.
+"""One step after another: schedule, launch, collect, update, and what happens when the device has no memory for a step.
 
 Guarantees (reliability rule 5): a step without memory is decided and run once more with the prefix cache dropped and half the token
 budget; if that does not help, the largest request of the step ends with `out_of_memory`, and so on until a step fits or
@@ -6,7 +6,7 @@ nothing is left. Others go on with the same tokens. Torch-free; knows no model a
 """
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 from engine.errors import OutOfMemoryError
 from engine.output import StepOutput, StepStats
@@ -15,6 +15,8 @@ from engine.scheduling.config import SchedulerStats
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.step import StepPlan, StepResult
 
+Plan = TypeVar("Plan", StepPlan, StepPlan | None)
+
 CALM_STEPS = 256
 """Steps without lack of memory after which a shrunk token budget doubles again."""
 
@@ -22,8 +24,17 @@ CALM_STEPS = 256
 class Executor(Protocol):
     """What runs a plan; the `Runner` in production."""
 
-    def execute(self, plan: StepPlan) -> StepResult:
-        """Raises `OutOfMemoryError`; the plan may then be retracted."""
+    @property
+    def overlaps(self) -> bool:
+        """Whether a step computes by itself once it is launched, so that the next should be launched before it is collected."""
+        ...
+
+    def launch(self, plan: StepPlan) -> Any:
+        """Starts the plan, behind those launched before. Raises `OutOfMemoryError`; the plan may then be retracted."""
+        ...
+
+    def collect(self, launched: Any) -> StepResult:
+        """Waits for a plan, in the order of launches."""
         ...
 
     def release_memory(self) -> None:
@@ -42,6 +53,8 @@ class StepLoop:
         self._calm = 0
         self._step = 0
         self._counted = scheduler.stats()
+        self._launched: tuple[StepPlan, Any] | None = None
+        self._schedule_ns = 0
 
     @property
     def has_work(self) -> bool:
@@ -57,21 +70,34 @@ class StepLoop:
         self._scheduler.abort(request_id)
 
     def step(self) -> StepOutput:
-        """One step, possibly of no chunks: the outputs and the numbers. Raises what the executor raises but lack of memory."""
+        """One step, possibly of no chunks: the outputs and the numbers. Raises what the executor raises but lack of memory.
+
+        Where steps overlap, the one after is decided and launched before this one is waited for.
+        """
         started = self._clock()
-        plan = self._scheduler.schedule(started)
-        scheduled = self._clock()
-        plan, result = self._execute(plan)
+        self._schedule_ns = 0
+        (plan, launched), self._launched = self._launched or self._launch(), None
+        refused: tuple[StepPlan, OutOfMemoryError] | None = None
+        if plan.chunks and self._executor.overlaps:
+            ahead = self._decide(self._scheduler.schedule_ahead)
+            if ahead is not None:
+                try:
+                    self._launched = (ahead, self._executor.launch(ahead))
+                except OutOfMemoryError as error:
+                    refused = (ahead, error)
+        result = self._executor.collect(launched) if plan.chunks else StepResult(chunks=())
         executed = self._clock()
         outputs = self._scheduler.update(plan, result, executed)
+        if refused is not None:
+            self._make_room(*refused, shrink=True)
         self._step += 1
         num_single = sum(1 for chunk in plan.chunks if chunk.num_tokens == 1)
         now = self._scheduler.stats()
         stats = self._stats(
             now,
             started=started,
-            schedule_ns=scheduled - started,
-            execute_ns=executed - scheduled,
+            schedule_ns=self._schedule_ns,
+            execute_ns=executed - started - self._schedule_ns,
             num_prefill=plan.num_tokens - num_single,
             num_decode=num_single,
         )
@@ -84,21 +110,28 @@ class StepLoop:
             self._scheduler.stats(), started=self._clock(), schedule_ns=0, execute_ns=0, num_prefill=0, num_decode=0
         )
 
-    def _execute(self, plan: StepPlan) -> tuple[StepPlan, StepResult]:
-        """Runs the plan, or what is left of it once memory suffices."""
+    def _decide(self, schedule: Callable[[int], Plan]) -> Plan:
+        began = self._clock()
+        plan = schedule(began)
+        self._schedule_ns += self._clock() - began
+        return plan
+
+    def _launch(self) -> tuple[StepPlan, Any]:
+        """Decides and launches a plan, or what is left of it once memory suffices."""
         tries = 0
-        while plan.chunks:
+        while True:
+            plan = self._decide(self._scheduler.schedule)
+            if not plan.chunks:
+                return plan, None
             try:
-                result = self._executor.execute(plan)
+                launched = self._executor.launch(plan)
             except OutOfMemoryError as error:
                 self._make_room(plan, error, shrink=tries == 0)
-                plan = self._scheduler.schedule(self._clock())
                 tries += 1
                 continue
             if tries == 0:
                 self._grow_back()
-            return plan, result
-        return plan, StepResult(chunks=())
+            return plan, launched
 
     def _make_room(self, plan: StepPlan, error: OutOfMemoryError, *, shrink: bool) -> None:
         """First by dropping what only speeds up, then by failing the largest request of the plan."""

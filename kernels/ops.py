@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from kernels import reference
 
@@ -29,6 +30,7 @@ class Operators:
     embedding: Callable[[Tensor, Tensor], Tensor]
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+    float_product: Callable[[Tensor, Tensor], Tensor]
     silu_mul: Callable[[Tensor], Tensor]
     rotary_kv_write: Callable[..., Tensor]
     paged_attention: Callable[..., Tensor]
@@ -66,6 +68,7 @@ def _reference() -> Operators:
         embedding=reference.embedding,
         rms_norm=reference.rms_norm,
         add_rms_norm=reference.add_rms_norm,
+        float_product=reference.float_product,
         silu_mul=reference.silu_mul,
         rotary_kv_write=reference.rotary_kv_write,
         paged_attention=reference.paged_attention,
@@ -107,6 +110,11 @@ def _native(instruction_set: str, reason: str) -> Operators:
     )
 
 
+def _float_product(x: Tensor, weight: Tensor) -> Tensor:
+    # The library sums in float32: what it gives need not be rounded and widened again.
+    return functional.linear(x, weight) if x.dtype == torch.float32 else torch.mm(x, weight.t(), out_dtype=torch.float32)
+
+
 @cache
 def _triton() -> Operators:
     from kernels.triton import paged_attention, rms_norm, rotary_kv_write, silu_mul
@@ -117,6 +125,7 @@ def _triton() -> Operators:
         embedding=reference.embedding,
         rms_norm=rms_norm.rms_norm,
         add_rms_norm=rms_norm.add_rms_norm,
+        float_product=_float_product,
         silu_mul=silu_mul.silu_mul,
         rotary_kv_write=rotary_kv_write.rotary_kv_write,
         paged_attention=paged_attention.paged_attention,

@@ -93,6 +93,11 @@ def linear(
     return out if float_out else out.to(x.dtype)
 
 
+def float_product(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T for logits. x: [T, in]; weight: [out, in]; out: [T, out] float32; here rounded to x's dtype on the way."""
+    return functional.linear(x, weight).float()
+
+
 def silu_mul(gate_up: Tensor) -> Tensor:
     """silu(gate) * up. gate_up: [T, 2 * I], gate first; out: [T, I]."""
     gate, up = gate_up.chunk(2, dim=-1)

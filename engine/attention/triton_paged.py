@@ -23,7 +23,7 @@ class TritonPagedAttention:
     """
 
     name = "triton_paged"
-    recordable = False
+    recordable = True
 
     def allocate(self, spec: KVCacheSpec, num_blocks: int, on: device) -> tuple[LayerCache, ...]:
         """One cache a layer, zeroed: storage [num_blocks, Hkv, K and V, block_size, D] seen as the border's shape."""

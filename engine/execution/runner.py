@@ -1,8 +1,8 @@
 """Runs a plan: makes the flat batch, calls the model, samples. Owner of slots' tokens, block tables and sampling state.
 
-`execute` = `launch` then `collect`; launch never waits for the device, collect is where the host does. Between the two a later
-step may be decided (overlap), and a captured graph may stand in for the model call. A plan that ran out of memory may be
-retracted: later plans then send its sequences anew. Knows nothing of requests, queues or block ownership.
+`launch` never waits for the device, `collect` is where the host does, in the order of launches. Between the two the step after may be
+launched: what a step draws stays on the device for it. A captured graph may stand in for the model call. A plan that ran out of
+memory may be retracted: later plans then send its sequences anew. Knows nothing of requests, queues or block ownership.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,9 @@ from torch import Tensor
 
 from engine.attention.base import AttentionBackend, AttentionMetadata, LayerCache
 from engine.errors import OutOfMemoryError
+from engine.execution.captured_steps import CapturedSteps, known_ids
 from engine.execution.forward_batch import ForwardBatch
+from engine.execution.host_batch import ON_DEVICE, HostBatch
 from engine.execution.sampler import PendingSample, Sampler
 from engine.execution.single_steps import SingleSteps
 from engine.execution.slot_table import Ints, SlotTable
@@ -42,10 +44,14 @@ class Model(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Launched:
-    """A step on its way: its chunks, the slots of those that sample, and what will be drawn. None: no chunk samples."""
+    """A step on its way: its chunks, the slots of those that sample with the count of their starts, and what will be drawn.
+
+    `pending` is None when no chunk samples.
+    """
 
     chunks: tuple[Chunk, ...]
     slots: Ints
+    starts: Ints
     pending: PendingSample | None
 
 
@@ -62,8 +68,15 @@ def _memory_errors() -> Iterator[None]:
         raise OutOfMemoryError("the host had no memory for a step") from error
 
 
+def _nothing(chunks: tuple[Chunk, ...]) -> Launched:
+    return Launched(chunks=chunks, slots=_NO_SLOTS, starts=_NO_SLOTS, pending=None)
+
+
 class Runner:
-    """Fixed request slots over one model, one attention backend and its caches."""
+    """Fixed request slots over one model, one attention backend and its caches.
+
+    `overlap`: whether the step after is to be launched before one is collected.
+    """
 
     def __init__(
         self,
@@ -77,6 +90,7 @@ class Runner:
         block_size: int,
         vocab_size: int,
         operators: Operators,
+        overlap: bool = False,
     ) -> None:
         self._model = model
         self._backend = backend
@@ -88,10 +102,11 @@ class Runner:
         self._sampler = Sampler(num_slots=num_slots, vocab_size=vocab_size, device=device, operators=operators)
         record = operators.record if operators.record is not None and backend.recordable else None
         self._single_steps = SingleSteps(record, self._logits) if record is not None else None
-
-    def execute(self, plan: StepPlan) -> StepResult:
-        """Runs the plan to its end. Raises `OutOfMemoryError`: the step said nothing, and its sequences must be sent anew."""
-        return self.collect(self.launch(plan))
+        self.overlaps = overlap
+        # What was drawn last in each slot, for the step that follows before the host knows.
+        self._drawn = torch.zeros(num_slots, dtype=torch.int64, device=device)
+        captures = device.type == "cuda" and backend.recordable
+        self._captured = CapturedSteps(self._logits, self._drawn, block_size) if captures else None
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Launched:
@@ -105,31 +120,36 @@ class Runner:
                 if chunk.new_block_ids:
                     self._slots.grow(chunk)
             if not chunks:
-                return Launched(chunks=chunks, slots=_NO_SLOTS, pending=None)
-            columns = np.array([(chunk.slot, chunk.start, chunk.num_tokens, chunk.samples) for chunk in chunks], np.int64)
-            slots, starts, lengths, samples = columns.T
+                return _nothing(chunks)
+            columns = np.array(
+                [(chunk.slot, chunk.start, chunk.num_tokens, chunk.samples, chunk.follows) for chunk in chunks], np.int64
+            )
+            slots, starts, lengths, samples, follows = columns.T
             sampling = samples.nonzero()[0]
-            input_ids, positions, metadata, rows = self._inputs(slots, starts, lengths, sampling)
-            if sampling.size == len(input_ids):
-                every = self._single_steps.logits if self._single_steps else self._logits
-                logits = every(input_ids, positions, metadata, rows)
+            batch = self._batch(slots, starts, lengths, sampling, follows)
+            if sampling.size == len(batch.input_ids):
+                logits = self._every(batch)
             else:
-                hidden = self._hidden(input_ids, positions, metadata, rows)
+                hidden = self._hidden(*(inputs := self._to_device(batch)))
                 if not sampling.size:
-                    return Launched(chunks=chunks, slots=_NO_SLOTS, pending=None)
-                logits = self._model.compute_logits(hidden[rows])
+                    return _nothing(chunks)
+                logits = self._model.compute_logits(hidden[inputs[-1]])
             slots = slots[sampling]
-            said = self._slots.known[slots] - self._slots.num_prompt[slots]
-            return Launched(chunks=chunks, slots=slots, pending=self._sampler.launch(logits, slots, said))
+            said = (starts + lengths)[sampling] - self._slots.num_prompt[slots]
+            pending = self._sampler.launch(logits, slots, said)
+            if self.overlaps:
+                self._drawn.index_copy_(0, self._sent(slots), pending.tokens.clamp(min=0))
+            return Launched(chunks=chunks, slots=slots, starts=self._slots.starts[slots], pending=pending)
 
     def collect(self, launched: Launched) -> StepResult:
-        """Waits for the step; remembers its tokens. Raises `OutOfMemoryError`."""
+        """Waits for the step; remembers its tokens."""
         if launched.pending is None:
             return StepResult(chunks=(_NOTHING,) * len(launched.chunks))
-        with _memory_errors():
-            drawn = self._sampler.collect(launched.pending)
-        tokens = launched.pending.tokens
-        self._slots.append(launched.slots, tokens.numpy() if self._on_host else tokens.numpy(force=True))
+        drawn = self._sampler.collect(launched.pending)
+        # A slot that was given away since has tokens of its own.
+        same = launched.starts == self._slots.starts[launched.slots]
+        tokens = launched.pending.on_host.tokens.numpy()
+        self._slots.append(launched.slots[same], tokens[same])
         if len(drawn) < len(launched.chunks):
             each = iter(drawn)
             drawn = [next(each) if chunk.samples else _NOTHING for chunk in launched.chunks]
@@ -139,6 +159,13 @@ class Runner:
         """Gives cached, unused device memory back; after an `OutOfMemoryError`."""
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _every(self, batch: HostBatch) -> Tensor:
+        """Logits of a step of single tokens that all sample, [T, vocab] float32."""
+        if self._captured is not None and self._captured.takes(batch):
+            return self._captured.logits(batch)
+        every = self._single_steps.logits if self._single_steps else self._logits
+        return every(*self._to_device(batch))
 
     def _hidden(self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata, rows: Tensor) -> Tensor:
         """[T] ids and positions to [T, H] hidden states; `rows`: those whose logits are wanted."""
@@ -151,10 +178,8 @@ class Runner:
         """[T] ids and positions to [T, vocab] float32: every row's."""
         return self._model.compute_logits(self._hidden(input_ids, positions, metadata, rows))
 
-    def _inputs(
-        self, slots: Ints, starts: Ints, lengths: Ints, sampling: Ints
-    ) -> tuple[Tensor, Tensor, AttentionMetadata, Tensor]:
-        """The flat batch of chunks, [num_seqs] each, in plan order; `sampling`: which of them sample. Last the rows that do."""
+    def _batch(self, slots: Ints, starts: Ints, lengths: Ints, sampling: Ints, follows: Ints) -> HostBatch:
+        """The flat batch of chunks, [num_seqs] each, in plan order; `sampling`: which of them sample. Only single tokens follow."""
         table, block_size, num_seqs = self._slots, self._block_size, len(slots)
         seq_lens = starts + lengths
         query_start_loc = np.zeros(num_seqs + 1, np.int64)
@@ -167,18 +192,39 @@ class Runner:
             singles, longest_query = int((lengths != 1).argmax()), int(lengths.max())
         columns, offsets = np.divmod(positions, block_size)
         longest = int(seq_lens.max())
-        metadata = AttentionMetadata(
-            query_start_loc=self._to_device(query_start_loc.astype(np.int32)),
-            seq_lens=self._to_device(seq_lens.astype(np.int32)),
-            block_tables=self._to_device(table.blocks[slots, : -(-longest // block_size)]),
-            slot_mapping=self._to_device(table.blocks[row, columns].astype(np.int64) * block_size + offsets),
+        input_ids = table.tokens[row, positions]
+        if follows.any():
+            input_ids[:singles][follows[:singles] > 0] = ON_DEVICE
+        return HostBatch(
+            input_ids=input_ids,
+            positions=positions.copy(),
+            slots=row,
+            query_start_loc=query_start_loc.astype(np.int32),
+            seq_lens=seq_lens.astype(np.int32),
+            block_tables=table.blocks[slots, : -(-longest // block_size)],
+            slot_mapping=table.blocks[row, columns].astype(np.int64) * block_size + offsets,
+            rows=query_start_loc[1:][sampling] - 1,
             num_single_token_chunks=singles,
             max_query_len=longest_query,
             max_seq_len=longest,
         )
-        rows = self._to_device(query_start_loc[1:][sampling] - 1)
-        return self._to_device(table.tokens[row, positions]), self._to_device(positions.copy()), metadata, rows
 
-    def _to_device(self, array: NDArray[np.generic]) -> Tensor:
+    def _to_device(self, batch: HostBatch) -> tuple[Tensor, Tensor, AttentionMetadata, Tensor]:
+        """The batch's ids, positions, metadata and rows on the device."""
+        metadata = AttentionMetadata(
+            query_start_loc=self._sent(batch.query_start_loc),
+            seq_lens=self._sent(batch.seq_lens),
+            block_tables=self._sent(batch.block_tables),
+            slot_mapping=self._sent(batch.slot_mapping),
+            num_single_token_chunks=batch.num_single_token_chunks,
+            max_query_len=batch.max_query_len,
+            max_seq_len=batch.max_seq_len,
+        )
+        input_ids = self._sent(batch.input_ids)
+        if (batch.input_ids == ON_DEVICE).any():
+            input_ids = known_ids(input_ids, self._sent(batch.slots), self._drawn)
+        return input_ids, self._sent(batch.positions), metadata, self._sent(batch.rows)
+
+    def _sent(self, array: NDArray[np.generic]) -> Tensor:
         tensor = torch.from_numpy(array)
         return tensor if self._on_host else tensor.to(self._device, non_blocking=True)

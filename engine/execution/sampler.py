@@ -6,7 +6,7 @@ Log-probabilities are of the model's own logits, before all that.
 A row without a finite best value (NaN, +inf, nothing left) is reported as not finite; others never notice.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -34,11 +34,20 @@ class RawLogprobs:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PendingSample:
-    """Tokens on the device: [N] int64, -1 where the row is not finite."""
+class Drawn:
+    """[N] int64 tokens, -1 where the row is not finite, and what belongs to them."""
 
     tokens: Tensor
     logprobs: RawLogprobs | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PendingSample:
+    """Tokens on the device, and all that was drawn as it will be on the host once `arrived` has come to pass (None: it is there)."""
+
+    tokens: Tensor
+    on_host: Drawn
+    arrived: torch.cuda.Event | None
 
 
 class Sampler:
@@ -57,7 +66,7 @@ class Sampler:
         """Starts choosing. logits: [N, V] float32, left as they are; slots, positions: [N], positions count output tokens from 0."""
         table = self._table
         if table.plain[slots].all():
-            return PendingSample(tokens=self._ops.greedy(logits))
+            return self._pending(self._ops.greedy(logits))
         rows, index, finite = logits, None, None
         adjusted = np.flatnonzero(table.penalised[slots] | table.biased[slots] | (positions < table.min_tokens[slots]))
         if adjusted.size:
@@ -71,7 +80,7 @@ class Sampler:
         if index is not None and finite is not None:
             # The model's own row must be finite too: a mask may not hide a NaN.
             tokens[index] = torch.where(finite, tokens[index], -1)
-        pending = PendingSample(tokens=tokens, logprobs=self._raw_logprobs(logits, tokens, table.num_logprobs[slots]))
+        pending = self._pending(tokens, self._raw_logprobs(logits, tokens, table.num_logprobs[slots]))
         # Last, so that a launch that ran out of memory can be repeated.
         penalised = np.flatnonzero(table.penalised[slots])
         if penalised.size:
@@ -80,10 +89,13 @@ class Sampler:
 
     def collect(self, pending: PendingSample) -> list[ChunkResult]:
         """Waits for the device; one result a row, in order."""
-        tokens = pending.tokens.tolist()
-        if pending.logprobs is None:
+        if pending.arrived is not None:
+            pending.arrived.synchronize()
+        tokens = pending.on_host.tokens.tolist()
+        raw = pending.on_host.logprobs
+        if raw is None:
             return [ChunkResult(token_ids=(token,)) if token >= 0 else _NOT_FINITE for token in tokens]
-        raw, found = pending.logprobs, {}
+        found = {}
         columns = (raw.rows.tolist(), raw.counts.tolist(), raw.chosen.tolist(), raw.top_ids.tolist(), raw.top.tolist())
         for row, count, chosen, ids, values in zip(*columns, strict=True):
             top = tuple(zip(ids[:count], values[:count], strict=True))
@@ -92,6 +104,19 @@ class Sampler:
             ChunkResult(token_ids=(token,), logprobs=found.get(row)) if token >= 0 else _NOT_FINITE
             for row, token in enumerate(tokens)
         ]
+
+    def _pending(self, tokens: Tensor, logprobs: RawLogprobs | None = None) -> PendingSample:
+        """Sends what was drawn on its way to the host: a copy that waited for `collect` would wait for the step after, too."""
+        if self._device.type == "cpu":
+            return PendingSample(tokens=tokens, on_host=Drawn(tokens=tokens, logprobs=logprobs), arrived=None)
+        if logprobs is not None:
+            parts = (logprobs.chosen, logprobs.top_ids, logprobs.top)
+            chosen, top_ids, top = (_to_host(part) for part in parts)
+            logprobs = replace(logprobs, chosen=chosen, top_ids=top_ids, top=top)
+        on_host = Drawn(tokens=_to_host(tokens), logprobs=logprobs)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        return PendingSample(tokens=tokens, on_host=on_host, arrived=arrived)
 
     def _index(self, rows: Rows) -> Tensor:
         return torch.from_numpy(rows).to(self._device)
@@ -116,3 +141,8 @@ class Sampler:
         most = min(int(counts.max()), logits.shape[1])
         chosen, top_ids, top = self._ops.logprobs(logits[index], tokens[index].clamp(min=0), most)
         return RawLogprobs(rows=wanted, counts=counts[wanted], chosen=chosen, top_ids=top_ids, top=top)
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """A copy in pinned memory, complete once the device gets there."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)

@@ -1,6 +1,7 @@
 """What the runner remembers of each request slot: its tokens and its block table, in host arrays that steps index in bulk.
 
-Invariant: `tokens[slot, :known[slot]]` are the slot's known tokens; `blocks[slot, :num_blocks[slot]]` its blocks in order.
+Invariant: `tokens[slot, :known[slot]]` are the slot's known tokens; `blocks[slot, :num_blocks[slot]]` its blocks in order;
+`starts[slot]` counts the sequences that it held.
 """
 
 import numpy as np
@@ -20,6 +21,7 @@ class SlotTable:
         self.known = np.zeros(num_slots, np.int64)
         self.num_blocks = np.zeros(num_slots, np.int64)
         self.num_prompt = np.zeros(num_slots, np.int64)
+        self.starts = np.zeros(num_slots, np.int64)
 
     def start(self, start: SequenceStart) -> None:
         """Replaces what the slot held."""
@@ -28,6 +30,7 @@ class SlotTable:
         self.known[start.slot] = count
         self.num_prompt[start.slot] = start.num_prompt_tokens
         self.num_blocks[start.slot] = 0
+        self.starts[start.slot] += 1
 
     def grow(self, chunk: Chunk) -> None:
         """Appends a chunk's new blocks to its slot's table."""

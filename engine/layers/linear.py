@@ -36,7 +36,7 @@ class Linear(Module):
         self.fusion = Fusion(norm=norm, bias=own_bias, silu_mul=silu_mul, float_out=float_out)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """x: [T, in]; out and residual: [T, out], or [T, out / 2] after SiLU·mul."""
+        """x: [T, in]; out and residual: [T, out], or [T, out / 2] after SiLU·mul. The residual may be overwritten."""
         return self._method.apply(x, self.weights, self.fusion, residual)
 
     def targets(self, prefix: str) -> dict[str, Tensor]:

@@ -48,5 +48,8 @@ class QuantMethod(Protocol):
         ...
 
     def apply(self, x: Tensor, weights: dict[str, Tensor], fusion: Fusion, residual: Tensor | None) -> Tensor:
-        """epilogue(norm(x) W^T + bias) + residual. x: [T, in]; out and residual: [T, out], half of `out` after SiLU·mul."""
+        """epilogue(norm(x) W^T + bias) + residual. x: [T, in]; out and residual: [T, out], half of `out` after SiLU·mul.
+
+        The residual is the method's to overwrite.
+        """
         ...

@@ -29,12 +29,15 @@ class Unquantized:
         weight = weights["weight"]
         if fusion.norm is not None:
             x = self._ops.rms_norm(x, fusion.norm.weight, fusion.norm.eps)
-        if residual is not None and fusion.bias is None and not fusion.silu_mul:
-            out = torch.addmm(residual, x, weight.t())
-        else:
-            out = functional.linear(x, weight, fusion.bias)
-            if fusion.silu_mul:
-                out = self._ops.silu_mul(out)
-            if residual is not None:
-                out = out + residual
+        plain = fusion.bias is None and not fusion.silu_mul
+        if plain and residual is not None and not fusion.float_out:
+            # In place: out of place, torch copies the residual first.
+            return residual.addmm_(x, weight.t())
+        if plain and residual is None and fusion.float_out:
+            return self._ops.float_product(x, weight)
+        out = functional.linear(x, weight, fusion.bias)
+        if fusion.silu_mul:
+            out = self._ops.silu_mul(out)
+        if residual is not None:
+            out = out + residual
         return out.float() if fusion.float_out else out

@@ -5,6 +5,8 @@ The `Scheduler`'s inner half: it owns the running and waiting order, the slots a
 Shortage of blocks: the one who needs a block first makes do with what is free, then the last in policy order is preempted; who
 finds no victim keeps its blocks and sits the step out. Nobody is let in during a step that was short. The oldest running
 sequence is served first and never gives way, so it always advances, or one that holds all it needs does (`policy`).
+A plan may be made while the one before it is under way: then each of its sequences counts as having computed its chunk, nobody is
+preempted, and whoever finds no block sits the step out.
 """
 
 from collections.abc import Sequence as Seq
@@ -19,7 +21,7 @@ from engine.scheduling.waiting import MAX_OVERTAKES, MAX_SKIPPED, OrderedSequenc
 
 
 class Planner:
-    """`running`, `waiting` and `slots` are for the scheduler to read; `token_budget` for it to set."""
+    """`running`, `waiting`, `slots` and `was_short` are for the scheduler to read; `token_budget` for it to set."""
 
     def __init__(self, config: SchedulerConfig) -> None:
         self._config = config
@@ -37,21 +39,25 @@ class Planner:
         self._starts: list[SequenceStart] = []
         self._single: list[Chunk] = []
         self._longer: list[Chunk] = []
-        self._short = False
+        self._ahead = False
+        self.was_short = False
 
-    def plan(self, step: int, roots: dict[str, bytes], now_ns: int) -> StepPlan:
-        """The next step. `roots`: each live request's hash root. It has no chunk only if nothing runs and nothing waits."""
+    def plan(self, step: int, roots: dict[str, bytes], now_ns: int, *, ahead: bool = False) -> StepPlan:
+        """The next step. `roots`: each live request's hash root. `ahead`: the plan before is under way.
+
+        Without `ahead` it has no chunk only if nothing runs and nothing waits. `was_short` then tells whether somebody lacked blocks.
+        """
         self._starts, self._single, self._longer = [], [], []
-        self._short = False
+        self._ahead, self.was_short = ahead, False
         left = self._run_running(self.token_budget)
-        if left and self.waiting.items and self._free_slots and not self._short:
+        if left and self.waiting.items and self._free_slots and not self.was_short:
             self._let_in(left, roots, now_ns)
         chunks = self._single
         chunks.extend(self._longer)
         return StepPlan(step=step, starts=tuple(self._starts), chunks=tuple(chunks))
 
     def retract(self, plan: StepPlan) -> None:
-        """The plan was not computed: its sequences keep their blocks and are started anew in the next plan."""
+        """The plan was not computed, and none is under way: its sequences keep their blocks and are started anew in the next plan."""
         for chunk in plan.chunks:
             sequence = self.slots[chunk.slot]
             if sequence is not None:
@@ -75,7 +81,8 @@ class Planner:
         for sequence in items:
             if sequence.arrival < oldest.arrival:
                 oldest = sequence
-            if len(sequence.token_ids) - sequence.num_computed_tokens == 1:
+            # 0: a chunk under way draws the next token.
+            if len(sequence.token_ids) - sequence.num_computed_tokens - sequence.num_scheduled_tokens <= 1:
                 decodes.append(sequence)
             else:
                 prefills.append(sequence)
@@ -91,11 +98,16 @@ class Planner:
 
     def _run(self, sequence: Sequence, limit: int, oldest: Sequence) -> int:
         """Schedules as many of its tokens as share, budget and blocks allow; gives how many (0: it sits this step out)."""
-        start = sequence.num_computed_tokens
+        start = sequence.num_computed_tokens + sequence.num_scheduled_tokens
         num_left = len(sequence.token_ids) - start
+        follows = num_left == 0
+        if follows:
+            if start + 1 >= sequence.max_total_tokens:
+                return 0
+            num_left = 1
         num_new = min(num_left, limit, self._max_chunk)
         if start + num_new > len(sequence.block_ids) * self._config.block_size:
-            num_new = self._grow(sequence, start + num_new, oldest) - start
+            num_new = self._grow(sequence, start, start + num_new, oldest) - start
             if num_new == 0:
                 return 0
         if sequence.needs_start:
@@ -105,27 +117,32 @@ class Planner:
         if len(sequence.block_ids) > sequence.num_sent_blocks:
             new_blocks = tuple(sequence.block_ids[sequence.num_sent_blocks :])
             sequence.num_sent_blocks = len(sequence.block_ids)
-        sequence.num_scheduled_tokens = num_new
+        sequence.num_scheduled_tokens += num_new
         chunk = Chunk(
-            slot=sequence.slot, start=start, num_tokens=num_new, new_block_ids=new_blocks, samples=num_new == num_left
+            slot=sequence.slot,
+            start=start,
+            num_tokens=num_new,
+            new_block_ids=new_blocks,
+            samples=num_new == num_left,
+            follows=follows,
         )
         (self._single if num_new == 1 else self._longer).append(chunk)
         return num_new
 
-    def _grow(self, sequence: Sequence, end: int, oldest: Sequence) -> int:
-        """Extends its block table towards `end` tokens; gives the end that the table covers, at most `end`."""
+    def _grow(self, sequence: Sequence, start: int, end: int, oldest: Sequence) -> int:
+        """Extends its block table, which covers `start`, towards `end` tokens; gives the end that it covers then, at most `end`."""
         block_size, held = self._config.block_size, len(sequence.block_ids)
-        if held * block_size == sequence.num_computed_tokens:
+        if held * block_size == start:
             while not self.pool.num_available:
-                self._short = True
-                victim = pick_victim(self.running.items, sequence, oldest)
+                self.was_short = True
+                victim = None if self._ahead else pick_victim(self.running.items, sequence, oldest)
                 if victim is None:
-                    return sequence.num_computed_tokens
+                    return start
                 self._preempt(victim)
         needed = self._config.num_blocks_for(end) - held
         taken = min(needed, self.pool.num_available)
         if taken < needed:
-            self._short = True
+            self.was_short = True
         sequence.block_ids.extend(self.pool.allocate(taken))
         return min(end, (held + taken) * block_size)
 

@@ -1,7 +1,8 @@
 """Which tokens run next: the one place that decides, and the owner of order and of every sequence's counters.
 
-A step is `schedule` -> run -> `update`; both ends are step boundaries, and nothing is freed elsewhere. Each sequence's
-`num_computed_tokens` chases its `num_tokens`; prefill, decode, resume after preemption and prefix hits are that chase alone.
+A step is `schedule` -> run -> `update`; both ends are step boundaries, and nothing is freed elsewhere. The step after may be
+decided (`schedule_ahead`) before this one has said anything: what it computes for a sequence that ends meanwhile is dropped. Each
+sequence's `num_computed_tokens` chases its `num_tokens`; prefill, decode, resume after preemption and prefix hits are that chase alone.
 Order of a step: the oldest running sequence, the other decodes, the other prefills, then waiting sequences, each group in policy
 order, within the token budget (`planner`). `n` choices: the first computes the prompt, the others then find its blocks.
 
@@ -31,7 +32,8 @@ NUMERIC_ERROR = "the model gave no finite number for this sequence"
 
 
 class Scheduler:
-    """Single-threaded; `schedule` and `update` (or `retract`) alternate, any other call may stand between any two."""
+    """Single-threaded; `schedule` and `update` (or `retract`) alternate, with one `schedule_ahead` between them at most; any other call
+    may stand between any two."""
 
     def __init__(self, config: SchedulerConfig) -> None:
         self._config = config
@@ -42,7 +44,7 @@ class Scheduler:
         self._marked: list[str] = []
         self._num_parked = 0
         self._pending: list[TokenOutput] = []
-        self._in_flight: StepPlan | None = None
+        self._in_flight: list[tuple[StepPlan, list[Sequence | None]]] = []
         self._num_steps = 0
         self._num_arrivals = 0
 
@@ -107,25 +109,36 @@ class Scheduler:
 
     def schedule(self, now_ns: int) -> StepPlan:
         """The next step; without chunks only if nothing lives. Raises `RuntimeError` while a plan is under way."""
-        if self._in_flight is not None:
-            raise RuntimeError(f"step {self._in_flight.step} has neither been updated nor retracted")
-        self._end_marked()
-        self._in_flight = self._planner.plan(self._num_steps, self._roots, now_ns)
-        self._num_steps += 1
-        return self._in_flight
+        if self._in_flight:
+            raise RuntimeError(f"step {self._in_flight[0][0].step} has neither been updated nor retracted")
+        return self._plan(now_ns, ahead=False)
+
+    def schedule_ahead(self, now_ns: int) -> StepPlan | None:
+        """The step after the one under way, whose sampling chunks will say one token each; None when there is nothing to run yet.
+
+        For a device that computes steps in order. None, too, where blocks are short: whom to preempt is decided with nothing
+        under way. Raises `RuntimeError` unless one plan is under way.
+        """
+        if len(self._in_flight) != 1:
+            raise RuntimeError(f"{len(self._in_flight)} steps are under way; one must be")
+        if self._planner.was_short:
+            return None
+        plan = self._plan(now_ns, ahead=True)
+        return plan if plan.chunks else None
 
     def update(self, plan: StepPlan, result: StepResult, now_ns: int) -> tuple[TokenOutput, ...]:
-        """Takes the plan's results; gives every output since the last call, those of ended requests included.
+        """Takes the results of the plan that is longest under way; gives every output since the last call, those of ended requests
+        included.
 
-        Raises `RuntimeError`, and changes nothing, when `plan` is not under way or `result` does not match it.
+        Raises `RuntimeError`, and changes nothing, for another plan, or when `result` does not match it.
         """
-        if plan is not self._in_flight or len(result.chunks) != len(plan.chunks):
+        if not self._in_flight or plan is not self._in_flight[0][0] or len(result.chunks) != len(plan.chunks):
             raise RuntimeError(f"step {plan.step}: not the plan under way, or {len(result.chunks)} results for its chunks")
-        self._in_flight = None
+        _, sequences = self._in_flight.pop(0)
         outputs, self._pending = self._pending, []
-        for chunk, chunk_result in zip(plan.chunks, result.chunks, strict=True):
-            sequence = self._planner.slots[chunk.slot]
-            if sequence is not None:
+        for chunk, sequence, chunk_result in zip(plan.chunks, sequences, result.chunks, strict=True):
+            # One that ended after the plan was made has left its slot.
+            if sequence is not None and sequence.slot == chunk.slot:
                 output = self._take(sequence, chunk, chunk_result, now_ns)
                 if output is not None:
                     outputs.append(output)
@@ -137,11 +150,11 @@ class Scheduler:
     def retract(self, plan: StepPlan) -> None:
         """The plan failed as a whole and said nothing: its chunks count as never run; the next plan sends their starts anew.
 
-        Raises `RuntimeError` when `plan` is not under way.
+        Raises `RuntimeError` when `plan` is not the one plan under way.
         """
-        if plan is not self._in_flight:
-            raise RuntimeError(f"step {plan.step} is not under way")
-        self._in_flight = None
+        if len(self._in_flight) != 1 or plan is not self._in_flight[0][0]:
+            raise RuntimeError(f"step {plan.step} is not under way, or not alone")
+        self._in_flight.clear()
         self._planner.retract(plan)
 
     def largest_request(self, plan: StepPlan) -> str | None:
@@ -170,6 +183,14 @@ class Scheduler:
             num_prefix_query_tokens=planner.num_prefix_query_tokens,
             num_prefix_hit_tokens=planner.num_prefix_hit_tokens,
         )
+
+    def _plan(self, now_ns: int, *, ahead: bool) -> StepPlan:
+        self._end_marked()
+        plan = self._planner.plan(self._num_steps, self._roots, now_ns, ahead=ahead)
+        self._num_steps += 1
+        if plan.chunks or not ahead:
+            self._in_flight.append((plan, [self._planner.slots[chunk.slot] for chunk in plan.chunks]))
+        return plan
 
     def _refuse_what_cannot_fit(self, request: Request) -> None:
         if request.request_id in self._requests:
@@ -229,7 +250,7 @@ class Scheduler:
 
     def _take(self, sequence: Sequence, chunk: Chunk, result: ChunkResult, now_ns: int) -> TokenOutput | None:
         """One chunk's result: advances the counter, publishes full blocks, appends what was said. None: nothing to say."""
-        sequence.num_scheduled_tokens = 0
+        sequence.num_scheduled_tokens -= chunk.num_tokens
         sequence.num_steps += 1
         if chunk.start < sequence.num_prefill_tokens:
             sequence.num_prefill_chunks += 1

@@ -17,6 +17,7 @@ SayEnd = Literal["stop", "length"]
 class Sequence:
     """One choice of a request. `slot` is -1 while it waits; `key` is its place in the policy's order, smaller first.
 
+    `num_scheduled_tokens`: those of chunks under way.
     `num_prefill_tokens`: tokens known when it was last let in; chunks that start below count as prefill.
     `num_sent_blocks`: the prefix of `block_ids` that plans already carried for the present start.
     `num_published_blocks`: the prefix of `block_ids` whose hashes were offered to the pool.

@@ -32,6 +32,7 @@ class Chunk:
 
     `new_block_ids` are appended to the slot's block table before the step; the table then covers start + num_tokens.
     `samples`: the chunk ends at the sequence's last known token, so the next one is drawn from its logits.
+    `follows`: its one token is what the step before draws in this slot; it may still be on its way to the host.
     """
 
     slot: int
@@ -39,6 +40,7 @@ class Chunk:
     num_tokens: int
     new_block_ids: tuple[int, ...]
     samples: bool
+    follows: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

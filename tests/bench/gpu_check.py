@@ -1,6 +1,6 @@
 """On a machine with a GPU: every Triton kernel's correctness, then its figures against the copy and matmul measured there.
 
-`python -m tests.bench.gpu_check [--correctness] [--sweep]`, from the repository root, prints one JSON object; needs torch and
+`python -m tests.bench.gpu_check [--correctness] [--dtype T] [--sweep]`, from the repository root, prints one JSON object; needs torch and
 triton only. Exits 0 when all is right, 1 when a kernel is wrong, 3 where there is no GPU. `--correctness` measures nothing;
 `--sweep` times other tiles for the head size of 128 than the one in kernels/triton/tuning.py. Figures are device time,
 from CUDA graphs, medians; inputs are several times the L2 cache unless said.
@@ -17,8 +17,8 @@ import triton
 from torch import Tensor
 from triton.testing import do_bench_cudagraph
 
-from kernels import reference
-from kernels.triton import tuning
+from kernels import ops, reference
+from kernels.triton import paged_plan, tuning
 from kernels.triton.paged_attention import attend, paged_attention
 from kernels.triton.paged_plan import PagedPlan
 from kernels.triton.rms_norm import add_rms_norm, rms_norm
@@ -57,6 +57,11 @@ def small_checks(dtype: torch.dtype, device: torch.device) -> Iterator[Check]:
     yield compare("add_rms_norm", normed, plain, reference.rms_norm(plain_total.float(), weight.float(), 1e-5))
     yield compare("add_rms_norm, sum", total, plain_total, plain_total.float())
     yield compare("silu_mul", silu_mul(x), reference.silu_mul(x), reference.silu_mul(x.float()))
+    rows, head = torch.randn(9, 256).to(device, dtype), torch.randn(1000, 256).to(device, dtype)
+    wide = ops.for_device("cuda").float_product(rows, head)
+    exact = rows.double() @ head.double().t()
+    # Summed in float32 and never rounded to the type of its inputs.
+    yield compare("float_product", wide, (rows.float() @ head.float().t()), exact.float())
     q, k, v = torch.randn(63, 15, 80).to(device, dtype).split([9, 3, 3], dim=1)
     angles = torch.arange(300).float()[:, None] * 10000.0 ** (-torch.arange(0, 80, 2).float() / 80)
     table = torch.cat((angles.cos(), angles.sin()), dim=-1).to(device)
@@ -113,12 +118,13 @@ def seconds(call: Callable[[], Any]) -> float:
 
 
 def limits(device: torch.device) -> dict[str, float]:
-    """What this machine gives: a copy of 2 GiB (bytes read and written a second), a bf16 matmul of random numbers."""
+    """What this machine gives: a copy of 2 GiB (bytes read and written a second), a sum of them, a bf16 matmul of random numbers."""
     source = torch.empty(1 << 30, dtype=torch.bfloat16, device=device).normal_()
     target = torch.empty_like(source)
     copy = 4 * source.numel() / seconds(lambda: target.copy_(source))
+    read = 2 * source.numel() / seconds(source.sum)
     a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device=device) for _ in range(2))
-    return {"copy_bytes_per_s": copy, "matmul_flops": 2 * 8192**3 / seconds(lambda: a @ b)}
+    return {"copy_bytes_per_s": copy, "read_bytes_per_s": read, "matmul_flops": 2 * 8192**3 / seconds(lambda: a @ b)}
 
 
 def batch(chunks: list[tuple[int, int]], block_size: int, device: torch.device, shuffled: bool = True) -> dict[str, Any]:
@@ -197,45 +203,80 @@ def figures(device: torch.device) -> dict[str, Any]:
     return found
 
 
-def sweep(device: torch.device) -> dict[str, Any]:
-    """Microseconds of other tiles, head size 128, in the order tried; a tile that does not fit says so."""
-    table, row = tuning.ATTENTION_16_BIT[tuning.architecture(device)], 256
-    kept, found = table[row], {}
-    decodes, chunk = [(2048, 1)] * 64, [(8192, 8192)]
-    trials = [
-        ("decode", decodes, 16, *rest)
-        for rest in ((32, 4, 5), (64, 4, 3), (64, 4, 5), (64, 8, 5), (64, 4, 7), (128, 8, 3), (128, 4, 3))
-    ]
-    trials += [
-        ("prefill", chunk, m, *rest)
-        for m in (64, 128)
-        for rest in ((64, 4, 3), (64, 8, 3), (128, 8, 3), (128, 4, 3), (64, 8, 5))
-    ]
-    for kind, chunks, block_m, tile, warps, stages in trials:
-        shape = tuning.Tile(block_m=block_m, tile=tile, num_warps=warps, num_stages=stages)
-        table[row] = tuning.AttentionTuning(
-            decode=shape if kind == "decode" else kept.decode, prefill=shape if kind == "prefill" else kept.prefill
-        )
-        name = f"{kind} block_m {block_m} tile {tile} warps {warps} stages {stages}"
+DECODES = {
+    "1x1024": [(1024, 1)],
+    "1x32768": [(32768, 1)],
+    "8x2048": [(2048, 1)] * 8,
+    "64x2048": [(2048, 1)] * 64,
+    "256x1024": [(1024, 1)] * 256,
+}
+PREFILLS = {"8k": [(8192, 8192)], "4x2k": [(2048, 2048)] * 4, "2k after 30k": [(32768, 2048)], "16x512": [(512, 512)] * 16}
+
+
+def timed(batches: dict[str, list[tuple[int, int]]], device: torch.device, block_size: int = 16) -> dict[str, Any]:
+    """Microseconds of each batch; what does not fit says so."""
+    found: dict[str, Any] = {}
+    for name, chunks in batches.items():
         try:
-            found[name] = time_attention(chunks, device, 16) * 1e6
+            found[name] = round(time_attention(chunks, device, block_size) * 1e6, 1)
         except triton.runtime.errors.OutOfResources as error:
             found[name] = str(error)
-        finally:
-            table[row] = kept
+    return found
+
+
+def sweep(device: torch.device) -> dict[str, Any]:
+    """Microseconds of other shapes of the kernels, head size 128, in the order tried."""
+    table, row = tuning.ATTENTION_16_BIT[tuning.architecture(device)], 256
+    kept, found = table[row], {}
+    decodes = ((32, 4, 5), (64, 4, 3), (64, 4, 5), (64, 8, 3), (128, 4, 2), (128, 4, 3), (128, 4, 5), (128, 8, 3), (128, 8, 5))
+    for tile, warps, stages in decodes:
+        shape = tuning.Tile(block_m=16, tile=tile, num_warps=warps, num_stages=stages)
+        table[row] = tuning.AttentionTuning(decode=shape, prefill=kept.prefill)
+        found[f"decode {tile} {warps} {stages}"] = timed(DECODES, device)
+        found[f"decode {tile} {warps} {stages}, block 64"] = timed({"64x2048": DECODES["64x2048"]}, device, 64)
+    prefills = ((128, 64, 8, 3), (128, 64, 8, 4), (128, 64, 8, 5), (128, 64, 8, 7), (128, 128, 8, 3), (128, 128, 8, 5))
+    for m, tile, warps, stages in (
+        *prefills,
+        (64, 64, 4, 3),
+        (64, 64, 4, 5),
+        (64, 128, 4, 3),
+        (128, 64, 4, 5),
+        (128, 32, 8, 5),
+    ):
+        shape = tuning.Tile(block_m=m, tile=tile, num_warps=warps, num_stages=stages)
+        table[row] = tuning.AttentionTuning(decode=kept.decode, prefill=shape)
+        found[f"prefill {m} {tile} {warps} {stages}"] = timed(PREFILLS, device)
+    table[row] = kept
+    merge = tuning.MERGE_SPLITS, tuning.MERGE_WARPS
+    for tuning.MERGE_SPLITS, tuning.MERGE_WARPS in ((16, 4), (16, 2), (16, 1), (8, 4), (8, 2), (8, 1), (4, 2), (4, 1)):
+        found[f"merge of {tuning.MERGE_SPLITS} by {tuning.MERGE_WARPS}"] = timed(DECODES, device)
+    tuning.MERGE_SPLITS, tuning.MERGE_WARPS = merge
+    split = tuning.SPLIT_TOKENS
+    for tuning.SPLIT_TOKENS in (256, 512, 1024):
+        paged_plan.SPLIT_TOKENS = tuning.SPLIT_TOKENS
+        found[f"splits of {tuning.SPLIT_TOKENS}"] = timed(DECODES, device)
+    tuning.SPLIT_TOKENS = paged_plan.SPLIT_TOKENS = split
+    programs = tuning.PROGRAMS_PER_MULTIPROCESSOR
+    for tuning.PROGRAMS_PER_MULTIPROCESSOR in (2, 3, 4, 6, 8):
+        tuning.persistent_programs.cache_clear()
+        found[f"{tuning.PROGRAMS_PER_MULTIPROCESSOR} programs a multiprocessor"] = timed(DECODES, device)
+    tuning.PROGRAMS_PER_MULTIPROCESSOR = programs
+    tuning.persistent_programs.cache_clear()
     return found
 
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="gpu_check", description="Correctness and figures of the Triton kernels on a GPU.")
     parser.add_argument("--correctness", action="store_true", help="measure nothing")
+    parser.add_argument("--dtype", default="", help="check one type alone, and measure nothing")
     parser.add_argument("--sweep", action="store_true", help="time other tiles, too")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("gpu_check: no GPU here that torch can use; nothing was checked", file=sys.stderr)
         return 3
     device = torch.device("cuda", 0)
-    checks = correctness(device)
+    dtypes = (getattr(torch, options.dtype),) if options.dtype else tuple(LITTLE)
+    checks = correctness(device, dtypes=dtypes)
     wrong = [check for check in checks if not check["ok"]]
     report: dict[str, Any] = {
         "device": torch.cuda.get_device_name(device),
@@ -244,7 +285,7 @@ def main(arguments: list[str]) -> int:
         "correct": not wrong,
         "checks": checks,
     }
-    if not options.correctness and not wrong:
+    if not (options.correctness or options.dtype or wrong):
         report["figures"] = figures(device)
     if options.sweep and not wrong:
         report["sweep"] = sweep(device)

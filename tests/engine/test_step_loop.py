@@ -2,6 +2,8 @@
 
 import itertools
 
+import pytest
+
 from engine.errors import OutOfMemoryError
 from engine.output import TokenOutput
 from engine.request import Request, SamplingParams
@@ -14,17 +16,26 @@ from engine.step_loop import CALM_STEPS, StepLoop
 class TightExecutor:
     """Says position numbers; a step of more than `limit` tokens, or that holds `poison` tokens of context, does not fit."""
 
-    def __init__(self, limit: int = 10**9, poison: int = 10**9) -> None:
+    def __init__(self, limit: int = 10**9, poison: int = 10**9, *, overlaps: bool = False) -> None:
         self.limit = limit
         self.poison = poison
+        self.overlaps = overlaps
+        self.under_way: list[StepPlan] = []
+        self.most_under_way = 0
         self.num_refused = 0
         self.num_released = 0
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def launch(self, plan: StepPlan) -> StepPlan:
         longest = max((chunk.start + chunk.num_tokens for chunk in plan.chunks), default=0)
         if plan.num_tokens > self.limit or longest > self.poison:
             self.num_refused += 1
             raise OutOfMemoryError("no memory")
+        self.under_way.append(plan)
+        self.most_under_way = max(self.most_under_way, len(self.under_way))
+        return plan
+
+    def collect(self, plan: StepPlan) -> StepResult:
+        assert self.under_way.pop(0) is plan
         return StepResult(
             chunks=tuple(
                 ChunkResult(token_ids=(chunk.start + chunk.num_tokens,) if chunk.samples else ()) for chunk in plan.chunks
@@ -54,6 +65,12 @@ def _ask(name: str, prompt: int, max_tokens: int = 4) -> Request:
     return Request(request_id=name, prompt_token_ids=tuple(range(1, prompt + 1)), sampling=sampling)
 
 
+@pytest.fixture(params=[False, True], ids=["in turns", "ahead"])
+def overlaps(request: pytest.FixtureRequest) -> bool:
+    """Whether steps are launched before the one before is collected."""
+    return bool(request.param)
+
+
 def _finish(loop: StepLoop, max_steps: int = 2000) -> dict[str, list[TokenOutput]]:
     heard: dict[str, list[TokenOutput]] = {}
     for _ in range(max_steps):
@@ -68,10 +85,10 @@ def _tokens(outputs: list[TokenOutput]) -> list[int]:
     return [token for output in outputs for token in output.token_ids]
 
 
-def test_a_step_that_does_not_fit_is_retried_smaller() -> None:
+def test_a_step_that_does_not_fit_is_retried_smaller(overlaps: bool) -> None:
     """Half the budget fits: nobody is failed, everybody says what they say with enough memory."""
     plain = _finish(_filled(_loop(TightExecutor())[0]))
-    executor = TightExecutor(limit=32)
+    executor = TightExecutor(limit=32, overlaps=overlaps)
     loop, scheduler = _loop(executor)
     heard = _finish(_filled(loop))
     assert {name: _tokens(outputs) for name, outputs in heard.items()} == {n: _tokens(o) for n, o in plain.items()}
@@ -85,18 +102,18 @@ def _filled(loop: StepLoop) -> StepLoop:
     return loop
 
 
-def test_only_the_largest_request_fails_when_a_retry_does_not_help() -> None:
+def test_only_the_largest_request_fails_when_a_retry_does_not_help(overlaps: bool) -> None:
     """A context that never fits ends with `out_of_memory`; the others finish with their own tokens."""
     plain = _finish(_filled(_loop(TightExecutor())[0]))
-    loop, _ = _loop(TightExecutor(poison=40), budget=128)
+    loop, _ = _loop(TightExecutor(poison=40, overlaps=overlaps), budget=128)
     heard = _finish(_filled(loop))
     assert (heard["c"][-1].finish_reason, heard["c"][-1].error_code) == ("error", "out_of_memory")
     assert [_tokens(heard[name]) for name in "ab"] == [_tokens(plain[name]) for name in "ab"]
 
 
-def test_each_request_ends_when_nothing_fits() -> None:
+def test_each_request_ends_when_nothing_fits(overlaps: bool) -> None:
     """A device without any memory fails them all, one by one, and the loop comes to rest."""
-    loop, scheduler = _loop(TightExecutor(limit=0))
+    loop, scheduler = _loop(TightExecutor(limit=0, overlaps=overlaps))
     heard = _finish(_filled(loop))
     assert sorted((name, outputs[-1].error_code) for name, outputs in heard.items()) == [
         ("a", "out_of_memory"),
@@ -136,3 +153,58 @@ def test_a_steps_counts_are_those_of_the_step_alone() -> None:
     queried = [loop.step().stats.num_prefix_query_tokens for _ in range(4)]
     assert queried == [24, 0, 0, 0]
     assert scheduler.stats().num_prefix_query_tokens == 24
+
+
+def test_the_step_after_is_launched_before_a_step_is_collected(overlaps: bool) -> None:
+    """What is said is the same; two steps are under way at most, and none once all has been said."""
+    plain = _finish(_filled(_loop(TightExecutor())[0]))
+    executor = TightExecutor(overlaps=overlaps)
+    loop, scheduler = _loop(executor)
+    heard = _finish(_filled(loop))
+    assert {name: _tokens(outputs) for name, outputs in heard.items()} == {n: _tokens(o) for n, o in plain.items()}
+    assert (executor.most_under_way, executor.under_way) == (1 + overlaps, [])
+    assert scheduler.stats().num_used_blocks == 0
+
+
+class NoRoomAhead(TightExecutor):
+    """Refuses every second step that is launched while another is under way."""
+
+    def __init__(self) -> None:
+        super().__init__(overlaps=True)
+        self.num_ahead = 0
+
+    def launch(self, plan: StepPlan) -> StepPlan:
+        self.num_ahead += bool(self.under_way)
+        self.limit = 0 if self.under_way and self.num_ahead % 2 else 10**9
+        return super().launch(plan)
+
+
+def test_memory_that_runs_out_ahead_fails_nobody_that_fits_alone() -> None:
+    """The step under way is heard first; the one that did not fit is decided anew."""
+    plain = _finish(_filled(_loop(TightExecutor())[0]))
+    executor = NoRoomAhead()
+    heard = _finish(_filled(_loop(executor)[0]))
+    assert executor.num_refused >= 2
+    assert {name: _tokens(outputs) for name, outputs in heard.items()} == {n: _tokens(o) for n, o in plain.items()}
+
+
+def test_a_request_added_or_aborted_between_steps_is_heard_of_while_others_run_ahead() -> None:
+    executor = TightExecutor(overlaps=True)
+    loop, scheduler = _loop(executor)
+    loop.add(_ask("long", 8, max_tokens=40))
+    heard: dict[str, list[TokenOutput]] = {}
+    for number in range(100):
+        if number == 5:
+            loop.add(_ask("late", 30, max_tokens=3))
+        if number == 12:
+            loop.abort("long")
+        if number == 14:
+            loop.add(_ask("last", 5, max_tokens=2))
+        for output in loop.step().every() if loop.has_work else ():
+            heard.setdefault(output.request_id, []).append(output)
+    assert [heard[name][-1].finish_reason for name in ("long", "late", "last")] == ["cancelled", "length", "length"]
+    assert _tokens(heard["late"]) == [30, 31, 32]
+    assert _tokens(heard["last"]) == [5, 6]
+    said = _tokens(heard["long"])
+    assert said == list(range(8, 8 + len(said)))
+    assert scheduler.stats().num_used_blocks == 0

@@ -90,3 +90,12 @@ def test_silu_mul_gates_the_second_half_by_the_first() -> None:
     gate, up = torch.randn(5, 63), torch.randn(5, 63)
     expected = gate / (1 + (-gate).exp()) * up
     torch.testing.assert_close(reference.silu_mul(torch.cat((gate, up), dim=-1)), expected)
+
+
+def test_float_product_is_the_product_in_float32() -> None:
+    """Exact where the sums are small integers, and float32 whatever comes in."""
+    x, weight = torch.tensor([[1.0, 2.0], [-3.0, 4.0]]), torch.tensor([[1.0, 1.0], [2.0, 0.0], [0.0, -1.0]])
+    for dtype in (torch.float32, torch.bfloat16):
+        found = reference.float_product(x.to(dtype), weight.to(dtype))
+        assert torch.equal(found, torch.tensor([[3.0, 2.0, -2.0], [1.0, -6.0, -4.0]]))
+        assert found.dtype == torch.float32

@@ -12,7 +12,7 @@ from engine.errors import OutOfMemoryError
 from engine.execution.forward_batch import ForwardBatch
 from engine.execution.runner import Runner
 from engine.request import SamplingParams
-from engine.scheduling.step import Chunk, ChunkResult, SequenceStart, StepPlan
+from engine.scheduling.step import Chunk, ChunkResult, SequenceStart, StepPlan, StepResult
 from kernels import ops
 
 VOCAB, BLOCK = 32, 4
@@ -60,7 +60,7 @@ class NoAttention:
         raise NotImplementedError
 
 
-def _runner() -> tuple[Runner, NextIdModel]:
+def _runner(overlap: bool = False) -> tuple[Runner, NextIdModel]:
     model = NextIdModel()
     runner = Runner(
         model=model,
@@ -72,8 +72,13 @@ def _runner() -> tuple[Runner, NextIdModel]:
         block_size=BLOCK,
         vocab_size=VOCAB,
         operators=ops.for_device("cpu", "torch"),
+        overlap=overlap,
     )
     return runner, model
+
+
+def _run(runner: Runner, plan: StepPlan) -> StepResult:
+    return runner.collect(runner.launch(plan))
 
 
 def _start(slot: int, tokens: tuple[int, ...]) -> SequenceStart:
@@ -93,9 +98,9 @@ def _plan(starts: tuple[SequenceStart, ...], *chunks: Chunk) -> StepPlan:
 def test_the_flat_batch_holds_each_chunk_in_plan_order() -> None:
     """Ids, positions, slots, lengths, tables and logits rows of a decode beside two prefill chunks."""
     runner, model = _runner()
-    runner.execute(_plan((_start(2, (5, 6, 7, 8)),), _chunk(2, 0, 4, (9,))))
+    _run(runner, _plan((_start(2, (5, 6, 7, 8)),), _chunk(2, 0, 4, (9,))))
     starts = (_start(0, (1, 2, 3)), _start(3, (11, 12, 13, 14, 15, 16)))
-    result = runner.execute(_plan(starts, _chunk(2, 4, 1, (6,)), _chunk(0, 0, 3, (1,)), _chunk(3, 0, 5, (7, 3), samples=False)))
+    result = _run(runner, _plan(starts, _chunk(2, 4, 1, (6,)), _chunk(0, 0, 3, (1,)), _chunk(3, 0, 5, (7, 3), samples=False)))
     seen = model.seen[-1]
     metadata = seen.batch.attention
     assert seen.input_ids == [9, 1, 2, 3, 11, 12, 13, 14, 15]
@@ -115,16 +120,43 @@ def test_the_flat_batch_holds_each_chunk_in_plan_order() -> None:
 def test_a_said_token_is_the_next_steps_input() -> None:
     """The runner remembers it; no one sends it back."""
     runner, model = _runner()
-    said = runner.execute(_plan((_start(1, (3,)),), _chunk(1, 0, 1, (0,)))).chunks[0].token_ids
-    runner.execute(_plan((), _chunk(1, 1, 1)))
+    said = _run(runner, _plan((_start(1, (3,)),), _chunk(1, 0, 1, (0,)))).chunks[0].token_ids
+    _run(runner, _plan((), _chunk(1, 1, 1)))
     assert model.seen[-1].input_ids == list(said) == [4]
+
+
+def _follow(slot: int, start: int) -> Chunk:
+    return Chunk(slot=slot, start=start, num_tokens=1, new_block_ids=(), samples=True, follows=True)
+
+
+def test_a_step_that_follows_takes_what_was_drawn_before_the_host_knows_it() -> None:
+    """Alone and beside a prefill, whose tokens the host does know."""
+    runner, model = _runner(overlap=True)
+    first = runner.launch(_plan((_start(1, (3,)), _start(2, (7,))), _chunk(1, 0, 1, (0,)), _chunk(2, 0, 1, (1,))))
+    second = runner.launch(_plan((), _follow(2, 1), _follow(1, 1)))
+    assert [chunk.token_ids for chunk in runner.collect(first).chunks] == [(4,), (8,)]
+    third = runner.launch(_plan((_start(0, (20, 21)),), _follow(1, 2), _chunk(0, 0, 2, (2,))))
+    assert [chunk.token_ids for chunk in runner.collect(second).chunks] == [(9,), (5,)]
+    assert [chunk.token_ids for chunk in runner.collect(third).chunks] == [(6,), (22,)]
+    assert [seen.input_ids for seen in model.seen] == [[3, 7], [8, 4], [5, 20, 21]]
+
+
+def test_a_slot_given_away_before_its_step_is_collected_keeps_its_own_tokens() -> None:
+    runner, model = _runner(overlap=True)
+    runner.collect(runner.launch(_plan((_start(1, (3,)),), _chunk(1, 0, 1, (0,)))))
+    late = runner.launch(_plan((), _follow(1, 1)))
+    other = runner.launch(_plan((_start(1, (10, 11)),), _chunk(1, 0, 2, (1,))))
+    runner.collect(late)
+    runner.collect(other)
+    _run(runner, _plan((), _chunk(1, 2, 1)))
+    assert model.seen[-1].input_ids == [12]
 
 
 def test_a_start_replaces_what_the_slot_held() -> None:
     """Tokens and block table, after a preemption or for another sequence."""
     runner, model = _runner()
-    runner.execute(_plan((_start(1, (3, 4, 5, 6, 7)),), _chunk(1, 0, 5, (8, 2))))
-    runner.execute(_plan((_start(1, (20, 21)),), _chunk(1, 0, 2, (5,))))
+    _run(runner, _plan((_start(1, (3, 4, 5, 6, 7)),), _chunk(1, 0, 5, (8, 2))))
+    _run(runner, _plan((_start(1, (20, 21)),), _chunk(1, 0, 2, (5,))))
     assert model.seen[-1].input_ids == [20, 21]
     assert model.seen[-1].batch.attention.block_tables.tolist() == [[5]]
 
@@ -132,9 +164,9 @@ def test_a_start_replaces_what_the_slot_held() -> None:
 def test_a_plan_without_chunks_computes_nothing() -> None:
     """And a plan that samples nowhere asks for no logits."""
     runner, model = _runner()
-    assert runner.execute(_plan(())).chunks == ()
+    assert _run(runner, _plan(())).chunks == ()
     assert model.seen == []
-    assert runner.execute(_plan((_start(0, (1, 2, 3)),), _chunk(0, 0, 2, (0,), samples=False))).chunks == (ChunkResult(),)
+    assert _run(runner, _plan((_start(0, (1, 2, 3)),), _chunk(0, 0, 2, (0,), samples=False))).chunks == (ChunkResult(),)
 
 
 @pytest.mark.parametrize(
@@ -147,9 +179,9 @@ def test_lack_of_memory_has_one_type_and_the_step_can_be_sent_anew(error: Except
     plan = _plan((_start(1, (3, 4, 5, 6, 7)),), _chunk(1, 0, 5, (8, 2)))
     model.error = error
     with pytest.raises(OutOfMemoryError):
-        runner.execute(plan)
+        _run(runner, plan)
     model.error = None
-    assert runner.execute(plan).chunks == (ChunkResult(token_ids=(8,)),)
+    assert _run(runner, plan).chunks == (ChunkResult(token_ids=(8,)),)
     assert model.seen[-1].batch.attention.block_tables.tolist() == [[8, 2]]
 
 
@@ -158,4 +190,4 @@ def test_other_errors_pass_through() -> None:
     runner, model = _runner()
     model.error = RuntimeError("shapes do not match")
     with pytest.raises(RuntimeError, match="shapes do not match"):
-        runner.execute(_plan((_start(1, (3,)),), _chunk(1, 0, 1, (0,))))
+        _run(runner, _plan((_start(1, (3,)),), _chunk(1, 0, 1, (0,))))

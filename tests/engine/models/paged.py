@@ -15,15 +15,16 @@ CPU = torch.device("cpu")
 BLOCK = 4
 
 
-def load(model_dir: Path, cpu_isa: str = "auto", **settings: str) -> LoadedModel:
-    return load_model(EngineConfig(model_dir=str(model_dir), **settings), CPU, for_device("cpu", cpu_isa))
+def load(model_dir: Path, cpu_isa: str = "auto", on: torch.device = CPU, **settings: str) -> LoadedModel:
+    return load_model(EngineConfig(model_dir=str(model_dir), **settings), on, for_device(on.type, cpu_isa))
 
 
 class Sequences:
     """`count` sequences, each with its own blocks of one pool; sequence i owns blocks i, count + i, 2 * count + i, …"""
 
-    def __init__(self, loaded: LoadedModel, count: int, max_len: int, block_size: int = BLOCK) -> None:
+    def __init__(self, loaded: LoadedModel, count: int, max_len: int, block_size: int = BLOCK, on: torch.device = CPU) -> None:
         self.model, spec = loaded.model, loaded.spec
+        self.on = on
         self.block_size = block_size
         self.num_blocks = -(-max_len // block_size)
         cache = KVCacheSpec(
@@ -33,8 +34,8 @@ class Sequences:
             block_size=block_size,
             dtype=spec.dtype,
         )
-        self.backend = make_backend("auto", CPU, for_device("cpu"), cache)
-        self.caches = self.backend.allocate(cache, self.num_blocks * count, CPU)
+        self.backend = make_backend("auto", on, for_device(on.type), cache)
+        self.caches = self.backend.allocate(cache, self.num_blocks * count, on)
         self.tables = torch.arange(self.num_blocks * count, dtype=torch.int32).view(self.num_blocks, count).t().contiguous()
         self.computed = [0] * count
 
@@ -49,19 +50,19 @@ class Sequences:
             starts.append(starts[-1] + len(chunks[i]))
             self.computed[i] += len(chunks[i])
         metadata = AttentionMetadata(
-            query_start_loc=torch.tensor(starts, dtype=torch.int32),
-            seq_lens=torch.tensor([self.computed[i] for i in order], dtype=torch.int32),
-            block_tables=self.tables[order],
-            slot_mapping=torch.cat(slots),
+            query_start_loc=torch.tensor(starts, dtype=torch.int32, device=self.on),
+            seq_lens=torch.tensor([self.computed[i] for i in order], dtype=torch.int32, device=self.on),
+            block_tables=self.tables[order].to(self.on),
+            slot_mapping=torch.cat(slots).to(self.on),
             num_single_token_chunks=sum(len(chunks[i]) == 1 for i in order),
             max_query_len=max(len(chunk) for chunk in chunks.values()),
             max_seq_len=max(self.computed[i] for i in order),
         )
-        rows = torch.arange(starts[-1])
+        rows = torch.arange(starts[-1], device=self.on)
         batch = ForwardBatch(
             attention=self.backend.prepare(metadata), backend=self.backend, caches=self.caches, logits_indices=rows
         )
         with torch.inference_mode():
-            ids = torch.tensor([token for i in order for token in chunks[i]])
-            hidden = self.model.forward(ids, torch.cat(positions), batch)
-            return self.model.compute_logits(hidden[batch.logits_indices])
+            ids = torch.tensor([token for i in order for token in chunks[i]], device=self.on)
+            hidden = self.model.forward(ids, torch.cat(positions).to(self.on), batch)
+            return self.model.compute_logits(hidden[batch.logits_indices]).cpu()

@@ -47,6 +47,8 @@ class Harness:
         self.ended_early: set[str] = set()
         self.operations = 0
         self.now_ns = 0
+        self.under_way: tuple[StepPlan, StepResult] | None = None
+        self.num_ahead = 0
 
     def add(self, request: Request) -> bool:
         """False: the queue was full."""
@@ -82,27 +84,66 @@ class Harness:
         return plan
 
     def update(self, plan: StepPlan, num_tokens: list[int]) -> tuple[TokenOutput, ...]:
-        self.operations += 1
-        self.now_ns += 1
-        result = StepResult(chunks=tuple(self.model.run(plan, num_tokens)))
-        outputs = self.scheduler.update(plan, result, self.now_ns)
-        self.listen(outputs)
-        self.check()
-        return outputs
+        return self._take(plan, StepResult(chunks=tuple(self.model.run(plan, num_tokens))))
 
     def step(self, num_tokens: tuple[int, ...] = (1,)) -> StepPlan:
         plan = self.schedule()
         self.update(plan, list(num_tokens))
         return plan
 
-    def drain(self, num_tokens: tuple[int, ...] = (1,)) -> int:
+    def overlap(self, *, no_memory_ahead: bool = False) -> None:
+        """One step of a loop that launches the step after before it hears of this one; the device computes in that order.
+
+        `no_memory_ahead`: the launch of the step after fails.
+        """
+        plan, result = self.under_way or self._launched(self.schedule())
+        self.under_way = ahead = None
+        if plan.chunks:
+            self.operations += 1
+            self.now_ns += 1
+            ahead = self.scheduler.schedule_ahead(self.now_ns)
+            self.check()
+            if ahead is not None:
+                assert ahead.chunks
+                self._check_shape(ahead)
+                self.num_ahead += 1
+                if not no_memory_ahead:
+                    self.under_way = self._launched(ahead)
+        self._take(plan, result)
+        if ahead is not None and no_memory_ahead:
+            self.scheduler.retract(ahead)
+            self.check()
+
+    def settle(self) -> None:
+        """Hears what is under way, so that anything may be done."""
+        if self.under_way is not None:
+            plan, result = self.under_way
+            self.under_way = None
+            self._take(plan, result)
+
+    def _launched(self, plan: StepPlan) -> tuple[StepPlan, StepResult]:
+        return plan, StepResult(chunks=tuple(self.model.run(plan, [1])))
+
+    def _take(self, plan: StepPlan, result: StepResult) -> tuple[TokenOutput, ...]:
+        self.operations += 1
+        self.now_ns += 1
+        outputs = self.scheduler.update(plan, result, self.now_ns)
+        self.listen(outputs)
+        self.check()
+        return outputs
+
+    def drain(self, num_tokens: tuple[int, ...] = (1,), *, ahead: bool = False) -> int:
         """Steps until nothing is left; gives how many. Fails past the bound: every step runs at least one token (I9)."""
         bound = self.num_steps_bound()
         steps = 0
         while self.scheduler.has_work:
             assert steps <= bound, f"not at an end after {bound} steps"
-            self.step(num_tokens)
+            if ahead:
+                self.overlap()
+            else:
+                self.step(num_tokens)
             steps += 1
+        self.settle()
         return steps
 
     def num_steps_bound(self) -> int:
@@ -138,6 +179,10 @@ class Harness:
 
     def check_plan(self, plan: StepPlan) -> None:
         """I3, I9, and the order of a plan."""
+        self._check_shape(plan)
+        assert bool(plan.chunks) == bool(self.scheduler._requests), "something lives and nothing was scheduled (I9)"
+
+    def _check_shape(self, plan: StepPlan) -> None:
         lengths = [chunk.num_tokens for chunk in plan.chunks]
         slots = [chunk.slot for chunk in plan.chunks]
         assert all(length >= 1 for length in lengths)
@@ -147,7 +192,6 @@ class Harness:
         num_single = sum(length == 1 for length in lengths)
         assert all(length == 1 for length in lengths[:num_single])
         assert {start.slot for start in plan.starts} <= set(slots)
-        assert bool(plan.chunks) == bool(self.scheduler._requests), "something lives and nothing was scheduled (I9)"
 
     def check(self) -> None:
         """I1, I2, I4 and the counts of `stats`."""

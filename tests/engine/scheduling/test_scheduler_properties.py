@@ -78,7 +78,7 @@ def run(data: bytes) -> Harness:
     program = Program(data)
     harness = make_harness(program)
     while not program.at_end:
-        kind = program.below(16)
+        kind = program.below(20)
         if kind < 4:
             candidate = make_request(program, len(harness.requests), harness.config.max_model_len)
             try:
@@ -98,6 +98,7 @@ def run(data: bytes) -> Harness:
             harness.operations += 1
             harness.scheduler.set_token_budget(program.below(80))
         elif kind == 8:
+            harness.settle()
             plan = harness.schedule()
             if program.below(2):
                 harness.model.run(plan, [0])
@@ -105,18 +106,24 @@ def run(data: bytes) -> Harness:
             harness.scheduler.retract(plan)
             harness.check()
         elif kind == 9 and harness.requests:
+            harness.settle()
             plan = harness.schedule()
             harness.abort(f"r{program.below(len(harness.requests))}")
             harness.update(plan, [1])
+        elif kind >= 14:
+            harness.overlap(no_memory_ahead=program.below(8) == 7)
         else:
+            harness.settle()
             harness.step(((1,), (1, 3), (2, 0, 1), (1, 1, 5))[program.below(4)])
-    harness.drain()
+    if len(data) % 2:
+        harness.settle()
+    harness.drain(ahead=len(data) % 2 == 0)
     harness.check_ended()
     return harness
 
 
 def test_invariants_hold_and_outputs_equal_the_unbatched_reference_under_100_000_random_operations() -> None:
-    totals = {"operations": 0, "preemptions": 0, "hits": 0}
+    totals = {"operations": 0, "preemptions": 0, "hits": 0, "ahead": 0}
 
     @settings(max_examples=450, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(st.binary(min_size=250, max_size=700))
@@ -126,6 +133,7 @@ def test_invariants_hold_and_outputs_equal_the_unbatched_reference_under_100_000
         totals["operations"] += harness.operations
         totals["preemptions"] += stats.num_preemptions
         totals["hits"] += stats.num_prefix_hit_tokens
+        totals["ahead"] += harness.num_ahead
 
     rounds = 0
     while totals["operations"] < MIN_OPERATIONS and rounds < 4:
@@ -135,3 +143,4 @@ def test_invariants_hold_and_outputs_equal_the_unbatched_reference_under_100_000
     assert totals["operations"] >= MIN_OPERATIONS
     assert totals["preemptions"] > 200, "the programs no longer reach preemption"
     assert totals["hits"] > 1_000, "the programs no longer reach the prefix cache"
+    assert totals["ahead"] > 5_000, "the programs no longer decide steps ahead"

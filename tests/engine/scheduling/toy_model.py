@@ -115,6 +115,8 @@ class ToyModel:
             num_said = len(slot.token_ids) - start.num_prompt_tokens
             if num_said == poisoned_at(start.sampling):
                 if not said:
+                    # A step that follows before anybody knows has to be computed from some token.
+                    slot.token_ids.append(0)
                     return ChunkResult(finite=False)
                 break
             token = next_token(number, start.sampling, start.choice, num_said, start.stop_token_ids)

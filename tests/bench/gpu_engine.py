@@ -1,0 +1,379 @@
+"""On a machine with a GPU: the whole engine's figures of a Llama-3-8B shape against the limits measured there, and against transformers.
+
+    python -m tests.bench.gpu_engine [--batches 1x1024,8x2048,64x2048,256x1024] [--only decode,linears,…] [--peer]
+
+prints one JSON object; exits 3 where there is no GPU. Weights are random (speed does not depend on them), prompts are random and
+distinct, everything is bfloat16. Steps are wall-clock times of `Engine.step`, medians, host work included. `limit`: the bytes that a
+step must read (weights once, every sequence's keys and values once) at the rate of a copy measured in the same run; for a prefill its
+arithmetic at the rate of a large matmul. Parts: `linears` (the library's products against the bytes of their weights), `decode` (and
+the same without CUDA graphs and without overlap, in turns), `kernels` (with `decode`: device time by kernel), `sampled`, `prefill`,
+`mixed` (64 decodes beside a 2,048-token chunk), `prefix` (a hit of 90 % of a 4,096-token prompt). `--peer`: output tokens a second of
+`generate` and of transformers' continuous batching.
+"""
+
+import argparse
+import itertools
+import json
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import triton
+from torch.nn import functional
+
+from engine import Engine, EngineConfig, Request, SamplingParams
+from engine.execution.captured_steps import CapturedSteps
+from tests.bench.gpu_check import limits, seconds
+
+Figures = dict[str, Any]
+LLAMA_3_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 16384,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "dtype": "bfloat16",
+}
+PARTS = ("linears", "decode", "kernels", "prefill", "mixed", "prefix")
+STEPS = 48
+KV_TOKEN_BYTES = 32 * 8 * 128 * 2 * 2
+LAYER_WEIGHTS = {"qkv": (6144, 4096), "out": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
+HEAD = (128256, 4096)
+READ_BYTES = 2 * (32 * sum(n * k for n, k in LAYER_WEIGHTS.values()) + HEAD[0] * HEAD[1])
+"""Of the weights, in a step: all but the embedding, of which a step reads a row a token."""
+
+TOKEN_FLOPS = READ_BYTES - 2 * HEAD[0] * HEAD[1]
+"""Of a prompt token's linears without the head, which only a prompt's last token needs: 2 a weight of 2 bytes."""
+
+
+class Bench:
+    """One engine, and prompts that share nothing."""
+
+    def __init__(self, model_dir: str, kv_cache_bytes: int, **settings: Any) -> None:
+        began = time.perf_counter()
+        self.engine = Engine(
+            EngineConfig(
+                model_dir=model_dir,
+                load_format="dummy",
+                dtype="bfloat16",
+                device="cuda:0",
+                kv_cache_bytes=kv_cache_bytes,
+                max_num_seqs=256,
+                max_num_batched_tokens=8192,
+                **{"enable_prefix_cache": False} | settings,
+            )
+        )
+        self.load_s = time.perf_counter() - began
+        self._ids = itertools.count()
+        self._draw = random.Random(0)
+
+    def prompt(self, length: int) -> tuple[int, ...]:
+        return tuple(self._draw.randrange(3, 128_000) for _ in range(length))
+
+    def add(self, prompt: tuple[int, ...], max_tokens: int, temperature: float = 0.0) -> str:
+        name = str(next(self._ids))
+        sampling = SamplingParams(max_tokens=max_tokens, seed=1, temperature=temperature, ignore_eos=True)
+        self.engine.add(Request(request_id=name, prompt_token_ids=prompt, sampling=sampling))
+        return name
+
+    def step(self) -> tuple[float, Any]:
+        """(seconds, stats) of one step."""
+        began = time.perf_counter()
+        output = self.engine.step()
+        return time.perf_counter() - began, output.stats
+
+    def fill(self, batch: int, context: int, max_tokens: int, temperature: float = 0.0) -> list[str]:
+        """`batch` sequences of `context` tokens, prefilled; returns when all of them decode."""
+        names = [self.add(self.prompt(context), max_tokens, temperature) for _ in range(batch)]
+        for _ in range(100_000):
+            _, stats = self.step()
+            if stats.num_decode_tokens == batch:
+                return names
+        raise RuntimeError("the batch never came to decode whole")
+
+    def empty(self, names: list[str]) -> None:
+        for name in names:
+            self.engine.abort(name)
+        while self.engine.has_work:
+            self.engine.step()
+
+
+def median_ms(values: list[float]) -> float:
+    return 1e3 * statistics.median(values)
+
+
+def multiply_all(x: torch.Tensor, weights: list[torch.Tensor]) -> None:
+    for weight in weights:
+        functional.linear(x, weight)
+
+
+def linears(device: torch.device, copy: float) -> Figures:
+    """Share of the copy rate at which a library's product reads its weights; weights of several layers in turn, so that none is in L2."""
+    found: Figures = {}
+    for name, (n, k) in (LAYER_WEIGHTS | {"head": HEAD}).items():
+        weights = [torch.randn(n, k, dtype=torch.bfloat16, device=device) for _ in range(2 if name == "head" else 6)]
+        for rows in (1, 8, 16, 64, 128, 256):
+            x = torch.randn(rows, k, dtype=torch.bfloat16, device=device)
+            took = seconds(partial(multiply_all, x, weights)) / len(weights)
+            found[f"{name} {rows}"] = round(2 * n * k / took / copy, 3)
+    return found
+
+
+@contextmanager
+def without_graphs() -> Iterator[None]:
+    takes = CapturedSteps.takes
+    CapturedSteps.takes = lambda self, batch: False  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        CapturedSteps.takes = takes  # type: ignore[method-assign]
+
+
+@contextmanager
+def without_overlap(bench: Bench) -> Iterator[None]:
+    runner = bench.engine._loop._executor
+    runner.overlaps = False  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        runner.overlaps = True  # type: ignore[misc]
+
+
+def times_of(bench: Bench, steps: int, settle: int = 2) -> list[float]:
+    """Seconds of each of so many steps, after some that do not count."""
+    return [bench.step()[0] for _ in range(settle + steps)][settle:]
+
+
+def decode(bench: Bench, batch: int, context: int, copy: float, temperature: float = 0.0, kernels: bool = False) -> Figures:
+    """One batch's decode step as it is, without CUDA graphs, and without overlap, in turns; then what the device did in it."""
+    names = bench.fill(batch, context, 8 * STEPS, temperature)
+    first_s = sum(times_of(bench, 3, settle=0))
+    ways: dict[str, list[float]] = {"step_ms": [], "without_graphs_ms": [], "without_overlap_ms": []}
+    for _ in range(4):
+        ways["step_ms"] += times_of(bench, 12)
+        with without_graphs():
+            ways["without_graphs_ms"] += times_of(bench, 4)
+        with without_overlap(bench):
+            ways["without_overlap_ms"] += times_of(bench, 4)
+    limit = (READ_BYTES + batch * (context + STEPS) * KV_TOKEN_BYTES) / copy
+    profile = kernel_times(bench) if kernels else {}
+    bench.empty(names)
+    median = statistics.median(ways["step_ms"])
+    return {
+        **{name: median_ms(values) for name, values in ways.items()},
+        "p90_ms": 1e3 * statistics.quantiles(ways["step_ms"], n=10)[8],
+        "first_three_steps_s": first_s,
+        "limit_ms": limit * 1e3,
+        "of_limit": limit / median,
+        "tokens_per_s": batch / median,
+        **profile,
+    }
+
+
+def kernel_times(bench: Bench) -> Figures:
+    """Microseconds on the device by kernel, and how much of a step's wall-clock time the device computes, from torch's profiler."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        began = time.perf_counter()
+        for _ in range(8):
+            bench.step()
+        wall = (time.perf_counter() - began) / 8
+    rows = sorted(profile.key_averages(), key=lambda row: -row.self_device_time_total)
+    busy = sum(row.self_device_time_total for row in rows) / 8
+    return {
+        "profiled_ms": wall * 1e3,
+        "device_ms": busy / 1e3,
+        "busy": busy / 1e6 / wall,
+        "kernels": {row.key[:70]: [round(row.self_device_time_total / 8, 1), row.count // 8] for row in rows[:16]},
+    }
+
+
+def prefill(bench: Bench, length: int, matmul: float) -> Figures:
+    """A prompt alone: its steps' time, and the share of the matmul rate that its arithmetic takes (attention's included)."""
+    times = []
+    for _ in range(4):
+        bench.add(bench.prompt(length), 1)
+        took = 0.0
+        while bench.engine.has_work:
+            took += bench.step()[0]
+        times.append(took)
+    attention = 32 * 4 * 32 * 128 * length * (length + 1) / 2
+    took = statistics.median(times[1:])
+    return {"ms": took * 1e3, "of_matmul": (length * TOKEN_FLOPS + attention) / took / matmul, "tokens_per_s": length / took}
+
+
+def mixed(bench: Bench, matmul: float) -> Figures:
+    """64 decodes of context 2,048 with and without a 2,048-token prompt beside them, against what its arithmetic explains."""
+    names = bench.fill(64, 2048, 400)
+    for _ in range(3):
+        bench.step()
+    alone, beside = [], []
+    for _ in range(8):
+        alone += [bench.step()[0] for _ in range(4)]
+        names.append(bench.add(bench.prompt(2048), 1))
+        # Launched ahead of what is heard, the prompt is in one of the next steps.
+        beside.append(max(bench.step()[0] for _ in range(3)))
+    bench.empty(names)
+    flops = 2048 * TOKEN_FLOPS + 32 * 4 * 32 * 128 * 2048 * 2049 / 2
+    explained = statistics.median(alone) + flops / matmul
+    worst = max(beside[1:])
+    return {
+        "alone_ms": median_ms(alone),
+        "beside_ms": median_ms(beside[1:]),
+        "worst_ms": worst * 1e3,
+        "explained_ms": explained * 1e3,
+        "median_over_explained": statistics.median(beside[1:]) / explained,
+        "worst_over_explained": worst / explained,
+    }
+
+
+def prefix(model_dir: str) -> Figures:
+    """Time to the first token of a 4,096-token prompt, new and with 90 % of it in the cache."""
+    bench = Bench(model_dir, 8 << 30, enable_prefix_cache=True)
+    engine = bench.engine
+    new, hit = [], []
+    for _ in range(5):
+        shared = bench.prompt(3686)
+        for times in (new, hit):
+            bench.add(shared + bench.prompt(410), 1)
+            took = 0.0
+            while engine.has_work:
+                took += bench.step()[0]
+            times.append(took)
+    engine.close()
+    new_ms, hit_ms = median_ms(new[1:]), median_ms(hit[1:])
+    return {"new_ms": new_ms, "hit_ms": hit_ms, "less": 1 - hit_ms / new_ms}
+
+
+def our_rate(bench: Bench, prompts: list[tuple[int, ...]], new: int) -> float:
+    began = time.perf_counter()
+    for one in prompts:
+        bench.add(one, new)
+    while bench.engine.has_work:
+        bench.step()
+    return len(prompts) * new / (time.perf_counter() - began)
+
+
+def peers(model_dir: str, bench: Bench, batches: tuple[int, ...] = (8, 32), prompt: int = 512, new: int = 64) -> Figures:
+    """Output tokens a second of whole runs, prefill included, in turns: ours, `generate`, and its continuous batching."""
+    config = transformers.AutoConfig.from_pretrained(model_dir)
+    with torch.device("cuda"):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    found: Figures = {}
+    for batch in batches:
+        rates: dict[str, list[float]] = {"sluice": [], "generate": []}
+        for _ in range(3):
+            prompts = [bench.prompt(prompt) for _ in range(batch)]
+            rates["sluice"].append(our_rate(bench, prompts, new))
+            ids = torch.tensor(prompts, device="cuda")
+            began = time.perf_counter()
+            with torch.inference_mode():
+                out = model.generate(
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=new,
+                    min_new_tokens=new,
+                    do_sample=False,
+                    pad_token_id=0,
+                )
+            torch.cuda.synchronize()
+            rates["generate"].append(batch * new / (time.perf_counter() - began))
+            if out.shape[1] != prompt + new:
+                raise RuntimeError("generate said another number of tokens")
+        medians = {name: statistics.median(values[1:]) for name, values in rates.items()}
+        found[f"batch {batch}"] = {"tokens_per_s": rates, "ratio": medians["sluice"] / medians["generate"]}
+    return found | continuous(model, bench, max(batches), prompt, new)
+
+
+def continuous(model: Any, bench: Bench, batch: int, prompt: int, new: int) -> Figures:
+    """transformers' own continuous batching over a paged cache."""
+    generation = transformers.GenerationConfig(
+        max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0, eos_token_id=-1, use_cache=True
+    )
+    rates: dict[str, list[float]] = {"sluice": [], "continuous": []}
+    for _ in range(3):
+        prompts = [bench.prompt(prompt) for _ in range(batch)]
+        rates["sluice"].append(our_rate(bench, prompts, new))
+        began = time.perf_counter()
+        out = model.generate_batch(inputs=[list(one) for one in prompts], generation_config=generation, progress_bar=False)
+        took = time.perf_counter() - began
+        rates["continuous"].append(sum(len(one.generated_tokens) for one in out.values()) / took)
+    medians = {name: statistics.median(values[1:]) for name, values in rates.items()}
+    return {f"continuous batching, {batch}": {"tokens_per_s": rates, "ratio": medians["sluice"] / medians["continuous"]}}
+
+
+def measure(options: argparse.Namespace, device: torch.device) -> Iterator[tuple[str, Any]]:
+    only = options.only.split(",") if options.only else PARTS
+    limit = limits(device)
+    copy, matmul = limit["copy_bytes_per_s"], limit["matmul_flops"]
+    yield "limits", limit
+    if "linears" in only:
+        yield "linears", linears(device, copy)
+    with tempfile.TemporaryDirectory() as model_dir:
+        (Path(model_dir) / "config.json").write_text(json.dumps(LLAMA_3_8B), encoding="utf-8")
+        bench = Bench(model_dir, options.kv_gib << 30)
+        yield "load_s", bench.load_s
+        for name in options.batches.split(","):
+            batch, context = (int(part) for part in name.split("x"))
+            if "decode" in only:
+                yield f"decode {name}", decode(bench, batch, context, copy, kernels="kernels" in only)
+        if "sampled" in only:
+            yield "decode 64x1024, temperature 0.8", decode(bench, 64, 1024, copy, 0.8)
+        if "prefill" in only:
+            for length in (512, 2048, 8192):
+                yield f"prefill {length}", prefill(bench, length, matmul)
+        if "mixed" in only:
+            yield "mixed", mixed(bench, matmul)
+        if options.peer:
+            yield "peers", peers(model_dir, bench)
+        bench.engine.close()
+        del bench
+        torch.cuda.empty_cache()
+        if "prefix" in only:
+            yield "prefix", prefix(model_dir)
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batches", default="1x1024,8x2048,64x2048,256x1024")
+    parser.add_argument("--only", default="", help=f"some of {','.join(PARTS)},sampled")
+    parser.add_argument("--kv-gib", type=int, default=40)
+    parser.add_argument("--peer", action="store_true")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("gpu_engine: no GPU here that torch can use; nothing was measured", file=sys.stderr)
+        return 3
+    device = torch.device("cuda", 0)
+    report: Figures = {
+        "device": torch.cuda.get_device_name(device),
+        "versions": {"torch": torch.__version__, "triton": triton.__version__, "transformers": transformers.__version__},
+        "parameters": vars(options),
+    }
+    for name, value in measure(options, device):
+        report[name] = value
+        print(name, json.dumps(value), file=sys.stderr, flush=True)
+    print(json.dumps(report, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
