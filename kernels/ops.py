@@ -117,7 +117,7 @@ def _float_product(x: Tensor, weight: Tensor) -> Tensor:
 
 @cache
 def _triton() -> Operators:
-    from kernels.triton import paged_attention, rms_norm, rotary_kv_write, silu_mul
+    from kernels.triton import paged_attention, rms_norm, rotary_kv_write, sampling, silu_mul
 
     return Operators(
         name="triton",
@@ -129,7 +129,7 @@ def _triton() -> Operators:
         silu_mul=silu_mul.silu_mul,
         rotary_kv_write=rotary_kv_write.rotary_kv_write,
         paged_attention=paged_attention.paged_attention,
-        greedy=reference.greedy,
-        sample=reference.sample,
+        greedy=sampling.greedy,
+        sample=sampling.sample,
         logprobs=reference.logprobs,
     )

@@ -25,6 +25,7 @@ from engine.execution.single_steps import SingleSteps
 from engine.execution.slot_table import Ints, SlotTable
 from engine.scheduling.step import Chunk, ChunkResult, StepPlan, StepResult
 from kernels.ops import Operators
+from kernels.transfer import to_device
 
 _NOTHING = ChunkResult()
 _NO_SLOTS = np.zeros(0, np.int64)
@@ -96,7 +97,6 @@ class Runner:
         self._backend = backend
         self._caches = caches
         self._device = device
-        self._on_host = device.type == "cpu"
         self._block_size = block_size
         self._slots = SlotTable(num_slots=num_slots, max_tokens=max_model_len, block_size=block_size)
         self._sampler = Sampler(num_slots=num_slots, vocab_size=vocab_size, device=device, operators=operators)
@@ -226,5 +226,4 @@ class Runner:
         return input_ids, self._sent(batch.positions), metadata, self._sent(batch.rows)
 
     def _sent(self, array: NDArray[np.generic]) -> Tensor:
-        tensor = torch.from_numpy(array)
-        return tensor if self._on_host else tensor.to(self._device, non_blocking=True)
+        return to_device(torch.from_numpy(array), self._device)

@@ -17,6 +17,7 @@ from engine.execution.sampling_table import SamplingTable
 from engine.output import TokenLogprobs
 from engine.scheduling.step import ChunkResult, SequenceStart
 from kernels.ops import Operators
+from kernels.transfer import to_device, to_host
 
 Rows = NDArray[np.int64]
 _NOT_FINITE = ChunkResult(finite=False)
@@ -107,19 +108,18 @@ class Sampler:
 
     def _pending(self, tokens: Tensor, logprobs: RawLogprobs | None = None) -> PendingSample:
         """Sends what was drawn on its way to the host: a copy that waited for `collect` would wait for the step after, too."""
-        if self._device.type == "cpu":
-            return PendingSample(tokens=tokens, on_host=Drawn(tokens=tokens, logprobs=logprobs), arrived=None)
         if logprobs is not None:
             parts = (logprobs.chosen, logprobs.top_ids, logprobs.top)
-            chosen, top_ids, top = (_to_host(part) for part in parts)
+            chosen, top_ids, top = (to_host(part) for part in parts)
             logprobs = replace(logprobs, chosen=chosen, top_ids=top_ids, top=top)
-        on_host = Drawn(tokens=_to_host(tokens), logprobs=logprobs)
-        arrived = torch.cuda.Event()
-        arrived.record()
+        on_host, arrived = Drawn(tokens=to_host(tokens), logprobs=logprobs), None
+        if self._device.type == "cuda":
+            arrived = torch.cuda.Event()
+            arrived.record()
         return PendingSample(tokens=tokens, on_host=on_host, arrived=arrived)
 
     def _index(self, rows: Rows) -> Tensor:
-        return torch.from_numpy(rows).to(self._device)
+        return to_device(torch.from_numpy(rows), self._device)
 
     def _adjust(self, logits: Tensor, slots: Rows, positions: Rows) -> Tensor:
         table = self._table
@@ -141,8 +141,3 @@ class Sampler:
         most = min(int(counts.max()), logits.shape[1])
         chosen, top_ids, top = self._ops.logprobs(logits[index], tokens[index].clamp(min=0), most)
         return RawLogprobs(rows=wanted, counts=counts[wanted], chosen=chosen, top_ids=top_ids, top=top)
-
-
-def _to_host(tensor: Tensor) -> Tensor:
-    """A copy in pinned memory, complete once the device gets there."""
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from engine.scheduling.step import SequenceStart
+from kernels.transfer import to_device
 
 GREEDY_BELOW = 1e-5
 """A temperature below this is greedy: the division would only turn every other logit into -inf."""
@@ -54,7 +55,7 @@ class SamplingTable:
             self._stops[slot] = self._ids(start.stop_token_ids)
         self.biased[slot] = bool(params.logit_bias)
         if params.logit_bias:
-            values = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32, device=self._device)
+            values = to_device(torch.tensor(list(params.logit_bias.values()), dtype=torch.float32), self._device)
             self._bias[slot] = (self._ids(tuple(params.logit_bias)), values)
         self.penalised[slot] = (
             params.repetition_penalty != 1.0 or params.frequency_penalty != 0.0 or params.presence_penalty != 0.0
@@ -65,7 +66,11 @@ class SamplingTable:
         self.plain[slot] = temperature == 0.0 and params.logprobs is None and not adjusted
 
     def _ids(self, token_ids: tuple[int, ...]) -> Tensor:
-        return torch.tensor(token_ids, dtype=torch.int64, device=self._device)
+        return to_device(torch.tensor(token_ids, dtype=torch.int64), self._device)
+
+    def _each(self, values: np.ndarray) -> Tensor:
+        """[N] values, one a row, as [N, 1] on the device."""
+        return to_device(torch.from_numpy(values), self._device).unsqueeze(1)
 
     def _count_all(self, start: SequenceStart) -> None:
         counts, in_prompt = self._counts()
@@ -74,7 +79,7 @@ class SamplingTable:
         in_prompt[start.slot][self._ids(start.token_ids[: start.num_prompt_tokens])] = True
         said = self._ids(start.token_ids[start.num_prompt_tokens :])
         if said.numel():
-            counts[start.slot] += torch.bincount(said, minlength=self._shape[1]).to(torch.int32)
+            counts[start.slot].index_add_(0, said, torch.ones_like(said, dtype=torch.int32))
 
     def _counts(self) -> tuple[Tensor, Tensor]:
         if self._output_counts is None or self._in_prompt is None:
@@ -97,11 +102,11 @@ class SamplingTable:
         logits: [N, V] float32, one row a slot; returns the changed rows.
         """
         counts, in_prompt = self._counts()
-        index = torch.from_numpy(slots).to(self._device)
+        index = to_device(torch.from_numpy(slots), self._device)
         said = counts[index]
-        factor = torch.from_numpy(self.repetition[slots]).to(self._device).unsqueeze(1)
-        frequency = torch.from_numpy(self.frequency[slots]).to(self._device).unsqueeze(1)
-        presence = torch.from_numpy(self.presence[slots]).to(self._device).unsqueeze(1)
+        factor = self._each(self.repetition[slots])
+        frequency = self._each(self.frequency[slots])
+        presence = self._each(self.presence[slots])
         scaled = torch.where(logits > 0, logits / factor, logits * factor)
         logits = torch.where(in_prompt[index] | (said > 0), scaled, logits)
         return logits - frequency * said - presence * (said > 0)
@@ -109,5 +114,5 @@ class SamplingTable:
     def count(self, slots: np.ndarray, tokens: Tensor) -> None:
         """Counts one more output token a penalised slot, on the device. tokens: [N] int64."""
         counts, _ = self._counts()
-        index = torch.from_numpy(slots).to(self._device)
+        index = to_device(torch.from_numpy(slots), self._device)
         counts[index, tokens] += 1

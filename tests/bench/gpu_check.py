@@ -7,24 +7,27 @@ from CUDA graphs, medians; inputs are several times the L2 cache unless said.
 """
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
-from triton.testing import do_bench_cudagraph
+from triton.testing import do_bench, do_bench_cudagraph
 
 from kernels import ops, reference
-from kernels.triton import paged_plan, tuning
+from kernels.triton import sampling, tuning
 from kernels.triton.paged_attention import attend, paged_attention
 from kernels.triton.paged_plan import PagedPlan
 from kernels.triton.rms_norm import add_rms_norm, rms_norm
 from kernels.triton.rotary_kv_write import rotary_kv_write
 from kernels.triton.silu_mul import silu_mul
 from tests.kernels.paged_case import paged_case
+from tests.kernels.sampling_cases import KINDS, VOCABULARIES, Case, make_case
 from tests.kernels.tolerance import LITTLE
 
 Check = dict[str, Any]
@@ -60,8 +63,7 @@ def small_checks(dtype: torch.dtype, device: torch.device) -> Iterator[Check]:
     rows, head = torch.randn(9, 256).to(device, dtype), torch.randn(1000, 256).to(device, dtype)
     wide = ops.for_device("cuda").float_product(rows, head)
     exact = rows.double() @ head.double().t()
-    # Summed in float32 and never rounded to the type of its inputs.
-    yield compare("float_product", wide, (rows.float() @ head.float().t()), exact.float())
+    yield compare("float_product", wide, reference.float_product(rows, head), exact.float())
     q, k, v = torch.randn(63, 15, 80).to(device, dtype).split([9, 3, 3], dim=1)
     angles = torch.arange(300).float()[:, None] * 10000.0 ** (-torch.arange(0, 80, 2).float() / 80)
     table = torch.cat((angles.cos(), angles.sin()), dim=-1).to(device)
@@ -74,6 +76,24 @@ def small_checks(dtype: torch.dtype, device: torch.device) -> Iterator[Check]:
     exact = reference.rotary_kv_write(q.float(), k.float(), v.float(), table, positions, *wide, slots)
     yield compare("rotary_kv_write, q", actual, plain, exact)
     yield compare("rotary_kv_write, cache", found, kept, wide)
+
+
+def sampling_checks(device: torch.device) -> Iterator[Check]:
+    """Tokens of hard rows, and of as many as a step has, against plain torch's on the CPU."""
+    for vocab in VOCABULARIES:
+        for kind in KINDS:
+            case = make_case(vocab, kind, vocab, 12)
+            yield from sampled(f"{kind}, {vocab}", case, device)
+    yield from sampled("normal, 128256", make_case(7, "normal", 128_256, 64), device)
+
+
+def sampled(name: str, case: Case, device: torch.device) -> Iterator[Check]:
+    logits, operators = case.logits.to(device), ops.for_device("cuda")
+    actual = operators.sample(logits, case.filters, case.draws).tolist()
+    expected = reference.sample(case.logits, case.filters, case.draws).tolist()
+    best = operators.greedy(logits).tolist() == reference.greedy(case.logits).tolist()
+    wrong = [(i, one, other) for i, (one, other) in enumerate(zip(actual, expected, strict=True)) if one != other]
+    yield {"check": f"sample and greedy, {name}", "dtype": "float32", "wrong": wrong, "ok": best and not wrong}
 
 
 def attention_checks(dtype: torch.dtype, device: torch.device, long: int) -> Iterator[Check]:
@@ -109,12 +129,20 @@ def on_device(x: Tensor, device: torch.device) -> Tensor:
 def correctness(device: torch.device, long: int = 3000, dtypes: tuple[torch.dtype, ...] = tuple(LITTLE)) -> list[Check]:
     """Every check in every type. `long`: the longest context."""
     torch.manual_seed(0)
-    return [check for dtype in dtypes for check in (*small_checks(dtype, device), *attention_checks(dtype, device, long))]
+    checks = [check for dtype in dtypes for check in (*small_checks(dtype, device), *attention_checks(dtype, device, long))]
+    if torch.float32 in dtypes and device.type == "cuda":
+        checks += sampling_checks(device)
+    return checks
 
 
 def seconds(call: Callable[[], Any]) -> float:
     """Device time of a call, median, without the host's part."""
     return do_bench_cudagraph(call, rep=50, return_mode="median") / 1e3
+
+
+def wall_seconds(call: Callable[[], Any]) -> float:
+    """Device time with the host's part, of a call that sends something from the host: median of events around it."""
+    return do_bench(call, warmup=10, rep=50, return_mode="median") / 1e3
 
 
 def limits(device: torch.device) -> dict[str, float]:
@@ -198,11 +226,24 @@ def figures(device: torch.device) -> dict[str, Any]:
     found["add_rms_norm 65536 x 4096"] = {
         "of_copy": 8 * x.numel() / seconds(lambda: add_rms_norm(x, residual, weight, 1e-5)) / copy
     }
+    for rows, filters in itertools.product((1, 64, 256), FILTERS):
+        case = make_case(3, "normal", 128_256, rows)
+        logits = case.logits.to(device)
+        case.filters[:] = torch.tensor(FILTERS[filters], dtype=torch.float64)
+        take = partial(sampling.sample, logits, case.filters, case.draws)
+        found[f"sample, {filters}, {rows} x 128256"] = {"us": wall_seconds(take) * 1e6}
     wide = torch.randn(16384, 28672, dtype=torch.bfloat16, device=device)
     found["silu_mul 16384 x 14336"] = {"of_copy": 3 * wide.numel() / seconds(lambda: silu_mul(wide)) / copy}
     return found
 
 
+FILTERS = {
+    "greedy": (0.0, 0, 1.0, 0.0),
+    "temperature": (0.8, 0, 1.0, 0.0),
+    "top-k": (0.8, 50, 1.0, 0.0),
+    "top-p": (0.8, 0, 0.95, 0.0),
+    "all": (0.8, 50, 0.95, 0.05),
+}
 DECODES = {
     "1x1024": [(1024, 1)],
     "1x32768": [(32768, 1)],
@@ -228,7 +269,7 @@ def sweep(device: torch.device) -> dict[str, Any]:
     """Microseconds of other shapes of the kernels, head size 128, in the order tried."""
     table, row = tuning.ATTENTION_16_BIT[tuning.architecture(device)], 256
     kept, found = table[row], {}
-    decodes = ((32, 4, 5), (64, 4, 3), (64, 4, 5), (64, 8, 3), (128, 4, 2), (128, 4, 3), (128, 4, 5), (128, 8, 3), (128, 8, 5))
+    decodes = ((64, 4, 3), (64, 4, 5), (128, 4, 2), (128, 4, 3), (128, 4, 5), (256, 4, 2), (256, 8, 2), (256, 8, 3))
     for tile, warps, stages in decodes:
         shape = tuning.Tile(block_m=16, tile=tile, num_warps=warps, num_stages=stages)
         table[row] = tuning.AttentionTuning(decode=shape, prefill=kept.prefill)
@@ -248,20 +289,22 @@ def sweep(device: torch.device) -> dict[str, Any]:
         found[f"prefill {m} {tile} {warps} {stages}"] = timed(PREFILLS, device)
     table[row] = kept
     merge = tuning.MERGE_SPLITS, tuning.MERGE_WARPS
-    for tuning.MERGE_SPLITS, tuning.MERGE_WARPS in ((16, 4), (16, 2), (16, 1), (8, 4), (8, 2), (8, 1), (4, 2), (4, 1)):
+    for tuning.MERGE_SPLITS, tuning.MERGE_WARPS in ((16, 1), (8, 2), (8, 1), (4, 1)):
         found[f"merge of {tuning.MERGE_SPLITS} by {tuning.MERGE_WARPS}"] = timed(DECODES, device)
     tuning.MERGE_SPLITS, tuning.MERGE_WARPS = merge
-    split = tuning.SPLIT_TOKENS
-    for tuning.SPLIT_TOKENS in (256, 512, 1024):
-        paged_plan.SPLIT_TOKENS = tuning.SPLIT_TOKENS
-        found[f"splits of {tuning.SPLIT_TOKENS}"] = timed(DECODES, device)
-    tuning.SPLIT_TOKENS = paged_plan.SPLIT_TOKENS = split
     programs = tuning.PROGRAMS_PER_MULTIPROCESSOR
-    for tuning.PROGRAMS_PER_MULTIPROCESSOR in (2, 3, 4, 6, 8):
+    for tuning.PROGRAMS_PER_MULTIPROCESSOR in (2, 3, 4, 6, 8, 12):
         tuning.persistent_programs.cache_clear()
         found[f"{tuning.PROGRAMS_PER_MULTIPROCESSOR} programs a multiprocessor"] = timed(DECODES, device)
     tuning.PROGRAMS_PER_MULTIPROCESSOR = programs
     tuning.persistent_programs.cache_clear()
+    case = make_case(3, "normal", 128_256, 64)
+    logits, case.filters[:] = case.logits.to(device), torch.tensor(FILTERS["all"], dtype=torch.float64)
+    limit = tuning.LIMIT_TILE, tuning.LIMIT_WARPS
+    for tuning.LIMIT_TILE, tuning.LIMIT_WARPS in ((16384, 32), (16384, 16), (8192, 8), (4096, 16), (4096, 8)):
+        took = wall_seconds(partial(sampling.sample, logits, case.filters, case.draws))
+        found[f"limits by tiles of {tuning.LIMIT_TILE}, {tuning.LIMIT_WARPS} warps"] = round(took * 1e6, 1)
+    tuning.LIMIT_TILE, tuning.LIMIT_WARPS = limit
     return found
 
 

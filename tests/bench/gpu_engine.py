@@ -90,9 +90,9 @@ class Bench:
     def prompt(self, length: int) -> tuple[int, ...]:
         return tuple(self._draw.randrange(3, 128_000) for _ in range(length))
 
-    def add(self, prompt: tuple[int, ...], max_tokens: int, temperature: float = 0.0) -> str:
+    def add(self, prompt: tuple[int, ...], max_tokens: int, **how: Any) -> str:
         name = str(next(self._ids))
-        sampling = SamplingParams(max_tokens=max_tokens, seed=1, temperature=temperature, ignore_eos=True)
+        sampling = SamplingParams(**{"max_tokens": max_tokens, "seed": 1, "temperature": 0.0, "ignore_eos": True} | how)
         self.engine.add(Request(request_id=name, prompt_token_ids=prompt, sampling=sampling))
         return name
 
@@ -102,9 +102,9 @@ class Bench:
         output = self.engine.step()
         return time.perf_counter() - began, output.stats
 
-    def fill(self, batch: int, context: int, max_tokens: int, temperature: float = 0.0) -> list[str]:
+    def fill(self, batch: int, context: int, max_tokens: int, **how: Any) -> list[str]:
         """`batch` sequences of `context` tokens, prefilled; returns when all of them decode."""
-        names = [self.add(self.prompt(context), max_tokens, temperature) for _ in range(batch)]
+        names = [self.add(self.prompt(context), max_tokens, **how) for _ in range(batch)]
         for _ in range(100_000):
             _, stats = self.step()
             if stats.num_decode_tokens == batch:
@@ -164,9 +164,9 @@ def times_of(bench: Bench, steps: int, settle: int = 2) -> list[float]:
     return [bench.step()[0] for _ in range(settle + steps)][settle:]
 
 
-def decode(bench: Bench, batch: int, context: int, copy: float, temperature: float = 0.0, kernels: bool = False) -> Figures:
+def decode(bench: Bench, batch: int, context: int, copy: float, kernels: bool = False, **how: Any) -> Figures:
     """One batch's decode step as it is, without CUDA graphs, and without overlap, in turns; then what the device did in it."""
-    names = bench.fill(batch, context, 8 * STEPS, temperature)
+    names = bench.fill(batch, context, 8 * STEPS, **how)
     first_s = sum(times_of(bench, 3, settle=0))
     ways: dict[str, list[float]] = {"step_ms": [], "without_graphs_ms": [], "without_overlap_ms": []}
     for _ in range(4):
@@ -176,9 +176,9 @@ def decode(bench: Bench, batch: int, context: int, copy: float, temperature: flo
         with without_overlap(bench):
             ways["without_overlap_ms"] += times_of(bench, 4)
     limit = (READ_BYTES + batch * (context + STEPS) * KV_TOKEN_BYTES) / copy
-    profile = kernel_times(bench) if kernels else {}
-    bench.empty(names)
     median = statistics.median(ways["step_ms"])
+    profile = kernel_times(bench, median) if kernels else {}
+    bench.empty(names)
     return {
         **{name: median_ms(values) for name, values in ways.items()},
         "p90_ms": 1e3 * statistics.quantiles(ways["step_ms"], n=10)[8],
@@ -190,19 +190,17 @@ def decode(bench: Bench, batch: int, context: int, copy: float, temperature: flo
     }
 
 
-def kernel_times(bench: Bench) -> Figures:
-    """Microseconds on the device by kernel, and how much of a step's wall-clock time the device computes, from torch's profiler."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        began = time.perf_counter()
-        for _ in range(8):
-            bench.step()
-        wall = (time.perf_counter() - began) / 8
+def kernel_times(bench: Bench, step_s: float) -> Figures:
+    """Microseconds on the device by kernel, from torch's profiler, and the share of a step of `step_s` that the device computes."""
+    with without_overlap(bench):
+        times_of(bench, 2)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            times_of(bench, 8, settle=0)
     rows = sorted(profile.key_averages(), key=lambda row: -row.self_device_time_total)
     busy = sum(row.self_device_time_total for row in rows) / 8
     return {
-        "profiled_ms": wall * 1e3,
         "device_ms": busy / 1e3,
-        "busy": busy / 1e6 / wall,
+        "busy": busy / 1e6 / step_s,
         "kernels": {row.key[:70]: [round(row.self_device_time_total / 8, 1), row.count // 8] for row in rows[:16]},
     }
 
@@ -337,7 +335,10 @@ def measure(options: argparse.Namespace, device: torch.device) -> Iterator[tuple
             if "decode" in only:
                 yield f"decode {name}", decode(bench, batch, context, copy, kernels="kernels" in only)
         if "sampled" in only:
-            yield "decode 64x1024, temperature 0.8", decode(bench, 64, 1024, copy, 0.8)
+            yield "decode 64x1024, greedy", decode(bench, 64, 1024, copy)
+            yield "decode 64x1024, temperature", decode(bench, 64, 1024, copy, temperature=0.8)
+            yield "decode 64x1024, top-p", decode(bench, 64, 1024, copy, temperature=0.8, top_p=0.95)
+            yield "decode 64x1024, top-k, top-p", decode(bench, 64, 1024, copy, temperature=0.8, top_k=50, top_p=0.95)
         if "prefill" in only:
             for length in (512, 2048, 8192):
                 yield f"prefill {length}", prefill(bench, length, matmul)

@@ -22,6 +22,7 @@ from kernels.triton.paged_decode import decode_kernel, merge_kernel
 from kernels.triton.paged_prefill import prefill_kernel
 from kernels.triton.rms_norm import rms_norm_kernel
 from kernels.triton.rotary_kv_write import rotary_kv_write_kernel
+from kernels.triton.sampling import chunk_best_kernel, draw_kernel, limit_kernel, mass_kernel, row_best_kernel
 from kernels.triton.silu_mul import silu_mul_kernel
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
@@ -31,8 +32,10 @@ _DOT = {"fp32": tl.float32, "fp16": tl.float16, "bf16": tl.bfloat16}
 _POINTERS = {
     "p_partial": "*fp32", "p_partial_max": "*fp32", "p_partial_sum": "*fp32", "p_tables": "*i32", "p_seq_lens": "*i32",
     "p_query_starts": "*i32", "p_starts": "*i32", "p_owners": "*i32", "p_cos_sin": "*fp32", "p_positions": "*i64", "p_slots": "*i64",
+    "p_logits": "*fp32", "p_values": "*fp32", "p_best": "*fp32", "p_places": "*i32", "p_tokens": "*i64", "p_settings": "*i32",
+    "p_numbers": "*fp64", "p_limits": "*i32", "p_masses": "*fp64",
 }  # fmt: skip
-_ANY_VALUE = {"num_seqs", "first_seq", "stride_table", "num_rows"}
+_ANY_VALUE = {"num_seqs", "first_seq", "stride_table", "num_rows", "vocab", "num_chunks"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,3 +183,12 @@ def cases(architecture: str) -> Iterator[Case]:
         constants={"BLOCK": tuning.SILU_MUL_BLOCK},
         num_warps=tuning.SILU_MUL_WARPS,
     )
+    chunk, chunks = {"CHUNK": tuning.SAMPLE_CHUNK}, {"CHUNKS": 32}
+    for kernel, constants, warps in (
+        (chunk_best_kernel, chunk, tuning.SAMPLE_WARPS),
+        (row_best_kernel, chunks, 1),
+        (limit_kernel, {"TILE": tuning.LIMIT_TILE}, tuning.LIMIT_WARPS),
+        (mass_kernel, chunk, tuning.SAMPLE_WARPS),
+        (draw_kernel, chunk | chunks, tuning.SAMPLE_WARPS),
+    ):
+        yield Case(kernel=kernel, label="", element="fp32", constants=constants, num_warps=warps)

@@ -50,5 +50,5 @@ def test_kernels_match_the_reference_in_the_interpreter(name: str, cases: Cases)
 
 
 def test_every_operator_has_a_file() -> None:
-    operators = {"paged_attention", "rms_norm", "rotary_kv_write", "silu_mul"}
+    operators = {"paged_attention", "rms_norm", "rotary_kv_write", "sampling", "silu_mul"}
     assert {name.removeprefix("test_") for name in FILES} >= operators
