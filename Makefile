@@ -73,8 +73,10 @@ mutants: servers  ## faults planted in the commit protocol, which the judge of `
 kernels: setup-dev  ## compile every Triton kernel for sm_80, sm_90 and sm_100; registers, spills, shared memory
 	@$(BIN)/python -m tests.bench.compile_report
 
-gpu-check:  ## on a GPU machine: correctness and figures of every kernel
+gpu-check:  ## on a GPU machine: correctness of every kernel and model, figures of kernels and engine, as three JSON objects
+	@python3 -m tests.bench.gpu_models
 	@python3 -m tests.bench.gpu_check
+	@python3 -m tests.bench.gpu_engine
 
 setup: $(VENV)/.runtime  ## the virtual environment, runtime only
 setup-dev: $(VENV)/.dev  ## the virtual environment with test tools

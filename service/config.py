@@ -83,13 +83,16 @@ class EngineSection(Section):
     """Sequences that may wait inside the engine."""
 
     max_num_batched_tokens: int = Field(default=512, ge=1)
-    """Token budget of a step."""
+    """Token budget of a step: bounds the gap that a prefill makes between others' tokens. A GPU is busy from some 2,000 on."""
 
     max_prefill_chunk: int = Field(default=0, ge=0)
     """One request's share of a step in prefill tokens; 0: the whole budget."""
 
     enable_prefix_cache: bool = True
     """Compute blocks of equal prefixes once (per tenant)."""
+
+    overlap: Literal["auto", "on", "off"] = "auto"
+    """Decide and launch the next step before this one's tokens are known; `auto`: on a GPU."""
 
     policy: Literal["fcfs", "priority"] = "fcfs"
     """Who runs next."""
