@@ -77,7 +77,8 @@ class EngineConfig:
 
     overlap: Overlap = "auto"
     """Whether the next step is decided and launched before the tokens of this one are known: `auto` on a GPU, which then never waits
-    for the host; a request that arrives meanwhile enters one step later. On a CPU the host's work takes cores that compute."""
+    for the host. A request that arrives meanwhile enters one step later, and does not find blocks that a step under way computes. On a
+    CPU the host's work takes cores that compute."""
 
     policy: Policy = "fcfs"
     """Who runs next: `fcfs` by arrival, `priority` by priority, then arrival."""

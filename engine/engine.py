@@ -75,6 +75,9 @@ class Engine:
         """
         began_ns = clock()
         device = resolve_device(config.device)
+        if device.type == "cuda":
+            # Triton's launches, events and streams go to the current device.
+            torch.cuda.set_device(device)
         check_backend(config.attention_backend, device)
         threads = set_compute_threads(config.num_threads)
         operators = bind_operators(config, device, progress)

@@ -117,7 +117,8 @@ class PlainColumns:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepStats:
     """One step in numbers. Block counts: free + evictable + used = the pool. `num_wasted_slots`: slots of used blocks that hold no
-    computed token. Preemptions and prefix tokens (looked up, found) are those of this step."""
+    computed token. Tokens are those computed, dropped ones of sequences that had ended included. Preemptions, prefix tokens (looked up,
+    found) and `schedule_ns` are of what was decided in this step: where steps are launched ahead, the step after."""
 
     step: int
     started_ns: int

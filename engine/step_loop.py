@@ -18,7 +18,7 @@ from engine.scheduling.step import StepPlan, StepResult
 Plan = TypeVar("Plan", StepPlan, StepPlan | None)
 
 CALM_STEPS = 256
-"""Steps without lack of memory after which a shrunk token budget doubles again."""
+"""Steps without lack of memory after which a shrunk token budget doubles again, and steps are launched ahead again."""
 
 
 class Executor(Protocol):
@@ -55,10 +55,12 @@ class StepLoop:
         self._counted = scheduler.stats()
         self._launched: tuple[StepPlan, Any] | None = None
         self._schedule_ns = 0
+        self._num_alone = 0
 
     @property
     def has_work(self) -> bool:
-        """Whether `step` would compute or hand over something."""
+        """Whether `step` would compute or hand over something. Not for a step under way whose sequences have all ended: the next
+        request's first step collects it."""
         return self._scheduler.has_work
 
     def add(self, request: Request) -> None:
@@ -76,20 +78,26 @@ class StepLoop:
         """
         started = self._clock()
         self._schedule_ns = 0
+        self._calm += 1
         (plan, launched), self._launched = self._launched or self._launch(), None
-        refused: tuple[StepPlan, OutOfMemoryError] | None = None
-        if plan.chunks and self._executor.overlaps:
+        refused: StepPlan | None = None
+        if plan.chunks and self._executor.overlaps and not self._num_alone:
             ahead = self._decide(self._scheduler.schedule_ahead)
             if ahead is not None:
                 try:
                     self._launched = (ahead, self._executor.launch(ahead))
-                except OutOfMemoryError as error:
-                    refused = (ahead, error)
+                except OutOfMemoryError:
+                    refused = ahead
+        self._num_alone = max(0, self._num_alone - 1)
         result = self._executor.collect(launched) if plan.chunks else StepResult(chunks=())
         executed = self._clock()
         outputs = self._scheduler.update(plan, result, executed)
         if refused is not None:
-            self._make_room(*refused, shrink=True)
+            # There may be memory for one step and not for two: whether this one fits alone is for the next call to find out.
+            self._scheduler.retract(refused)
+            self._executor.release_memory()
+            self._num_alone, self._calm = CALM_STEPS, 0
+        self._grow_back()
         self._step += 1
         num_single = sum(1 for chunk in plan.chunks if chunk.num_tokens == 1)
         now = self._scheduler.stats()
@@ -129,8 +137,6 @@ class StepLoop:
                 self._make_room(plan, error, shrink=tries == 0)
                 tries += 1
                 continue
-            if tries == 0:
-                self._grow_back()
             return plan, launched
 
     def _make_room(self, plan: StepPlan, error: OutOfMemoryError, *, shrink: bool) -> None:
@@ -147,11 +153,9 @@ class StepLoop:
             scheduler.fail(largest, error.code, error.message)
 
     def _grow_back(self) -> None:
-        if self._scheduler.token_budget < self._full_budget:
-            self._calm += 1
-            if self._calm >= CALM_STEPS:
-                self._calm = 0
-                self._scheduler.set_token_budget(self._scheduler.token_budget * 2)
+        if self._calm >= CALM_STEPS and self._scheduler.token_budget < self._full_budget:
+            self._calm = 0
+            self._scheduler.set_token_budget(self._scheduler.token_budget * 2)
 
     def _stats(
         self, now: SchedulerStats, *, started: int, schedule_ns: int, execute_ns: int, num_prefill: int, num_decode: int

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from kernels import reference
 
@@ -111,8 +110,10 @@ def _native(instruction_set: str, reason: str) -> Operators:
 
 
 def _float_product(x: Tensor, weight: Tensor) -> Tensor:
-    # The library sums in float32: what it gives need not be rounded and widened again.
-    return functional.linear(x, weight) if x.dtype == torch.float32 else torch.mm(x, weight.t(), out_dtype=torch.float32)
+    # CUDA's library sums in float32: what it gives need not be rounded and widened again.
+    if x.dtype == torch.float32 or torch.version.hip:
+        return reference.float_product(x, weight)
+    return torch.mm(x, weight.t(), out_dtype=torch.float32)
 
 
 @cache

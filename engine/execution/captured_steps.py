@@ -2,10 +2,12 @@
 
 A step is padded to the next of a few numbers of sequences and lengths, so that some dozens of graphs cover all. What a step needs from
 the host goes to the device in one copy. Graphs are captured when a step first asks for one (tens of milliseconds), never at start.
-Owner of the graphs, their inputs and the memory that they share: a step's logits stand until the next step is launched.
+Owner of the graphs, of their inputs and of what they give: a step's logits stand until the next step of its shape is launched. Graphs share
+the memory of what they compute on the way; each keeps its logits, 4 bytes x rows x vocabulary.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from engine.attention.base import AttentionMetadata
 from engine.execution.host_batch import ON_DEVICE, HostBatch
+from engine.execution.memory import lacks_memory
 
 Logits = Callable[[Tensor, Tensor, AttentionMetadata, Tensor], Tensor]
 
@@ -93,20 +96,34 @@ class _Arrays:
 
 
 class _Inputs:
-    """A buffer on the device that a graph reads, filled through pinned memory: in turns, so that a step may be written while the copy
-    of the one before is under way."""
+    """A buffer on the device that a graph reads, filled through pinned memory: by two in turns, so that hardly ever a step waits for
+    the copy of one before."""
 
     def __init__(self, layout: _Layout, device: torch.device) -> None:
         self.layout = layout
         self.on_device = torch.zeros(layout.num_bytes, dtype=torch.uint8, device=device)
         self._pinned = [torch.zeros(layout.num_bytes, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
         self._arrays = [layout.numpy(pinned.numpy()) for pinned in self._pinned]
+        self._copied = [torch.cuda.Event() for _ in range(2)]
         self._turn = 0
 
     def send(self, batch: HostBatch) -> None:
         self._turn ^= 1
+        self._copied[self._turn].synchronize()
         self._arrays[self._turn].fill(batch)
         self.on_device.copy_(self._pinned[self._turn], non_blocking=True)
+        self._copied[self._turn].record()
+
+
+@dataclass(frozen=True, slots=True)
+class _Program:
+    """A graph with everything that it reads and writes, which must live as long as it does."""
+
+    inputs: _Inputs
+    metadata: AttentionMetadata
+    rows: Tensor
+    graph: torch.cuda.CUDAGraph
+    logits: Tensor
 
 
 class CapturedSteps:
@@ -120,30 +137,44 @@ class CapturedSteps:
         self._drawn = drawn
         self._device = device = drawn.device
         self._block_size = block_size
-        self._programs: dict[tuple[int, int], tuple[_Inputs, torch.cuda.CUDAGraph, Tensor]] = {}
+        # None: there was no memory for it.
+        self._programs: dict[tuple[int, int], _Program | None] = {}
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)
 
-    def takes(self, batch: HostBatch) -> bool:
-        """Whether a step is captured. Every chunk holds one token."""
-        return padded(len(batch.input_ids)) * bound(batch.max_seq_len) <= MOST_TOKENS
+    def logits(self, batch: HostBatch) -> Tensor | None:
+        """[T, V] float32, in memory that is used again; None for a step that is not captured. Every chunk of `batch` holds one token.
 
-    def logits(self, batch: HostBatch) -> Tensor:
-        """[T, V] float32, in memory that the next step uses again. Raises `torch.OutOfMemoryError`; the step may then be repeated."""
-        num_seqs, key = len(batch.input_ids), (padded(len(batch.input_ids)), bound(batch.max_seq_len))
-        program = self._programs.get(key)
+        A shape that there was no memory to capture is not tried again before `clear`.
+        """
+        num_seqs = len(batch.input_ids)
+        key = padded(num_seqs), bound(batch.max_seq_len)
+        if key[0] * key[1] > MOST_TOKENS:
+            return None
+        if key not in self._programs:
+            try:
+                self._programs[key] = self._capture(*key, batch)
+            except (MemoryError, RuntimeError) as error:
+                if not lacks_memory(error):
+                    raise
+                self._programs[key] = None
+        program = self._programs[key]
         if program is None:
-            program = self._programs[key] = self._capture(*key, batch)
-        inputs, graph, logits = program
-        inputs.send(batch)
-        graph.replay()
-        return logits[:num_seqs]
+            return None
+        program.inputs.send(batch)
+        program.graph.replay()
+        return program.logits[:num_seqs]
 
-    def _capture(self, num_seqs: int, max_seq_len: int, batch: HostBatch) -> tuple[_Inputs, torch.cuda.CUDAGraph, Tensor]:
+    def clear(self) -> None:
+        """Drops all graphs and their memory; no step may be under way."""
+        self._programs.clear()
+
+    def _capture(self, num_seqs: int, max_seq_len: int, batch: HostBatch) -> _Program:
         inputs = _Inputs(_Layout(num_seqs=num_seqs, table_width=-(-max_seq_len // self._block_size)), self._device)
         inputs.send(batch)
         input_ids, positions, slots, slot_mapping, seq_lens, block_tables = inputs.layout.torch(inputs.on_device)
         every = torch.arange(num_seqs + 1, dtype=torch.int64, device=self._device)
+        rows = every[:-1]
         metadata = AttentionMetadata(
             query_start_loc=every.to(torch.int32),
             seq_lens=seq_lens,
@@ -153,16 +184,23 @@ class CapturedSteps:
             max_query_len=1,
             max_seq_len=max_seq_len,
         )
-        graph = torch.cuda.CUDAGraph()
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
-            # Kernels are compiled and libraries take their workspaces here, which a capture does not allow.
-            self._compute(known_ids(input_ids, slots, self._drawn), positions, metadata, every[:-1])
-            self._stream.synchronize()
-            graph.capture_begin(pool=self._pool)
-            try:
-                logits = self._compute(known_ids(input_ids, slots, self._drawn), positions, metadata, every[:-1])
-            finally:
+        graph, main = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(main)
+        try:
+            with torch.cuda.stream(self._stream):
+                # Kernels are compiled and libraries take their workspaces here, which a capture does not allow.
+                self._compute(known_ids(input_ids, slots, self._drawn), positions, metadata, rows)
+                self._stream.synchronize()
+                graph.capture_begin(pool=self._pool)
+                try:
+                    logits = self._compute(known_ids(input_ids, slots, self._drawn), positions, metadata, rows)
+                except BaseException:
+                    # What went wrong inside is the news, not that the capture broke off.
+                    with suppress(RuntimeError):
+                        graph.capture_end()
+                    raise
                 graph.capture_end()
-        torch.cuda.current_stream(self._device).wait_stream(self._stream)
-        return inputs, graph, logits
+        finally:
+            # What a warm-up that failed has launched must not run beside what comes next.
+            main.wait_stream(self._stream)
+        return _Program(inputs, metadata, rows, graph, logits)

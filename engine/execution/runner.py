@@ -1,8 +1,9 @@
 """Runs a plan: makes the flat batch, calls the model, samples. Owner of slots' tokens, block tables and sampling state.
 
-`launch` never waits for the device, `collect` is where the host does, in the order of launches. Between the two the step after may be
-launched: what a step draws stays on the device for it. A captured graph may stand in for the model call. A plan that ran out of
-memory may be retracted: later plans then send its sequences anew. Knows nothing of requests, queues or block ownership.
+`launch` does not wait for the device (but to capture a graph, once a shape), `collect` is where the host does, in the order of
+launches. Between the two the step after may be launched: what a step draws stays on the device for it. A captured graph may stand in
+for the model call. A plan that ran out of memory may be retracted: later plans then send its sequences anew. Knows nothing of
+requests, queues or block ownership.
 """
 
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from engine.errors import OutOfMemoryError
 from engine.execution.captured_steps import CapturedSteps, known_ids
 from engine.execution.forward_batch import ForwardBatch
 from engine.execution.host_batch import ON_DEVICE, HostBatch
+from engine.execution.memory import lacks_memory
 from engine.execution.sampler import PendingSample, Sampler
 from engine.execution.single_steps import SingleSteps
 from engine.execution.slot_table import Ints, SlotTable
@@ -61,12 +63,10 @@ def _memory_errors() -> Iterator[None]:
     """Gives the device's and the host allocator's lack of memory the engine's own type."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise OutOfMemoryError("the device had no memory for a step") from error
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        if not lacks_memory(error):
             raise
-        raise OutOfMemoryError("the host had no memory for a step") from error
+        raise OutOfMemoryError("there was no memory for a step") from error
 
 
 def _nothing(chunks: tuple[Chunk, ...]) -> Launched:
@@ -156,14 +156,17 @@ class Runner:
         return StepResult(chunks=tuple(drawn))
 
     def release_memory(self) -> None:
-        """Gives cached, unused device memory back; after an `OutOfMemoryError`."""
+        """Gives cached, unused device memory back; after an `OutOfMemoryError`, with no step under way."""
+        if self._captured is not None:
+            self._captured.clear()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
     def _every(self, batch: HostBatch) -> Tensor:
         """Logits of a step of single tokens that all sample, [T, vocab] float32."""
-        if self._captured is not None and self._captured.takes(batch):
-            return self._captured.logits(batch)
+        logits = self._captured.logits(batch) if self._captured is not None else None
+        if logits is not None:
+            return logits
         every = self._single_steps.logits if self._single_steps else self._logits
         return every(*self._to_device(batch))
 

@@ -82,7 +82,7 @@ class Sampler:
             # The model's own row must be finite too: a mask may not hide a NaN.
             tokens[index] = torch.where(finite, tokens[index], -1)
         pending = self._pending(tokens, self._raw_logprobs(logits, tokens, table.num_logprobs[slots]))
-        # Last, so that a launch that ran out of memory can be repeated.
+        # Last: what a launch that ran out of memory has counted would count twice (a start counts anew).
         penalised = np.flatnonzero(table.penalised[slots])
         if penalised.size:
             table.count(slots[penalised], tokens[self._index(penalised)].clamp(min=0))

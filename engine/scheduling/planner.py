@@ -45,7 +45,7 @@ class Planner:
     def plan(self, step: int, roots: dict[str, bytes], now_ns: int, *, ahead: bool = False) -> StepPlan:
         """The next step. `roots`: each live request's hash root. `ahead`: the plan before is under way.
 
-        Without `ahead` it has no chunk only if nothing runs and nothing waits. `was_short` then tells whether somebody lacked blocks.
+        Without `ahead` it has no chunk only if nothing runs and nothing waits. `was_short` tells whether somebody lacked blocks in it.
         """
         self._starts, self._single, self._longer = [], [], []
         self._ahead, self.was_short = ahead, False

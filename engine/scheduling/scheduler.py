@@ -32,8 +32,8 @@ NUMERIC_ERROR = "the model gave no finite number for this sequence"
 
 
 class Scheduler:
-    """Single-threaded; `schedule` and `update` (or `retract`) alternate, with one `schedule_ahead` between them at most; any other call
-    may stand between any two."""
+    """Single-threaded; each plan of `schedule` or `schedule_ahead` ends in its `update` or `retract`, in order, with one other under way
+    at most; any other call may stand between any two."""
 
     def __init__(self, config: SchedulerConfig) -> None:
         self._config = config

@@ -1,8 +1,8 @@
 """Greedy choice and sampling of every row of a step at once, without waiting for the device.
 
-Twins of `kernels.reference.greedy` and `sample`: the same filters with the same ties, sums in float64 in an order of their own. A row is
-cut into chunks that stand side by side on the device; thresholds of top-k and top-p are found by search over the bits of a value, not by a
-sort. Every row's result is a function of that row alone.
+Twins of `kernels.reference.greedy` and `sample`: the same filters with the same ties, sums in an order of their own (float64; float32
+inside a tile of the search for top-p). A row is cut into chunks that stand side by side on the device; thresholds of top-k and top-p are
+found by search over the bits of a value, not by a sort. Every row's result is a function of that row alone.
 """
 
 import torch

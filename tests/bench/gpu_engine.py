@@ -141,12 +141,12 @@ def linears(device: torch.device, copy: float) -> Figures:
 
 @contextmanager
 def without_graphs() -> Iterator[None]:
-    takes = CapturedSteps.takes
-    CapturedSteps.takes = lambda self, batch: False  # type: ignore[method-assign]
+    logits = CapturedSteps.logits
+    CapturedSteps.logits = lambda self, batch: None  # type: ignore[method-assign]
     try:
         yield
     finally:
-        CapturedSteps.takes = takes  # type: ignore[method-assign]
+        CapturedSteps.logits = logits  # type: ignore[method-assign]
 
 
 @contextmanager

@@ -67,7 +67,8 @@ class Phases:
         self._programs = self._runner._single_steps
         for owner, method, phase in (
             (loop._scheduler, "schedule", "schedule"),
-            (self._runner, "_inputs", "inputs"),
+            (self._runner, "_batch", "inputs"),
+            (self._runner, "_to_device", "inputs"),
             (self._programs or self._runner, "logits" if self._programs else "_logits", "compute"),
             (sampler, "launch", "choose"),
             (self._runner, "collect", "collect"),

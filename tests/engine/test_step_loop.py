@@ -123,9 +123,9 @@ def test_each_request_ends_when_nothing_fits(overlaps: bool) -> None:
     assert scheduler.stats().num_used_blocks == 0
 
 
-def test_the_budget_comes_back_after_calm_steps() -> None:
+def test_the_budget_comes_back_after_calm_steps(overlaps: bool) -> None:
     """`CALM_STEPS` steps that fit double the budget again, up to the configured one."""
-    loop, scheduler = _loop(TightExecutor(limit=32))
+    loop, scheduler = _loop(TightExecutor(limit=32, overlaps=overlaps))
     loop.add(_ask("a", 60, max_tokens=300))
     loop.step()
     assert scheduler.token_budget == 32
@@ -167,25 +167,29 @@ def test_the_step_after_is_launched_before_a_step_is_collected(overlaps: bool) -
 
 
 class NoRoomAhead(TightExecutor):
-    """Refuses every second step that is launched while another is under way."""
+    """Has memory for one step, and none for another beside it."""
 
     def __init__(self) -> None:
         super().__init__(overlaps=True)
-        self.num_ahead = 0
+        self.refuses = True
 
     def launch(self, plan: StepPlan) -> StepPlan:
-        self.num_ahead += bool(self.under_way)
-        self.limit = 0 if self.under_way and self.num_ahead % 2 else 10**9
+        self.limit = 0 if self.under_way and self.refuses else 10**9
         return super().launch(plan)
 
 
-def test_memory_that_runs_out_ahead_fails_nobody_that_fits_alone() -> None:
-    """The step under way is heard first; the one that did not fit is decided anew."""
+def test_without_memory_for_two_steps_they_run_in_turns_for_a_while() -> None:
+    """Nobody is failed, the budget stays, and after `CALM_STEPS` steps the next is launched ahead again."""
     plain = _finish(_filled(_loop(TightExecutor())[0]))
     executor = NoRoomAhead()
-    heard = _finish(_filled(_loop(executor)[0]))
-    assert executor.num_refused >= 2
+    loop, scheduler = _loop(executor)
+    heard = _finish(_filled(loop))
     assert {name: _tokens(outputs) for name, outputs in heard.items()} == {n: _tokens(o) for n, o in plain.items()}
+    assert (executor.num_refused, executor.num_released, scheduler.token_budget) == (1, 1, 64)
+    executor.refuses = False
+    loop.add(_ask("z", 60, max_tokens=CALM_STEPS + 20))
+    _finish(loop)
+    assert (executor.num_refused, executor.most_under_way) == (1, 2)
 
 
 def test_a_request_added_or_aborted_between_steps_is_heard_of_while_others_run_ahead() -> None:

@@ -86,3 +86,23 @@ def test_an_aborted_request_ends_early_and_no_other_notices(config: EngineConfig
         else:
             assert (tokens, reason) == (expected_tokens, expected_reason)
     assert sum(reason == "cancelled" for _, _, reason in cut.values()) >= 2
+
+
+def test_a_request_after_one_that_stopped_unforeseen_says_its_own_tokens(config: EngineConfig) -> None:
+    """The step that was launched for the stopped one is dropped, however much later the next request comes."""
+    stops = requests()[5]
+    later = Request(
+        request_id="later", prompt_token_ids=(3, 1, 4), sampling=SamplingParams(max_tokens=6, seed=0, temperature=0.0)
+    )
+    found = []
+    for overlap in ("on", "off"):
+        engine, listener = Engine(replace(config, overlap=overlap)), Listener()  # type: ignore[arg-type]
+        for request in (stops, later):
+            engine.add(request)
+            while engine.has_work:
+                step(engine, listener)
+        assert engine.stats().num_used_blocks == 0
+        engine.close()
+        found.append(listener.tokens())
+    assert found[0] == found[1]
+    assert found[0][stops.request_id, 0][1] == "stop"

@@ -171,7 +171,12 @@ def test_a_plan_without_chunks_computes_nothing() -> None:
 
 @pytest.mark.parametrize(
     "error",
-    [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
 )
 def test_lack_of_memory_has_one_type_and_the_step_can_be_sent_anew(error: Exception) -> None:
     """Device and host allocators alike; starts and blocks sent again give the step's own result."""
@@ -183,6 +188,21 @@ def test_lack_of_memory_has_one_type_and_the_step_can_be_sent_anew(error: Except
     model.error = None
     assert _run(runner, plan).chunks == (ChunkResult(token_ids=(8,)),)
     assert model.seen[-1].batch.attention.block_tables.tolist() == [[8, 2]]
+
+
+def test_a_step_ahead_that_lacks_memory_leaves_the_one_under_way_as_it_is() -> None:
+    """It is collected as if nothing had been tried, and what was tried is sent anew."""
+    runner, model = _runner(overlap=True)
+    first = runner.launch(_plan((_start(1, (3,)),), _chunk(1, 0, 1, (0,))))
+    model.error = MemoryError()
+    with pytest.raises(OutOfMemoryError):
+        runner.launch(_plan((_start(2, (20,)),), _follow(1, 1), _chunk(2, 0, 1, (4,))))
+    model.error = None
+    assert runner.collect(first).chunks == (ChunkResult(token_ids=(4,)),)
+    runner.release_memory()
+    again = (_start(1, (3, 4)), _start(2, (20,)))
+    result = _run(runner, _plan(again, _chunk(1, 1, 1, (0,)), _chunk(2, 0, 1, (4,))))
+    assert [chunk.token_ids for chunk in result.chunks] == [(5,), (21,)]
 
 
 def test_other_errors_pass_through() -> None:
