@@ -46,7 +46,7 @@ def resolve_device(name: str) -> torch.device:
         return device
     if device.type != "cuda" or not has_gpu or (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"engine.device {name!r} is not available here: use auto or cpu", field="engine.device")
-    return device
+    return torch.device("cuda", device.index or 0)
 
 
 def bind_operators(config: EngineConfig, device: torch.device, progress: Progress | None) -> Operators:

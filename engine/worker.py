@@ -6,7 +6,7 @@ Speaks engine/frames.py on the inherited socket `fd`: progress (STATS) while it 
 - Idle it sleeps in poll; with work it never waits for the reader (I10) until `MAX_UNSENT_BYTES` are unsent: then it stops
   stepping, goes on reading, and resumes once the parent reads.
 - A request that `add` refuses is answered with one "error" output a choice; nothing else notices.
-- SIGINT is ignored (a terminal's Ctrl-C reaches the whole group, the parent decides); SIGTERM ends it at once.
+- SIGINT and SIGHUP are ignored (a terminal's reach the whole group, the parent decides); SIGTERM ends it at once.
 Exit codes: 0 CLOSE or end of file · 1 the engine failed · 2 configuration or checkpoint refused · 4 bytes that are no frame.
 """
 
@@ -275,7 +275,8 @@ def main() -> int:
     parser.add_argument("--config", required=True)
     arguments = parser.parse_args()
     prefer_short_spin()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     # Whatever a library prints goes where logs go.
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     connection = socket.socket(fileno=arguments.fd)

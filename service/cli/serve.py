@@ -5,6 +5,8 @@ import contextlib
 import gc
 import os
 import signal
+import stat
+import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -40,7 +42,7 @@ def serve(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Serve until SIGTERM or Ctrl-C, which drain; a second one ends at once."""
+    """Serve until SIGTERM, Ctrl-C or the end of the terminal, which drain; a second signal ends at once."""
     flags: dict[str, dict[str, Any]] = {
         "model": {"path": model},
         "engine": {"quantize": quantize},
@@ -119,9 +121,27 @@ def _on_signals(stopping: asyncio.Event) -> None:
             os._exit(SECOND_SIGNAL_EXIT)
         stopping.set()
 
+    def hang_up() -> None:
+        # The shell and the kernel both tell: a repeated one means nothing.
+        _leave_terminal()
+        stopping.set()
+
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, handle)
+    # nohup asks to live on.
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        loop.add_signal_handler(signal.SIGHUP, hang_up)
+
+
+def _leave_terminal() -> None:
+    """What is said from now on goes nowhere: writing to a terminal that is gone fails, and that would break the drain off."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        # One that has hung up no longer says that it is a terminal, but still that it is a device.
+        if stat.S_ISCHR(os.fstat(stream.fileno()).st_mode):
+            os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def _announce(app: App, endpoints: Endpoints, settings: Settings, as_json: bool) -> None:

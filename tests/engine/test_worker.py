@@ -128,10 +128,11 @@ def test_a_frame_for_the_parent_is_refused() -> None:
 
 
 def test_an_interrupt_is_the_parents_business() -> None:
-    """SIGINT changes nothing; SIGTERM ends it at once."""
+    """SIGINT and SIGHUP change nothing; SIGTERM ends it at once."""
     with child(CONFIG) as engine:
         engine.hello()
         engine.process.send_signal(signal.SIGINT)
+        engine.process.send_signal(signal.SIGHUP)
         assert len(engine.run([_ask(max_tokens=3)]).said["a", 0].tokens) == 3
         engine.process.send_signal(signal.SIGTERM)
         assert engine.wait() == -signal.SIGTERM

@@ -2,10 +2,12 @@
 
 import asyncio
 import contextlib
+import fcntl
 import json
 import os
 import signal
 import sys
+import termios
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -76,7 +78,8 @@ class Sluice:
         self._reading = asyncio.create_task(self._read_errors())
 
     async def _read_errors(self) -> None:
-        assert self.process.stderr is not None
+        if self.process.stderr is None:
+            return
         while data := await self.process.stderr.read(65_536):
             self._errors.append(data)
 
@@ -120,26 +123,43 @@ class Sluice:
 
     async def finish(self) -> tuple[int, str]:
         """Exit status and the rest of standard output, when it has ended by itself."""
-        assert self.process.stdout is not None
         async with asyncio.timeout(WAIT_S):
-            rest = await self.process.stdout.read()
+            rest = await self.process.stdout.read() if self.process.stdout is not None else b""
             code = await self.process.wait()
             await self._reading
         return code, rest.decode("utf-8", "replace")
 
 
 @asynccontextmanager
-async def command(*arguments: str, environment: dict[str, str] | None = None) -> AsyncIterator[Sluice]:
-    """`sluice arguments` as a process; killed with its child at the end if it still runs."""
+async def command(
+    *arguments: str,
+    environment: dict[str, str] | None = None,
+    terminal: int | None = None,
+    ignoring: signal.Signals | None = None,
+) -> AsyncIterator[Sluice]:
+    """`sluice arguments` as a process; killed with its child at the end if it still runs.
+
+    `terminal`: the descriptor of one that becomes its own, in place of pipes; `ignoring`: a signal that it inherits ignored.
+    """
+
+    def prepare() -> None:
+        if terminal is not None:
+            fcntl.ioctl(1, termios.TIOCSCTTY, 0)
+        if ignoring is not None:
+            signal.signal(ignoring, signal.SIG_IGN)
+
+    streams = asyncio.subprocess.PIPE if terminal is None else terminal
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-c",
         "from service.cli.entry import main; main()",
         *arguments,
         stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
+        stdout=streams,
+        stderr=streams,
         env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120", **(environment or {})},
+        start_new_session=terminal is not None,
+        preexec_fn=prepare if terminal is not None or ignoring is not None else None,
     )
     tie(process.pid)
     sluice = Sluice(process)
@@ -159,10 +179,10 @@ async def run(*arguments: str, environment: dict[str, str] | None = None) -> tup
 
 
 @asynccontextmanager
-async def serve(config: Values, *, embedded: bool = False) -> AsyncIterator[Sluice]:
+async def serve(config: Values, *, embedded: bool = False, ignoring: signal.Signals | None = None) -> AsyncIterator[Sluice]:
     """`sluice serve --json` that serves."""
     extra = ("--embedded",) if embedded else ()
-    async with command("serve", "--json", *extra, *flags(config)) as sluice:
+    async with command("serve", "--json", *extra, *flags(config), ignoring=ignoring) as sluice:
         await sluice.announced()
         yield sluice
 

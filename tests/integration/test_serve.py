@@ -1,6 +1,9 @@
 """`sluice serve` as a process: what it prints, how it ends, and that nothing of it stays behind."""
 
 import asyncio
+import json
+import os
+import re
 import signal
 from pathlib import Path
 
@@ -79,6 +82,46 @@ async def test_a_signal_while_it_loads_ends_it_and_its_child(tiny_model_dir: Pat
         code, _ = await sluice.finish()
     assert (code, sluice.errors.strip()) == (0, "stopped before it served")
     await gone(child)
+
+
+async def test_a_terminal_that_goes_away_drains_and_does_not_break_it_off(tiny_model_dir: Path) -> None:
+    """Its window is closed: kernel and shell both say so, to the engine child as well, and nothing can be written any more."""
+    ours, terminal = os.openpty()
+    arguments = flags(values(tiny_model_dir, engine=SLOW))
+    async with command("serve", "--json", *arguments, terminal=terminal) as sluice:
+        os.close(terminal)
+        facts = await asyncio.to_thread(_facts, ours)
+        child = await sluice.child()
+        async with SluiceClient(facts["grpc"]) as client:
+            begun = asyncio.Event()
+            stream = asyncio.create_task(tokens_of(client, greedy("on the way", 40), begun))
+            await asyncio.wait_for(begun.wait(), 30)
+            os.close(ours)
+            child.send_signal(signal.SIGHUP)
+            sluice.send(signal.SIGHUP)
+            assert len(await stream) == 40
+        code, _ = await sluice.finish()
+    assert code == 0
+    await gone(child)
+
+
+def _facts(descriptor: int) -> dict[str, str]:
+    """What a terminal shows of `serve --json`; codes that move the cursor may stand before it."""
+    said = b""
+    while not (found := re.search(rb'\{"model".*\}', said)):
+        said += os.read(descriptor, 4096)
+    facts: dict[str, str] = json.loads(found[0])
+    return facts
+
+
+async def test_nohup_outlives_the_terminal(tiny_model_dir: Path) -> None:
+    async with serve(values(tiny_model_dir), ignoring=signal.SIGHUP) as sluice:
+        sluice.send(signal.SIGHUP)
+        async with SluiceClient(sluice.facts["grpc"]) as client:
+            assert len(await tokens_of(client, greedy("still here", 3))) == 3
+        sluice.send(signal.SIGTERM)
+        code, _ = await sluice.finish()
+    assert code == 0
 
 
 async def test_a_killed_service_takes_its_child_with_it(tiny_model_dir: Path) -> None:
