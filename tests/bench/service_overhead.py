@@ -3,8 +3,8 @@
     python -m tests.bench.service_overhead [--tokens-per-s 94] [--concurrent 16] [--requests 96] [--blocks 3]
 
 CPU time of the service's own process an output token, in a closed loop over gRPC and over Kafka (real broker), blocks interleaved; then
-the time to the first token of one request at a time, which is all the service's, since the stand-in says its first token at once. It
-comes last, when the broker is warm.
+the time to the first token of one request at a time, which is all the service's, since the stand-in says its first token at once; over
+Kafka two hops of it are the broker's, and the same two hops without Sluice stand beside it. These come last, when the broker is warm.
 """
 
 import argparse
@@ -12,6 +12,7 @@ from typing import Any
 
 from service.cli.demo_model import ensure_demo_model
 from tests.bench import report
+from tests.bench.kafka_echo import two_hops_ms
 from tests.bench.load_run import TRANSPORTS, fixed, plan, run_load
 from tests.bench.served import resident_bytes, serving
 from tests.servers import kafka
@@ -53,6 +54,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         for name in TRANSPORTS:
             [run], _ = run_load(served, name, alone, f"alone {name}")
             first[name] = run.summary.as_json()["ttft_ms"]
+        hops = two_hops_ms(broker.bootstrap, arguments.alone)
         parent = resident_bytes(served.process)
     results = {
         "cpu_us_a_token": {
@@ -60,6 +62,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         },
         "tokens_per_s": {name: report.spread(values) for name, values in rates.items()},
         "ttft_ms_alone": first,
+        "two_hops_without_sluice_ms": hops,
         "parent_mib_after": round(parent / 2**20),
     }
     return report.emit("service_overhead", vars(arguments), results)
