@@ -110,8 +110,8 @@ def _native(instruction_set: str, reason: str) -> Operators:
 
 
 def _float_product(x: Tensor, weight: Tensor) -> Tensor:
-    # CUDA's library sums in float32: what it gives need not be rounded and widened again.
-    if x.dtype == torch.float32 or torch.version.hip:
+    # CUDA's library sums in float32: what it gives need not be rounded and widened again. (The interpreter's tensors are on a CPU.)
+    if x.dtype == torch.float32 or not x.is_cuda or torch.version.hip:
         return reference.float_product(x, weight)
     return torch.mm(x, weight.t(), out_dtype=torch.float32)
 
