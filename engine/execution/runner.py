@@ -156,11 +156,14 @@ class Runner:
         return StepResult(chunks=tuple(drawn))
 
     def release_memory(self) -> None:
-        """Gives cached, unused device memory back; after an `OutOfMemoryError`, with no step under way."""
+        """Gives cached, unused device memory back; after an `OutOfMemoryError`, with no step to be collected."""
+        if self._device.type != "cuda":
+            return
+        # What a launch that failed had begun may still run.
+        torch.cuda.synchronize(self._device)
         if self._captured is not None:
             self._captured.clear()
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
 
     def _every(self, batch: HostBatch) -> Tensor:
         """Logits of a step of single tokens that all sample, [T, vocab] float32."""
