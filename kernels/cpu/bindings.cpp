@@ -29,7 +29,7 @@ const void* checked_vector(const std::optional<Tensor>& x, const char* name, int
 
 Format format_of(c10::string_view name) {
     if (name == "float32") return Format::f32;
-    if (name == "bfloat16") return Format::bf16;
+    if (name == "bfloat16") return sluice::operators().bf16;
     if (name == "int8") return Format::int8;
     TORCH_CHECK(name == "int4", "format must be float32, bfloat16, int8 or int4, not ", name);
     return Format::int4;
@@ -43,9 +43,13 @@ Tensor pack(const Tensor& weight, c10::string_view format_name, bool gated, int6
     Type type = type_of(weight, "weight");
     const sluice::Operators& operators = sluice::operators();
     int64_t out = weight.size(0), in = weight.size(1);
-    Tensor packed = sluice::weight_memory(operators.packed_bytes(format, out, in, gated, (int)group));
-    operators.pack(weight.const_data_ptr(), type, format, out, in, gated, (int)group, packed.data_ptr());
-    return packed;
+    const auto packed_as = [&](Format as) -> std::optional<Tensor> {
+        Tensor packed = sluice::weight_memory(operators.packed_bytes(as, out, in, gated, (int)group));
+        if (!operators.pack(weight.const_data_ptr(), type, as, out, in, gated, (int)group, packed.data_ptr())) return std::nullopt;
+        return packed;
+    };
+    std::optional<Tensor> packed = packed_as(format);
+    return packed.has_value() ? *packed : *packed_as(Format::bf16);
 }
 
 const PackedHeader& header_of(const Tensor& packed) {

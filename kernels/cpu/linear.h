@@ -7,7 +7,7 @@
 namespace SLUICE_ISA {
 
 constexpr int64_t rows_prepared_apart = 2;
-constexpr int64_t row_block_bytes = 192 << 10;
+constexpr int64_t row_block_bytes = 192 << 10, row_block = 240;  // a block's rows: at most
 
 // As much as is asked for and no more, where a sanitizer watches what lies behind.
 #ifdef __SANITIZE_ADDRESS__
@@ -43,32 +43,51 @@ struct Product {
     int64_t inputs;
     int64_t outputs;
     const uint8_t* panels;
-    Row* rows;        // [call.rows, inputs]
+    int64_t stride;   // elements of a row
+    Row* rows;        // [call.rows, stride]
     float* row_scales;
+    float* sums;      // of the rows and panels under way: sum_bytes
 
-    static int64_t shared_bytes(int64_t rows, int64_t inputs) {
-        return round_up(rows * inputs * (int64_t)sizeof(Row), 64) + round_up(rows * 4, 64);
+    // Rows of a block, a whole number of tiles.
+    static int64_t rows_at_once(int64_t inputs) {
+        int64_t fitting = std::min(row_block, row_block_bytes / (row_elements(inputs) * (int64_t)sizeof(Row)));
+        return std::max<int64_t>(fitting / Tile::max_rows, 1) * Tile::max_rows;
     }
 
-    Product(const Linear& call, uint8_t* memory)
+    static int64_t sum_bytes(const Linear& call, const PackedHeader& header) {
+        int64_t count = std::min(call.rows, rows_at_once(header.inputs)) * (header.gated ? 2 : 1);
+        return round_up(std::max<int64_t>(count, Tile::max_rows) * panel_outputs * (int64_t)sizeof(float), 64);
+    }
+
+    static int64_t row_elements(int64_t inputs) {
+        int64_t block = Tile::block_inputs(inputs);
+        return (inputs + block - 1) / block * Tile::row_block(block);
+    }
+
+    static int64_t shared_bytes(int64_t rows, int64_t inputs) {
+        return round_up(rows * row_elements(inputs) * (int64_t)sizeof(Row), 64) + round_up(rows * 4, 64);
+    }
+
+    Product(const Linear& call, uint8_t* memory, float* sums)
         : call(call),
           header(*(const PackedHeader*)call.packed),
           inputs(header.inputs),
           outputs(header.gated ? header.out_features / 2 : header.out_features),
           panels((const uint8_t*)call.packed + header.panels),
+          stride(row_elements(inputs)),
           rows((Row*)memory),
-          row_scales((float*)(memory + round_up(call.rows * inputs * (int64_t)sizeof(Row), 64))) {}
+          row_scales((float*)(memory + round_up(call.rows * stride * (int64_t)sizeof(Row), 64))),
+          sums(sums) {}
 
     void prepare(int64_t first, int64_t last, float* floats) {
         for (int64_t row = first; row < last; ++row) {
-            prepare_row(call, row, header.in_features, inputs, rows + row * inputs, floats, row_scales + row);
+            prepare_row(call, row, header.in_features, inputs, rows + row * stride, floats, row_scales + row);
         }
     }
 
     // Units [first, last): panels, or pairs of gate and up.
     void run(int64_t first, int64_t last) {
-        int64_t block = std::max<int64_t>(row_block_bytes / (inputs * (int64_t)sizeof(Row)), Tile::max_rows);
-        block = block / Tile::max_rows * Tile::max_rows;
+        int64_t block = rows_at_once(inputs);
         for (int64_t row = 0; row < call.rows; row += block) {
             run_block(row, std::min(call.rows, row + block), first, last);
         }
@@ -88,59 +107,67 @@ private:
         int64_t at_once = tiles == 1 ? panels_at_once((int)count) : 1;
         while (panel < end) {
             if (panel + at_once > end) at_once = 1;
+            int64_t side_by_side = std::max(at_once, per_unit), size = count * at_once * panel_outputs;
+            std::memset(sums, 0, sizeof(float) * (size_t)(count * side_by_side * panel_outputs));
+            for (int64_t i = 0; i < side_by_side; i += at_once) multiply(row, count, tiles, panel + i, at_once, sums + i * size);
+            for (int64_t r = 0; r < count; ++r) {
+                for (int64_t i = 0; i < side_by_side; i += per_unit) {
+                    // Panels multiplied at once stand side by side in a row, others one after the other.
+                    const float* mine = sums + (r * at_once + i) * panel_outputs;
+                    finish(row + r, panel + i, mine, mine + (at_once == 1 ? size : panel_outputs));
+                }
+            }
+            panel += side_by_side;
+        }
+    }
+
+    // Blocks of inputs outermost, so that their weights are in the nearest cache for all rows but the first.
+    void multiply(int64_t row, int64_t count, int64_t tiles, int64_t panel, int64_t at_once, float* to) {
+        const int64_t block = Tile::block_inputs(inputs);
+        const Row* a = rows + row * stride;
+        for (int64_t k = 0; k < inputs; k += block, a += Tile::row_block(block)) {
+            const uint8_t* w = panels + panel * header.panel_bytes + Tile::panel_offset(k);
+            int64_t size = std::min(block, inputs - k);
+            int64_t share = (size == inputs ? header.panel_bytes : Tile::panel_offset(size)) / tiles;
             // Tiles of nearly equal height: none so low that its few sums wait for each other.
             for (int64_t i = 0; i < tiles; ++i) {
-                int64_t top = row + count * i / tiles, bottom = row + count * (i + 1) / tiles;
-                int64_t share = header.panel_bytes / tiles;
-                Ahead ahead{panels + (panel + per_unit) * header.panel_bytes + share * i, 64 / tiles};
-                run_tile<1>((int)(bottom - top), top, panel, at_once, ahead);
+                int64_t top = count * i / tiles, bottom = count * (i + 1) / tiles;
+                Ahead ahead{w + header.panel_bytes + share * i, (tiles > 1 ? 128 : 64) / tiles};
+                add_tile<1>((int)(bottom - top), tiles > 1, a + top * stride, w, size, at_once, ahead, to + top * at_once * panel_outputs);
             }
-            panel += std::max(at_once, per_unit);
         }
     }
 
     template <int R>
-    void run_tile(int rows, int64_t row, int64_t panel, int64_t at_once, Ahead ahead) {
+    void add_tile(int height, bool shared, const Row* a, const uint8_t* w, int64_t size, int64_t at_once, Ahead ahead, float* to) {
         if constexpr (R <= Tile::max_rows) {
-            if (rows != R) return run_tile<R + 1>(rows, row, panel, at_once, ahead);
-            if (at_once == 1) tile<R, 1>(row, panel, ahead);
-            else tile<R, panels_at_once(R)>(row, panel, ahead);
+            if (height != R) return add_tile<R + 1>(height, shared, a, w, size, at_once, ahead, to);
+            if (shared) tile<R, 1, true>(a, w, size, ahead, to);
+            else if (at_once == 1) tile<R, 1, false>(a, w, size, ahead, to);
+            else tile<R, panels_at_once(R), false>(a, w, size, ahead, to);
         }
     }
 
     // Not inlined: among other tiles, its sums would not be given registers.
-    template <int R, int C>
-    [[gnu::noinline]] void tile(int64_t row, int64_t panel, Ahead ahead) {
-        constexpr int runs = C == 1 ? 2 : 1;  // a gated layer's panel of gate, then its panel of up
-        float sums[runs][R * C * panel_outputs];
-        const Row* a = rows + row * inputs;
-        const uint8_t* w = panels + panel * header.panel_bytes;
-        for (int i = 0; i < (header.gated ? runs : 1); ++i) {
-            Tile::template run<R, C>(a, inputs, w + i * header.panel_bytes, header.panel_bytes, inputs, header.group, ahead, sums[i]);
-            ahead.at += header.panel_bytes;
-        }
-        for (int r = 0; r < R; ++r) {
-            const float* mine = sums[0] + r * C * panel_outputs;
-            if (!header.gated) {
-                for (int c = 0; c < C; ++c) finish(row + r, panel + c, mine + c * panel_outputs, nullptr);
-            } else if (C == 1) {
-                finish(row + r, panel / 2, mine, sums[runs - 1] + r * panel_outputs);
-            } else {
-                for (int c = 0; c < C; c += 2) finish(row + r, (panel + c) / 2, mine + c * panel_outputs, mine + (c + 1) * panel_outputs);
-            }
-        }
+    template <int R, int C, bool shared>
+    [[gnu::noinline]] void tile(const Row* a, const uint8_t* w, int64_t size, Ahead ahead, float* to) {
+        Tile::template add<R, C, shared>(a, stride, w, header.panel_bytes, size, header.group, ahead, to);
     }
 
-    // Sums of one row and one unit to outputs.
-    void finish(int64_t row, int64_t unit, const float* sums, const float* up) {
+    // Sums of one row and the unit that begins with `panel` to outputs; `up`: the second half of a unit that has one.
+    void finish(int64_t row, int64_t panel, const float* gate, const float* up) {
         F scale = Simd::set1(row_scales[row]);
-        int64_t first = unit * panel_outputs;
+        const uint8_t* after = panels + panel * header.panel_bytes + Tile::panel_offset(inputs);
+        int64_t first = (header.gated ? panel / 2 : panel) * panel_outputs;
         for (int v = 0; v < panel_vectors; ++v) {
             int64_t output = first + v * width;
             if (output >= outputs) return;
             int n = lanes_left(output, outputs);
-            F x = with_bias(Simd::mul(Simd::load(sums + v * width), scale), output, n);
-            if (up) x = Simd::mul(silu(x), with_bias(Simd::mul(Simd::load(up + v * width), scale), outputs + output, n));
+            F x = with_bias(Simd::mul(Tile::total(gate, after, v), scale), output, n);
+            if (header.gated) {
+                F other = with_bias(Simd::mul(Tile::total(up, after + header.panel_bytes, v), scale), outputs + output, n);
+                x = Simd::mul(silu(x), other);
+            }
             int64_t place = row * outputs + output;
             if (call.residual) x = Simd::add(x, load_typed(call.residual, place, n, call.type));
             store_typed(call.out, place, x, n, call.out_type);
@@ -156,13 +183,14 @@ inline void run_linear(const Linear& call) {
     const PackedHeader& header = *(const PackedHeader*)call.packed;
     int64_t units = num_panels(header.out_features, header.gated) / (header.gated ? 2 : 1);
     int64_t bytes = Parts::shared_bytes(call.rows, header.inputs), float_bytes = round_up(header.inputs * 4, 64);
+    int64_t sum_bytes = Parts::sum_bytes(call, header);
     bool apart = call.rows <= rows_prepared_apart;
     uint8_t* shared = apart ? nullptr : scratch(0, bytes);
 #pragma omp parallel
     {
         int64_t threads = omp_get_num_threads(), mine = omp_get_thread_num();
-        uint8_t* own = scratch(1, float_bytes + (apart ? bytes : 0));
-        Parts parts(call, apart ? own + float_bytes : shared);
+        uint8_t* own = scratch(1, float_bytes + sum_bytes + (apart ? bytes : 0));
+        Parts parts(call, apart ? own + float_bytes + sum_bytes : shared, (float*)(own + float_bytes));
         if (apart) {
             parts.prepare(0, call.rows, (float*)own);
         } else {
@@ -178,6 +206,7 @@ inline void linear(const Linear& call) {
     switch (((const PackedHeader*)call.packed)->format) {
         case Format::f32: return run_linear<FloatTile>(call);
         case Format::bf16: return run_linear<Bf16Tile>(call);
+        case Format::fixed: return run_linear<FixedTile>(call);
         case Format::int8: return run_linear<Int8Tile>(call);
         case Format::int4: return run_linear<Int4Tile>(call);
     }

@@ -10,7 +10,7 @@
 namespace sluice {
 
 enum class Type : int32_t { f32 = 0, bf16 = 1 };
-enum class Format : int32_t { f32 = 0, bf16 = 1, int8 = 2, int4 = 3 };
+enum class Format : int32_t { f32 = 0, bf16 = 1, int8 = 2, int4 = 3, fixed = 4 };  // fixed: of bf16 weights, packing.h
 
 // What stands before the panels of a packed weight, 64 bytes; offsets are bytes from the start of the header.
 struct PackedHeader {
@@ -70,10 +70,12 @@ struct Attention;  // attention_call.h
 struct Operators {
     const char* name;
     int32_t panel;  // of the weights that it packs and multiplies by: outputs a panel,
-    int32_t byte_limit;  // and the magnitude to which it rounds an output's largest INT8 weight
+    int32_t byte_limit;  // the magnitude to which it rounds an output's largest INT8 weight,
+    Format bf16;         // and the format that it multiplies bf16 weights in
     int64_t (*packed_bytes)(Format format, int64_t out_features, int64_t in_features, bool gated, int group);
-    // weight: [out_features, in_features] of `type`; packed: packed_bytes() bytes, 64-byte aligned.
-    void (*pack)(const void* weight, Type type, Format format, int64_t out_features, int64_t in_features, bool gated, int group,
+    // weight: [out_features, in_features] of `type`; packed: packed_bytes() bytes, 64-byte aligned. False where the format is `fixed` and
+    // holds some of the weights badly: they are for bf16.
+    bool (*pack)(const void* weight, Type type, Format format, int64_t out_features, int64_t in_features, bool gated, int group,
                  void* packed);
     void (*linear)(const Linear& call);
     // table: [num_rows, size]; ids within it.

@@ -1,6 +1,7 @@
 // How weights lie in memory: panels of a few vectors of outputs, each a run of [in / step][outputs][step] that a tile reads in order.
 //
 //   f32   step 1                                  bf16  step 2: pairs
+//   fixed step 2: pairs of int16, then a panel's float scales
 //   int8  step 4: bytes, then a panel's float scales, then int32 128 * sum(w)
 //   int4  per group of inputs: step 8, 4 bytes: input i in the low nibble of byte i, input 4 + i in the high one, biased by 8;
 //         then half-float scales
@@ -8,6 +9,11 @@
 // Outputs and inputs are padded with zeros. Gated layers alternate a panel of gate and the panel of up that it multiplies.
 // INT8 is symmetric per output: w = scale * q, |q| at most 127, or what the processor's products of bytes are exact for. INT4 is symmetric per output and group, q in [-8, 7], the scale
 // chosen so that the value of largest magnitude is met exactly by -8.
+//
+// Fixed is how bf16 weights are kept where whole numbers are multiplied faster: w = scale * q, one power of two an output, as small as
+// keeps the sum of a block of `fixed_block` inputs within 32 bits. Of weights as models have them, what bf16's 8 bits hold is met exactly
+// down to a fifth of their usual size, and an error is at most half of q's last place. An output in which a few weights dwarf the others
+// would hold those badly: its layer stays in bf16.
 #pragma once
 
 namespace SLUICE_ISA {
@@ -18,16 +24,35 @@ using sluice::PackedHeader;
 constexpr int panel_vectors = Simd::panel_vectors;
 constexpr int panel_outputs = panel_vectors * width;
 
-inline int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
+constexpr int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
-inline int input_step(Format format) {
-    if (format == Format::f32) return 1;
-    return format == Format::int8 ? 4 : 2;
+// Inputs of one of the fewest equal blocks of at most `most`; a whole number of vectors.
+constexpr int64_t equal_blocks(int64_t inputs, int64_t most) {
+    int64_t blocks = (inputs + most - 1) / most;
+    return round_up((inputs + blocks - 1) / blocks, 16);
 }
+
+// Inputs of two of a tile's steps, which it makes at once.
+inline int input_steps(Format format) {
+    if (format == Format::f32) return 2;
+    return format == Format::int8 ? 8 : 4;
+}
+
+// A block's sums: |x| <= fixed_row_limit, and magnitudes of q that add up to at most fixed_sum_limit.
+constexpr float fixed_row_limit = 16383.0f;
+constexpr float fixed_sum_limit = 131071.0f;
+constexpr float fixed_weight_limit = 32767.0f;
+constexpr int fixed_coarse = 32;             // a q below it may be wrong by more than a hundredth,
+constexpr int fixed_coarse_among = 4;        // which at most one in so many of an output's weights may be
+constexpr float fixed_smallest = 1e-30f;  // below, a row's numbers are 0: one divided by them need be no number
+static_assert((int64_t)fixed_row_limit * (int64_t)fixed_sum_limit <= INT32_MAX);
+
+constexpr int64_t fixed_block(int64_t inputs) { return equal_blocks(inputs, 256); }
+constexpr int64_t fixed_scale_words = 2;  // of a row's block: the float that its numbers are multiplied by stands first
 
 // Inputs of a panel, padding included.
 inline int64_t padded_inputs(Format format, int64_t in_features, int group) {
-    return round_up(in_features, format == Format::int4 ? group : input_step(format));
+    return round_up(in_features, format == Format::int4 ? group : input_steps(format));
 }
 
 inline int64_t group_bytes(int group) { return (int64_t)group / 2 * panel_outputs + 2 * panel_outputs; }
@@ -38,6 +63,7 @@ inline int64_t panel_size(Format format, int64_t in_features, int group) {
     switch (format) {
         case Format::f32: bytes = inputs * panel_outputs * 4; break;
         case Format::bf16: bytes = inputs * panel_outputs * 2; break;
+        case Format::fixed: bytes = inputs * panel_outputs * 2 + panel_outputs * 4; break;
         case Format::int8: bytes = inputs * panel_outputs + panel_outputs * 8; break;
         case Format::int4: bytes = inputs / group * group_bytes(group); break;
     }
@@ -80,6 +106,34 @@ inline float half_to_float(uint16_t x) {
     return x & 0x8000 ? -magnitude : magnitude;
 }
 
+// Whether it holds the output's weights well.
+inline bool pack_fixed_row(const float* row, int64_t in_features, int output, uint8_t* panel, int64_t inputs) {
+    const int64_t block = fixed_block(inputs);
+    float largest = 0.0f, block_largest = 0.0f, wrong = 0.0f;
+    for (int64_t start = 0; start < in_features; start += block) {
+        float sum = 0.0f;
+        for (int64_t k = start; k < std::min(in_features, start + block); ++k) {
+            sum += std::fabs(row[k]);
+            largest = std::max(largest, std::fabs(row[k]));
+            wrong += row[k] * 0.0f;
+        }
+        block_largest = std::max(block_largest, sum);
+    }
+    // Each of a block's numbers may be half a place larger than its weight; the float sum is a little wrong too.
+    const float most = std::min((fixed_sum_limit - (float)block) / block_largest, fixed_weight_limit / largest);
+    const int places = largest > 0.0f && wrong == 0.0f ? std::clamp((int)std::floor(std::log2(most)), -126, 126) : 0;
+    const float inverse = std::ldexp(1.0f, places);
+    int16_t* q = (int16_t*)panel;
+    int64_t coarse = 0;
+    for (int64_t k = 0; k < in_features; ++k) {
+        const int value = (int)std::nearbyint(wrong == 0.0f ? row[k] * inverse : 0.0f);
+        q[(k / 2 * panel_outputs + output) * 2 + k % 2] = (int16_t)value;
+        coarse += row[k] != 0.0f && std::abs(value) < fixed_coarse;
+    }
+    ((float*)(panel + inputs * panel_outputs * 2))[output] = std::ldexp(1.0f, -places) + wrong;
+    return wrong != 0.0f || coarse * fixed_coarse_among <= in_features;
+}
+
 inline void pack_int8_row(const float* row, int64_t in_features, int output, uint8_t* panel, int64_t inputs) {
     float largest = 0.0f;
     for (int64_t k = 0; k < in_features; ++k) largest = std::fmax(largest, std::fabs(row[k]));
@@ -116,9 +170,11 @@ inline void pack_int4_row(const float* row, int64_t in_features, int output, int
     }
 }
 
-inline void pack_panel(const void* weight, Type type, const PackedHeader& header, int64_t index, uint8_t* panel, float* row) {
+// Whether the format holds the panel's weights well.
+inline bool pack_panel(const void* weight, Type type, const PackedHeader& header, int64_t index, uint8_t* panel, float* row) {
     Format format = header.format;
     int64_t in = header.in_features;
+    bool well = true;
     for (int output = 0; output < panel_outputs; ++output) {
         int64_t source = source_row(index, output, header.out_features, header.gated);
         for (int64_t k = 0; k < in; ++k) row[k] = source < 0 ? 0.0f : read(weight, source * in + k, type);
@@ -131,13 +187,15 @@ inline void pack_panel(const void* weight, Type type, const PackedHeader& header
                     ((uint16_t*)panel)[(k / 2 * panel_outputs + output) * 2 + k % 2] = float_to_bf16(row[k]);
                 }
                 break;
+            case Format::fixed: well &= pack_fixed_row(row, in, output, panel, header.inputs); break;
             case Format::int8: pack_int8_row(row, in, output, panel, header.inputs); break;
             case Format::int4: pack_int4_row(row, in, output, header.group, panel); break;
         }
     }
+    return well;
 }
 
-inline void pack(const void* weight, Type type, Format format, int64_t out_features, int64_t in_features, bool gated, int group,
+inline bool pack(const void* weight, Type type, Format format, int64_t out_features, int64_t in_features, bool gated, int group,
                  void* packed) {
     PackedHeader header{};
     header.magic = sluice::packed_magic;
@@ -154,17 +212,19 @@ inline void pack(const void* weight, Type type, Format format, int64_t out_featu
     std::memcpy(packed, &header, sizeof header);
     uint8_t* panels = (uint8_t*)packed + header.panels;
     int64_t count = num_panels(out_features, gated);
-#pragma omp parallel
+    bool well = true;
+#pragma omp parallel reduction(&& : well)
     {
         float* row = (float*)std::malloc(sizeof(float) * (size_t)in_features);
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < count; ++i) {
             uint8_t* panel = panels + i * header.panel_bytes;
             std::memset(panel, 0, (size_t)header.panel_bytes);
-            pack_panel(weight, type, header, i, panel, row);
+            well = pack_panel(weight, type, header, i, panel, row) && well;
         }
         std::free(row);
     }
+    return well;
 }
 
 }  // namespace SLUICE_ISA

@@ -34,6 +34,32 @@ inline void prepare_row(const Linear& call, int64_t row, int64_t in, int64_t inp
     *scale = 1.0f;
 }
 
+// Fixed point (int16_t), block by block: the block's scale as a float, then round(x / scale). A block of an infinite or no number has no
+// number for its scale, so that its whole row has none.
+inline void prepare_row(const Linear& call, int64_t row, int64_t in, int64_t inputs, int16_t* out, float* floats, float* scale) {
+    read_row(call, row, in, floats);
+    const int64_t block = fixed_block(inputs), padded = round_up(in, width);
+    for (int64_t i = in; i < padded; ++i) floats[i] = 0.0f;
+    for (int64_t start = 0; start < inputs; start += block, out += fixed_scale_words + block) {
+        const int64_t end = std::min(padded, start + block);
+        F found = Simd::zero(), wrong = Simd::zero();
+        for (int64_t i = start; i < end; i += width) {
+            F x = Simd::load(floats + i);
+            found = Simd::max(Simd::max(x, Simd::sub(Simd::zero(), x)), found);
+            wrong = Simd::fma(x, Simd::zero(), wrong);
+        }
+        float largest = Simd::largest(found);
+        if (!(largest > fixed_smallest)) largest = 0.0f;
+        const F inverse = Simd::set1(largest > 0.0f ? fixed_row_limit / largest : 0.0f);
+        int16_t* numbers = out + fixed_scale_words - start;
+        for (int64_t i = start; i < end; i += width) Simd::store_words(numbers + i, Simd::mul(Simd::load(floats + i), inverse));
+        for (int64_t i = end; i < std::min(inputs, start + block); ++i) numbers[i] = 0;
+        const float row_scale = largest / fixed_row_limit + Simd::sum(wrong);
+        std::memcpy(out, &row_scale, sizeof row_scale);
+    }
+    *scale = 1.0f;
+}
+
 // Symmetric to 8 bits by the row's largest magnitude: floats [0, in) of whole numbers in [-127, 127]. Gives the scale.
 inline float quantise_row(const Linear& call, int64_t row, int64_t in, float* floats) {
     read_row(call, row, in, floats);

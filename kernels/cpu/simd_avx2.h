@@ -12,6 +12,7 @@ struct Simd {
     static constexpr int panel_vectors = 2;   // of outputs that a linear's weights are kept in
     static constexpr int tile_rows = 6;       // rows x panel_vectors sums, the weights and what they are made of fill the registers
     static constexpr bool bf16_dot = false;   // one instruction multiplies and adds bf16 pairs into float lanes
+    static constexpr bool fixed_point = true; // sums of products of 16-bit numbers take fewer instructions than bf16's in floats
     static constexpr int byte_limit = 64;     // magnitude of an int8 weight up to which add_byte_products is exact
 
     using F = __m256;
@@ -55,18 +56,21 @@ struct Simd {
         _mm_storel_epi64((__m128i*)p, _mm_packus_epi16(words, words));
     }
 
+    // Rounded to whole numbers, that fit 16 bits.
+    static void store_words(int16_t* p, F x) {
+        I lanes = _mm256_cvtps_epi32(x);
+        _mm_storeu_si128((__m128i*)p, _mm_packs_epi32(_mm256_castsi256_si128(lanes), _mm256_extracti128_si256(lanes, 1)));
+    }
+
     // Lanes of 32 bits: pairs, or four bytes.
     static I load_lanes(const void* p) { return _mm256_loadu_si256((const I*)p); }
+    static void store_lanes(void* p, I x) { _mm256_storeu_si256((I*)p, x); }
     static I set1_lane(const void* p) {
         int32_t lane;
         std::memcpy(&lane, p, 4);
         return _mm256_set1_epi32(lane);
     }
-    // The low, or high, halves of the pairs at p.
-    static F load_low(const void* p) { return low(load_lanes(p)); }
-    static F load_high(const void* p) {
-        return _mm256_castsi256_ps(_mm256_blend_epi16(_mm256_setzero_si256(), load_lanes(p), 0xaa));
-    }
+    // The low, or high, halves of pairs.
     static F low(I pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
     // Two shifts, for a mask would hold a register that the tiles have not.
     static F high(I pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_srli_epi32(pairs, 16), 16)); }
@@ -80,10 +84,34 @@ struct Simd {
     // x is in a register here, and what was written before is computed before.
     static void hold(I& x) { asm volatile("" : "+x"(x)); }
     static void hold(F& x) { asm volatile("" : "+x"(x)); }
+    // sum + a * b in sum's own register.
+    static F add_product(F sum, F a, F b) {
+        asm volatile("vfmadd231ps %[b], %[a], %[sum]" : [sum] "+x"(sum) : [a] "x"(a), [b] "xm"(b));
+        return sum;
+    }
+    // sum + the two products of 16-bit numbers of a and b, lane by lane. Written out, for a full tile leaves one register, and of the same
+    // instructions as intrinsics the compiler keeps some sums in memory.
+    static I add_pair_products(I sum, I a, I b) {
+        I product;
+        asm volatile(
+            "vpmaddwd %[b], %[a], %[product]\n\t"
+            "vpaddd %[product], %[sum], %[sum]"
+            : [sum] "+x"(sum), [product] "=&x"(product)
+            : [a] "x"(a), [b] "xm"(b));
+        return sum;
+    }
     // sum + the four products of unsigned bytes of a and signed bytes of b, lane by lane. Two products are summed in 16 bits:
     // 2 * 255 * 64 fits.
     static I add_byte_products(I sum, I a, I b) {
-        return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(a, b), _mm256_set1_epi16(1)));
+        alignas(32) static constexpr int16_t ones[16] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+        I product;
+        asm volatile(
+            "vpmaddubsw %[b], %[a], %[product]\n\t"
+            "vpmaddwd %[ones], %[product], %[product]\n\t"
+            "vpaddd %[product], %[sum], %[sum]"
+            : [sum] "+x"(sum), [product] "=&x"(product)
+            : [a] "x"(a), [b] "xm"(b), [ones] "m"(*(const I*)ones));
+        return sum;
     }
     // The same in sums of 16 bits or more, made whole lanes by widen_small: for so few and so small products that they fit.
     static I add_small_products(I sum, I a, I b) { return _mm256_add_epi16(sum, _mm256_maddubs_epi16(a, b)); }

@@ -13,8 +13,10 @@ struct Simd {
     static constexpr bool bf16_dot = false;
 #endif
 #ifdef SLUICE_VNNI
+    static constexpr bool fixed_point = !bf16_dot;
     static constexpr int byte_limit = 127;
 #else
+    static constexpr bool fixed_point = false;  // a product and a sum take as long as two products in floats
     static constexpr int byte_limit = 64;
 #endif
 
@@ -54,14 +56,15 @@ struct Simd {
         _mm_storeu_si128((__m128i*)p, _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
     }
 
+    static void store_words(int16_t* p, F x) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(x))); }
+
     static I load_lanes(const void* p) { return _mm512_loadu_si512(p); }
+    static void store_lanes(void* p, I x) { _mm512_storeu_si512(p, x); }
     static I set1_lane(const void* p) {
         int32_t lane;
         std::memcpy(&lane, p, 4);
         return _mm512_set1_epi32(lane);
     }
-    static F load_low(const void* p) { return low(load_lanes(p)); }
-    static F load_high(const void* p) { return high(load_lanes(p)); }
     static F low(I pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
     static F high(I pairs) { return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32((int)0xffff0000))); }
     // sum + a.low * b.low + a.high * b.high, lane by lane.
@@ -77,16 +80,19 @@ struct Simd {
 #else
     static void hold(I& x) { asm volatile("" : "+v"(x)); }
 #endif
+    static F add_product(F sum, F a, F b) { return fma(a, b, sum); }
     static I zero_lanes() { return _mm512_setzero_si512(); }
     static F to_float(I lanes) { return _mm512_cvtepi32_ps(lanes); }
     static I sub_lanes(I a, I b) { return _mm512_sub_epi32(a, b); }
     static I low_nibbles(I x) { return _mm512_sub_epi8(_mm512_and_si512(x, _mm512_set1_epi8(15)), _mm512_set1_epi8(8)); }
     static I high_nibbles(I x) { return low_nibbles(_mm512_srli_epi16(x, 4)); }
 #ifdef SLUICE_VNNI
+    static I add_pair_products(I sum, I a, I b) { return _mm512_dpwssd_epi32(sum, a, b); }
     static I add_byte_products(I sum, I a, I b) { return _mm512_dpbusd_epi32(sum, a, b); }
     static I add_small_products(I sum, I a, I b) { return _mm512_dpbusd_epi32(sum, a, b); }
     static I widen_small(I sum) { return sum; }
 #else
+    static I add_pair_products(I sum, I a, I b) { return _mm512_add_epi32(sum, _mm512_madd_epi16(a, b)); }
     static I add_byte_products(I sum, I a, I b) {
         return _mm512_add_epi32(sum, _mm512_madd_epi16(_mm512_maddubs_epi16(a, b), _mm512_set1_epi16(1)));
     }

@@ -9,6 +9,7 @@ struct Simd {
     static constexpr int panel_vectors = 2;
     static constexpr int tile_rows = 2;
     static constexpr bool bf16_dot = false;
+    static constexpr bool fixed_point = false;
     static constexpr int byte_limit = 127;
 
     struct F {
@@ -70,18 +71,21 @@ struct Simd {
         for (int i = 0; i < width; ++i) p[i] = (uint8_t)x.lane[i];
     }
 
+    static void store_words(int16_t* p, F x) {
+        for (int i = 0; i < width; ++i) p[i] = (int16_t)std::nearbyint(x.lane[i]);
+    }
+
     static I load_lanes(const void* p) {
         I out;
         std::memcpy(out.lane, p, sizeof out.lane);
         return out;
     }
+    static void store_lanes(void* p, I x) { std::memcpy(p, x.lane, sizeof x.lane); }
     static I set1_lane(const void* p) {
         int32_t lane;
         std::memcpy(&lane, p, 4);
         return each_lane([&](int) { return lane; });
     }
-    static F load_low(const void* p) { return low(load_lanes(p)); }
-    static F load_high(const void* p) { return high(load_lanes(p)); }
     static F low(I pairs) { return each([&](int i) { return as_float((uint32_t)pairs.lane[i] << 16); }); }
     static F high(I pairs) { return each([&](int i) { return as_float((uint32_t)pairs.lane[i] & 0xffff0000u); }); }
 
@@ -99,6 +103,12 @@ struct Simd {
     }
     static I high_nibbles(I x) {
         return low_nibbles(each_lane([&](int i) { return (int32_t)((uint32_t)x.lane[i] >> 4); }));
+    }
+    static F add_product(F sum, F a, F b) { return fma(a, b, sum); }
+    static I add_pair_products(I sum, I a, I b) {
+        return each_lane([&](int i) {
+            return sum.lane[i] + (int16_t)a.lane[i] * (int16_t)b.lane[i] + (a.lane[i] >> 16) * (b.lane[i] >> 16);
+        });
     }
     static I add_byte_products(I sum, I a, I b) {
         return each_lane([&](int i) {

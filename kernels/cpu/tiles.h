@@ -1,7 +1,14 @@
-// The inner products: R rows times C panels, every output summed in one accumulator in the order of the inputs.
+// The inner products: R rows times C panels over one block of inputs, every output summed in one accumulator in the order of the inputs.
 //
-// R, C and the row's place in a tile therefore cannot change a result. `a`: rows as prepare.h made them, `stride` elements apart;
-// `w`: the first of C panels, `panel_bytes` apart; `out`: float [R][C * panel_outputs].
+// R, C and the row's place in a tile therefore cannot change a result. A tile says
+//
+//   Row, row_block(inputs)  what rows.h makes of a row, and elements of it that a block of inputs takes
+//   block_inputs(inputs)    inputs of a block: as many as stay in the nearest cache while all rows are multiplied
+//   panel_offset(k)         bytes before input k in a panel; what stands for all inputs comes after the last
+//   add<R, C, shared>(a, stride, w, panel_bytes, inputs, group, ahead, sums)
+//                           adds a block: `a` rows `stride` elements apart, `w` in the first of C panels `panel_bytes` apart, `sums`
+//                           [R][C * panel_outputs], lanes of 32 bits, at first 0; `shared`: other tiles multiply the block too
+//   total(sums, after, v)   vector v of a panel's sums in floats, `after` the panel's inputs
 #pragma once
 
 // Sums must stay in registers: a call, or an index that the compiler learns late, would put them in memory.
@@ -22,8 +29,23 @@ SLUICE_INLINE void each(Body body) {
 }
 
 template <int R, int V>
-SLUICE_INLINE void store_tile(const F (&sum)[R][V], float* out) {
-    each<R>([&](auto r) SLUICE_HERE { each<V>([&](auto v) SLUICE_HERE { Simd::store(out + (r * V + v) * width, sum[r][v]); }); });
+SLUICE_INLINE void load_tile(F (&sum)[R][V], const float* sums) {
+    each<R>([&](auto r) SLUICE_HERE { each<V>([&](auto v) SLUICE_HERE { sum[r][v] = Simd::load(sums + (r * V + v) * width); }); });
+}
+
+template <int R, int V>
+SLUICE_INLINE void load_tile(I (&sum)[R][V], const float* sums) {
+    each<R>([&](auto r) SLUICE_HERE { each<V>([&](auto v) SLUICE_HERE { sum[r][v] = Simd::load_lanes(sums + (r * V + v) * width); }); });
+}
+
+template <int R, int V>
+SLUICE_INLINE void store_tile(const F (&sum)[R][V], float* sums) {
+    each<R>([&](auto r) SLUICE_HERE { each<V>([&](auto v) SLUICE_HERE { Simd::store(sums + (r * V + v) * width, sum[r][v]); }); });
+}
+
+template <int R, int V>
+SLUICE_INLINE void store_tile(const I (&sum)[R][V], float* sums) {
+    each<R>([&](auto r) SLUICE_HERE { each<V>([&](auto v) SLUICE_HERE { Simd::store_lanes(sums + (r * V + v) * width, sum[r][v]); }); });
 }
 
 template <int R, int V>
@@ -63,25 +85,53 @@ SLUICE_INLINE void add_products(Sum (&sum)[R][V], Factor factor, Vector vector, 
     }
 }
 
-// Weights to ask for while others are multiplied: `step` bytes further for each 64 bytes of a panel that the tile has read.
+// What a panel holds of one step's inputs.
+constexpr int step_bytes = panel_outputs * 4;
+
+// Weights to ask for while others are multiplied: `step` bytes further for each line that the tile asks for.
 struct Ahead {
     const uint8_t* at;
     int64_t step;
 };
 
-// One call a step of `bytes` read from each panel. Low tiles ask for each of their own C panels a little ahead; high ones, whose panel is
-// in the cache after the first of them, share in asking for the next panel.
-template <int R, int C>
-SLUICE_INLINE void prefetch(const uint8_t* at, int64_t panel_bytes, int bytes, Ahead& ahead) {
+// Once for `steps` steps of each panel. Low tiles ask for each of their own C panels a little ahead; high ones, whose panel is in the cache
+// after the first of them, for what comes a panel later. Those that share a block ask for half as many lines each: what a tile does
+// beside its products counts.
+template <int R, int C, bool shared, int steps>
+SLUICE_INLINE void prefetch(const uint8_t* at, int64_t panel_bytes, Ahead& ahead) {
     if constexpr (C > 1 || R == 1) {
         each<C>([&](auto c) SLUICE_HERE {
-            for (int b = 0; b < bytes; b += 64) __builtin_prefetch(at + c * panel_bytes + b + prefetch_bytes);
+            for (int b = 0; b < steps * step_bytes; b += 64) __builtin_prefetch(at + c * panel_bytes + b + prefetch_bytes);
         });
     } else {
-        for (int b = 0; b < bytes; b += 64) {
+        for (int b = 0; b < steps * step_bytes; b += shared ? 128 : 64) {
             __builtin_prefetch(ahead.at);
             ahead.at += ahead.step;
         }
+    }
+}
+
+// Addresses of rows, each in a register: the compiler would rather compute some anew for every step.
+template <class Row, int R>
+struct RowsAt {
+    const Row* row[R];
+
+    SLUICE_INLINE RowsAt(const Row* a, int64_t stride) {
+        each<R>([&](auto r) SLUICE_HERE {
+            row[r] = a + r * stride;
+            asm volatile("" : "+r"(row[r]));
+        });
+    }
+    SLUICE_INLINE const Row* operator[](int r) const { return row[r]; }
+};
+
+// step(k, w) for every `size` inputs, two at a time: what a loop does beside its products counts too.
+template <int R, int C, bool shared, int size, class Step>
+SLUICE_INLINE void each_step(const uint8_t* w, int64_t panel_bytes, int64_t inputs, Ahead ahead, Step step) {
+    for (int64_t k = 0; k < inputs; k += 2 * size, w += 2 * step_bytes) {
+        prefetch<R, C, shared, 2>(w, panel_bytes, ahead);
+        step(k, w);
+        step(k + size, w + step_bytes);
     }
 }
 
@@ -91,61 +141,102 @@ SLUICE_INLINE const uint8_t* vector_at(const uint8_t* at, int64_t panel_bytes, i
     return at + v / panel_vectors * panel_bytes + v % panel_vectors * width * lane_bytes;
 }
 
-constexpr auto add_product = [](F sum, F x, F weights) SLUICE_HERE { return Simd::fma(x, weights, sum); };
+constexpr auto add_product = [](F sum, F x, F weights) SLUICE_HERE { return Simd::add_product(sum, x, weights); };
 
-struct FloatTile {
+// Rows that are their inputs alone, sums that are floats.
+struct FloatSums {
+    static constexpr int64_t row_block(int64_t inputs) { return inputs; }
+    static F total(const float* sums, const uint8_t*, int v) { return Simd::load(sums + v * width); }
+};
+
+struct FloatTile : FloatSums {
     using Row = float;
     static constexpr int max_rows = Simd::tile_rows;
 
-    template <int R, int C>
-    static void run(const float* a, int64_t stride, const uint8_t* w, int64_t panel_bytes, int64_t inputs, int, Ahead ahead, float* out) {
+    static constexpr int64_t block_inputs(int64_t inputs) { return inputs; }
+    static constexpr int64_t panel_offset(int64_t k) { return k * panel_outputs * 4; }
+
+    template <int R, int C, bool shared>
+    static void add(const Row* a, int64_t stride, const uint8_t* w, int64_t panel_bytes, int64_t inputs, int, Ahead ahead, float* sums) {
         constexpr int V = panel_vectors * C;
         F sum[R][V];
-        clear_tile(sum);
-        const uint8_t* at = w;
-        for (int64_t k = 0; k < inputs; ++k, at += panel_outputs * 4) {
-            prefetch<R, C>(at, panel_bytes, panel_outputs * 4, ahead);
+        load_tile(sum, sums);
+        const RowsAt<Row, R> row(a, stride);
+        each_step<R, C, shared, 1>(w, panel_bytes, inputs, ahead, [&](int64_t k, const uint8_t* at) SLUICE_HERE {
             add_products(
-                sum, [&](int r) SLUICE_HERE { return Simd::set1(a[r * stride + k]); },
+                sum, [&](int r) SLUICE_HERE { return Simd::set1(row[r][k]); },
                 [&](int v) SLUICE_HERE { return Simd::load((const float*)vector_at<4>(at, panel_bytes, v)); }, add_product);
-        }
-        store_tile(sum, out);
+        });
+        store_tile(sum, sums);
     }
 };
 
-struct Bf16Tile {
+struct Bf16Tile : FloatSums {
     using Row = std::conditional_t<Simd::bf16_dot, uint16_t, float>;
     static constexpr int max_rows = Simd::tile_rows;
 
-    template <int R, int C>
-    static void run(const Row* a, int64_t stride, const uint8_t* w, int64_t panel_bytes, int64_t inputs, int, Ahead ahead, float* out) {
+    static constexpr int64_t block_inputs(int64_t inputs) { return inputs; }
+    static constexpr int64_t panel_offset(int64_t k) { return k * panel_outputs * 2; }
+
+    template <int R, int C, bool shared>
+    static void add(const Row* a, int64_t stride, const uint8_t* w, int64_t panel_bytes, int64_t inputs, int, Ahead ahead, float* sums) {
         constexpr int V = panel_vectors * C;
         F sum[R][V];
-        clear_tile(sum);
-        const uint8_t* at = w;
-        for (int64_t k = 0; k < inputs; k += 2, at += panel_outputs * 4) {
-            prefetch<R, C>(at, panel_bytes, panel_outputs * 4, ahead);
+        load_tile(sum, sums);
+        const RowsAt<Row, R> row(a, stride);
+        each_step<R, C, shared, 2>(w, panel_bytes, inputs, ahead, [&](int64_t k, const uint8_t* at) SLUICE_HERE {
+            const auto pairs = [&](int v) SLUICE_HERE { return Simd::load_lanes(vector_at<4>(at, panel_bytes, v)); };
             if constexpr (Simd::bf16_dot) {
                 add_products(
-                    sum, [&](int r) SLUICE_HERE { return Simd::set1_lane(a + r * stride + k); },
-                    [&](int v) SLUICE_HERE { return Simd::load_lanes(vector_at<4>(at, panel_bytes, v)); },
+                    sum, [&](int r) SLUICE_HERE { return Simd::set1_lane(row[r] + k); }, pairs,
                     [](F s, I x, I b) SLUICE_HERE { return Simd::add_bf16_products(s, b, x); });
             } else {
-                // Sums and rows leave no register for what load_high would hold: without it 3 rows take two thirds of the time.
-                constexpr bool full = V > R && R * V == max_rows * panel_vectors;
                 add_products(
-                    sum, [&](int r) SLUICE_HERE { return Simd::set1(a[r * stride + k]); },
-                    [&](int v) SLUICE_HERE { return Simd::load_low(vector_at<4>(at, panel_bytes, v)); }, add_product);
+                    sum, [&](int r) SLUICE_HERE { return Simd::set1(row[r][k]); },
+                    [&](int v) SLUICE_HERE { return Simd::low(pairs(v)); }, add_product);
                 add_products(
-                    sum, [&](int r) SLUICE_HERE { return Simd::set1(a[r * stride + k + 1]); },
-                    [&](int v) SLUICE_HERE {
-                        const uint8_t* pairs = vector_at<4>(at, panel_bytes, v);
-                        return full ? Simd::high(Simd::load_lanes(pairs)) : Simd::load_high(pairs);
-                    },
-                    add_product);
+                    sum, [&](int r) SLUICE_HERE { return Simd::set1(row[r][k + 1]); },
+                    [&](int v) SLUICE_HERE { return Simd::high(pairs(v)); }, add_product);
             }
-        }
-        store_tile(sum, out);
+        });
+        store_tile(sum, sums);
+    }
+};
+
+// bf16 weights and rows in fixed point (packing.h, rows.h): a block's products are summed in whole numbers, without rounding, blocks in
+// floats.
+struct FixedTile {
+    using Row = int16_t;
+    static constexpr int max_rows = Simd::tile_rows;
+
+    static constexpr int64_t row_block(int64_t inputs) { return fixed_scale_words + inputs; }
+    static constexpr int64_t block_inputs(int64_t inputs) { return fixed_block(inputs); }
+    static constexpr int64_t panel_offset(int64_t k) { return k * panel_outputs * 2; }
+    static F total(const float* sums, const uint8_t* after, int v) {
+        return Simd::mul(Simd::load(sums + v * width), Simd::load((const float*)after + v * width));
+    }
+
+    template <int R, int C, bool shared>
+    static void add(const Row* a, int64_t stride, const uint8_t* w, int64_t panel_bytes, int64_t inputs, int, Ahead ahead, float* sums) {
+        constexpr int V = panel_vectors * C;
+        I sum[R][V];
+        clear_tile(sum);
+        const RowsAt<Row, R> row(a + fixed_scale_words, stride);
+        each_step<R, C, shared, 2>(w, panel_bytes, inputs, ahead, [&](int64_t k, const uint8_t* at) SLUICE_HERE {
+            add_products(
+                sum, [&](int r) SLUICE_HERE { return Simd::set1_lane(row[r] + k); },
+                [&](int v) SLUICE_HERE { return Simd::load_lanes(vector_at<4>(at, panel_bytes, v)); },
+                [](I s, I x, I b) SLUICE_HERE { return Simd::add_pair_products(s, x, b); });
+        });
+        each<R>([&](auto r) SLUICE_HERE {
+            float row_scale;
+            std::memcpy(&row_scale, a + r * stride, sizeof row_scale);
+            const F scale = Simd::set1(row_scale);
+            each<V>([&](auto v) SLUICE_HERE {
+                float* all = sums + (r * V + v) * width;
+                Simd::store(all, Simd::fma(Simd::to_float(sum[r][v]), scale, Simd::load(all)));
+            });
+        });
     }
 };
 
@@ -157,40 +248,45 @@ struct Int8Tile {
     using Row = uint8_t;
     static constexpr int max_rows = Simd::tile_rows;
 
-    template <int R, int C>
-    static void run(const Row* a, int64_t stride, const uint8_t* w, int64_t panel_bytes, int64_t inputs, int, Ahead ahead, float* out) {
+    static constexpr int64_t row_block(int64_t inputs) { return inputs; }
+    static constexpr int64_t block_inputs(int64_t inputs) { return equal_blocks(inputs, 512); }
+    static constexpr int64_t panel_offset(int64_t k) { return k * panel_outputs; }
+    static F total(const float* sums, const uint8_t* after, int v) {
+        const float* scale = (const float*)after + v * width;
+        const I exact = Simd::sub_lanes(Simd::load_lanes(sums + v * width), Simd::load_lanes(scale + panel_outputs));
+        return Simd::mul(Simd::to_float(exact), Simd::load(scale));
+    }
+
+    template <int R, int C, bool shared>
+    static void add(const Row* a, int64_t stride, const uint8_t* w, int64_t panel_bytes, int64_t inputs, int, Ahead ahead, float* sums) {
         constexpr int V = panel_vectors * C;
         I sum[R][V];
-        clear_tile(sum);
-        const uint8_t* at = w;
-        for (int64_t k = 0; k < inputs; k += 4, at += panel_outputs * 4) {
-            prefetch<R, C>(at, panel_bytes, panel_outputs * 4, ahead);
+        load_tile(sum, sums);
+        const RowsAt<Row, R> row(a, stride);
+        each_step<R, C, shared, 4>(w, panel_bytes, inputs, ahead, [&](int64_t k, const uint8_t* at) SLUICE_HERE {
             add_products(
-                sum, [&](int r) SLUICE_HERE { return Simd::set1_lane(a + r * stride + k); },
+                sum, [&](int r) SLUICE_HERE { return Simd::set1_lane(row[r] + k); },
                 [&](int v) SLUICE_HERE { return Simd::load_lanes(vector_at<4>(at, panel_bytes, v)); },
                 [](I s, I x, I b) SLUICE_HERE { return Simd::add_byte_products(s, x, b); });
-        }
-        each<V>([&](auto v) SLUICE_HERE {
-            const float* scale = (const float*)vector_at<4>(at, panel_bytes, v);
-            const F factor = Simd::load(scale);
-            const I excess = Simd::load_lanes(scale + panel_outputs);
-            each<R>([&](auto r) SLUICE_HERE {
-                Simd::store(out + (r * V + v) * width, Simd::mul(Simd::to_float(Simd::sub_lanes(sum[r][v], excess)), factor));
-            });
         });
+        store_tile(sum, sums);
     }
 };
 
 // Rows as in Int8Tile. Products of up to 32 inputs are summed in whatever small numbers the processor sums fastest, then scaled.
-struct Int4Tile {
+struct Int4Tile : FloatSums {
     using Row = uint8_t;
     static constexpr int max_rows = Simd::tile_rows * 2 / 3;  // the excess takes registers too
 
-    template <int R, int C>
-    static void run(const Row* a, int64_t stride, const uint8_t* w, int64_t panel_bytes, int64_t inputs, int group, Ahead ahead, float* out) {
+    static constexpr int64_t block_inputs(int64_t inputs) { return inputs; }
+    static constexpr int64_t panel_offset(int64_t) { return 0; }  // nothing comes after the inputs
+
+    template <int R, int C, bool shared>
+    static void add(const Row* a, int64_t stride, const uint8_t* w, int64_t panel_bytes, int64_t inputs, int group, Ahead ahead, float* sums) {
         constexpr int V = panel_vectors * C;
         static const uint8_t excess_bytes[4] = {128, 128, 128, 128};
         const I excess_row = Simd::set1_lane(excess_bytes);
+        if (shared) ahead.step /= 2;  // it asks at every step, not at every second
         const int together = group % nibbles_summed ? nibbles_summed / 2 : nibbles_summed;
         F total[R][V];
         clear_tile(total);
@@ -201,8 +297,8 @@ struct Int4Tile {
                 I sum[R][V], excess[1][V];
                 clear_tile(sum);
                 clear_tile(excess);
-                for (int64_t i = k; i < k + together; i += 8, at += panel_outputs * 4) {
-                    prefetch<R, C>(at, panel_bytes, panel_outputs * 4, ahead);
+                for (int64_t i = k; i < k + together; i += 8, at += step_bytes) {
+                    prefetch<R, C, shared, 1>(at, panel_bytes, ahead);
                     each<2>([&](auto half) SLUICE_HERE {
                         add_products(
                             sum, [&](int r) SLUICE_HERE { return Simd::set1_lane(a + r * stride + i + 4 * half); },
@@ -227,7 +323,7 @@ struct Int4Tile {
             }
             at += 2 * panel_outputs;
         }
-        store_tile(total, out);
+        store_tile(total, sums);
     }
 };
 

@@ -115,6 +115,13 @@ def test_a_linear_is_its_twin(native, dtype, stored_as, rows, out, inputs, gated
     assert_close(native, make_case(rows, out, inputs, gated=gated), dtype, stored_as)
 
 
+@pytest.mark.parametrize("stored_as", FORMATS[torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 3, 6, 20])
+@pytest.mark.parametrize("inputs", [256, 513, 1033])
+def test_inputs_of_several_blocks_are_all_summed(native, stored_as, rows, inputs):
+    assert_close(native, make_case(rows, 20, inputs, gated=True), torch.bfloat16, stored_as)
+
+
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("around", range(8))
 def test_whatever_stands_around_the_product(native, around, gated):
@@ -154,6 +161,54 @@ def test_the_largest_bytes_are_summed_exactly(native, sign, stored_as):
     packed = native.pack(torch.full((33, 512), sign), stored_as, False, 64)
     out = native.linear(torch.ones(5, 512), packed, None, EPS, None, None, False)
     torch.testing.assert_close(out, torch.full((5, 33), sign * 512), atol=0.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("inputs", [16, 256, 1000])
+def test_the_largest_numbers_in_fixed_point_are_summed_exactly(native, sign, inputs):
+    """The largest weight below a power of two and equal inputs, the most that a sum of 32 bits has to hold."""
+    weight = torch.full((33, inputs), 1.9921875 * sign, dtype=torch.bfloat16)
+    packed = native.pack(weight, "bfloat16", False, 0)
+    out = native.linear(torch.ones(5, inputs), packed, None, EPS, None, None, False)
+    torch.testing.assert_close(out, torch.full((5, 33), 1.9921875 * sign * inputs), atol=0.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("outliers", ["weights", "inputs", "both"])
+def test_a_bf16_product_is_as_exact_beside_numbers_a_thousand_times_larger(native, outliers):
+    """One in a hundred; an error is measured against the magnitudes that were summed, as bfloat16's own rounding of them is."""
+    draw = torch.Generator().manual_seed(0)
+    case = make_case(9, 130, 900, around=0, seed=3)
+    for tensor, name in ((case.weight, "weights"), (case.x, "inputs")):
+        if outliers in (name, "both"):
+            tensor[torch.rand(tensor.shape, generator=draw) < 0.01] *= 1000
+    case = case.to(torch.bfloat16)
+    exact = case.x.double() @ case.weight.double().T
+    summed = case.x.double().abs() @ case.weight.double().abs().T
+    actual = case.run(native, "bfloat16", float_out=True).double()
+    assert ((actual - exact).abs() / summed).max().item() < 2.0**-9
+
+
+def test_weights_and_inputs_of_any_magnitude_are_multiplied(native):
+    for weight_scale, input_scale in ((1e-30, 1e10), (1e30, 1e-10), (1e-8, 1e-8), (0.0, 1.0), (1.0, 0.0), (1.0, 1e-38)):
+        case = make_case(3, 40, 300, around=0)
+        case.weight.mul_(weight_scale)
+        case.x.mul_(input_scale)
+        case = case.to(torch.bfloat16)
+        wanted = case.x.double() @ case.weight.double().T
+        actual = case.run(native, "bfloat16", float_out=True).double()
+        torch.testing.assert_close(actual, wanted, rtol=0.0, atol=1e-35 + 0.02 * wanted.abs().max().item())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_a_weight_of_an_infinite_or_no_number_spoils_its_output_alone(native, dtype, value):
+    case = make_case(4, 40, 300, around=0).to(dtype)
+    wanted = case.run(native, FORMATS[dtype][0])
+    case.weight[17, 123] = value
+    spoilt = case.run(native, FORMATS[dtype][0])
+    assert not torch.isfinite(spoilt[:, 17]).any()
+    others = torch.arange(40) != 17
+    assert torch.equal(spoilt[:, others], wanted[:, others])
 
 
 def test_no_rows_give_no_rows(native):

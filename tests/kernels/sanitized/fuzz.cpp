@@ -24,9 +24,10 @@ Type type_of(Chance& chance) { return chance.one_in(2) ? Type::f32 : Type::bf16;
 void fuzz_linear(const Operators& operators, Chance& chance) {
     const bool gated = chance.one_in(3);
     const int64_t rows = chance.one_in(20) ? 0 : chance.between(1, chance.one_in(4) ? 70 : 9);
-    const int64_t outputs = chance.between(1, 150), out = outputs * (gated ? 2 : 1), in = chance.between(1, 300);
+    const int64_t outputs = chance.between(1, 150), out = outputs * (gated ? 2 : 1);
+    const int64_t in = chance.between(1, chance.one_in(8) ? 1200 : 300);  // several blocks too
     const Type type = type_of(chance), out_type = chance.one_in(4) ? Type::f32 : type;
-    const auto format = (Format)chance.between(0, 3);
+    const auto format = (Format)chance.between(0, 4);
     const int group = (int)chance.between(1, 8) * 16;
     Numbers weight(chance, out * in, type), x(chance, rows * in, type);
     Numbers norm(chance, in, type), bias(chance, out, type), residual(chance, rows * outputs, type);
