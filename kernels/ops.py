@@ -21,7 +21,8 @@ class Operators:
 
     `reason` says in one sentence why it is this one. `pack_weight` and `linear` go together; None where linears are composed of a
     library's product and the operators around it. `attends`: `kernels.cpu.attention`, one call for a layer's attention, may be used.
-    `record`: `kernels.cpu.program.record`, None where calls cannot be recorded.
+    `record`: `kernels.cpu.program.record`, None where calls cannot be recorded. `hidden_dtype`: what `embedding` gives and everything
+    between the products is kept in, None where it is the weights' dtype.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Operators:
     pack_weight: Callable[[Tensor, str, bool, int], Any] | None = None
     linear: Callable[..., Tensor] | None = None
     attends: bool = False
+    hidden_dtype: torch.dtype | None = None
     record: Callable[[Callable[..., Tensor], list[Tensor]], tuple[Tensor, Callable[[list[Tensor]], Tensor]]] | None = None
 
 
@@ -105,6 +107,8 @@ def _native(instruction_set: str, reason: str) -> Operators:
         sample=native.sample.default,
         logprobs=native.logprobs.default,
         attends=True,
+        # Rows are few and stay in the caches: rounding them to bfloat16 between two operators would save nothing.
+        hidden_dtype=torch.float32,
         record=record,
     )
 

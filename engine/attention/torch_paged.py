@@ -71,6 +71,11 @@ class TorchPagedAttention:
     ) -> Tensor:
         """q: [T, Hq, D], k and v: [T, Hkv, D], not yet rotated; returns [T, Hq, D]. Formula: kernels/reference.py."""
         plan: Plan = metadata.plan
+        kept = cache.k.dtype
+        if q.dtype != kept:  # torch's product takes one dtype
+            q_kept, k_kept, v_kept = q.to(kept), k.to(kept), v.to(kept)
+            out = self.forward(q_kept, k_kept, v_kept, cos_sin, positions, cache, metadata, scale, sliding_window)
+            return out.to(q.dtype)
         cos, sin = _rotation(plan, cos_sin, positions, q.dtype)
         keys_values = _slots_of(cache)
         _write(plan, _rotate(k, cos, sin), v, keys_values)

@@ -10,7 +10,8 @@ class Linear(Module):
     """epilogue(norm(x) W^T + bias) + residual, computed by its `QuantMethod`.
 
     `parts`: output sizes by the name in the checkpoint, in the order in which they stand in the fused output. `shared`: a plain
-    weight [out, in] that another layer owns, multiplied by instead of one of its own.
+    weight [out, in] that another layer owns, multiplied by instead of one of its own. `hidden_dtype`: the inputs', which the bias
+    is added in; None for the weights'.
     """
 
     def __init__(
@@ -21,6 +22,7 @@ class Linear(Module):
         *,
         dtype: dtype,
         on: device,
+        hidden_dtype: dtype | None = None,
         bias: bool = False,
         norm: Norm | None = None,
         silu_mul: bool = False,
@@ -32,7 +34,7 @@ class Linear(Module):
         self._parts = parts
         out_features = sum(parts.values())
         self.weights = {"weight": shared} if shared is not None else method.create(in_features, out_features, dtype, on)
-        own_bias = empty(out_features, dtype=dtype, device=on) if bias else None
+        own_bias = empty(out_features, dtype=hidden_dtype or dtype, device=on) if bias else None
         self.fusion = Fusion(norm=norm, bias=own_bias, silu_mul=silu_mul, float_out=float_out)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:

@@ -24,10 +24,11 @@ class Llama(Module):
     def __init__(self, config: ModelConfig, ops: Operators, *, dtype: dtype, on: device) -> None:
         super().__init__()
         cos_sin = cos_sin_table(config.rope, config.head_dim, config.max_position).to(on)
+        hidden_dtype = ops.hidden_dtype or dtype
         self.embedding = Embedding(ops, config.vocab_size, config.hidden_size, dtype=dtype, on=on)
         self.layers = tuple(DecoderLayer(config, index, cos_sin, ops, dtype=dtype, on=on) for index in range(config.num_layers))
         self.registered = ModuleList(self.layers)
-        self.norm = make_norm(config.hidden_size, config.rms_norm_eps, dtype=dtype, on=on)
+        self.norm = make_norm(config.hidden_size, config.rms_norm_eps, dtype=hidden_dtype, on=on)
         self.head = Head(head_method(config.quant_method, ops), self.embedding, self.norm, tied=config.tied)
 
     def forward(self, input_ids: Tensor, positions: Tensor, batch: ForwardBatch) -> Tensor:
@@ -62,13 +63,23 @@ class DecoderLayer(Module):
     def __init__(self, config: ModelConfig, index: int, cos_sin: Tensor, ops: Operators, *, dtype: dtype, on: device) -> None:
         super().__init__()
         self._index = index
-        quant = method(config.quant_method, ops)
+        quant, hidden_dtype = method(config.quant_method, ops), ops.hidden_dtype or dtype
         hidden, wide, dim, eps = config.hidden_size, config.intermediate_size, config.head_dim, config.rms_norm_eps
         q_size, kv_size = config.num_q_heads * dim, config.num_kv_heads * dim
         qkv_parts = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
-        self.input_norm = make_norm(hidden, eps, dtype=dtype, on=on)
-        self.mlp_norm = make_norm(hidden, eps, dtype=dtype, on=on)
-        self.qkv = Linear(quant, hidden, qkv_parts, bias=config.qkv_bias, norm=self.input_norm, dtype=dtype, on=on)
+
+        self.input_norm = make_norm(hidden, eps, dtype=hidden_dtype, on=on)
+        self.mlp_norm = make_norm(hidden, eps, dtype=hidden_dtype, on=on)
+        self.qkv = Linear(
+            quant,
+            hidden,
+            qkv_parts,
+            bias=config.qkv_bias,
+            norm=self.input_norm,
+            dtype=dtype,
+            hidden_dtype=hidden_dtype,
+            on=on,
+        )
         self.attention = Attention(
             ops,
             num_q_heads=config.num_q_heads,
@@ -76,10 +87,12 @@ class DecoderLayer(Module):
             head_dim=dim,
             cos_sin=cos_sin,
             sliding_window=config.sliding_windows[index],
-            q_norm=make_norm(dim, eps, dtype=dtype, on=on) if config.qk_norm else None,
-            k_norm=make_norm(dim, eps, dtype=dtype, on=on) if config.qk_norm else None,
+            q_norm=make_norm(dim, eps, dtype=hidden_dtype, on=on) if config.qk_norm else None,
+            k_norm=make_norm(dim, eps, dtype=hidden_dtype, on=on) if config.qk_norm else None,
         )
-        self.out = Linear(quant, q_size, {"o_proj": hidden}, bias=config.out_bias, dtype=dtype, on=on)
+        self.out = Linear(
+            quant, q_size, {"o_proj": hidden}, bias=config.out_bias, dtype=dtype, hidden_dtype=hidden_dtype, on=on
+        )
         self.gate_up = Linear(
             quant,
             hidden,
@@ -88,9 +101,12 @@ class DecoderLayer(Module):
             norm=self.mlp_norm,
             silu_mul=True,
             dtype=dtype,
+            hidden_dtype=hidden_dtype,
             on=on,
         )
-        self.down = Linear(quant, wide, {"down_proj": hidden}, bias=config.mlp_bias, dtype=dtype, on=on)
+        self.down = Linear(
+            quant, wide, {"down_proj": hidden}, bias=config.mlp_bias, dtype=dtype, hidden_dtype=hidden_dtype, on=on
+        )
 
     def forward(self, x: Tensor, positions: Tensor, batch: ForwardBatch) -> Tensor:
         """x, out: [T, H]."""

@@ -125,7 +125,7 @@ private:
             const int64_t head = item.head_first + row / item.row_count, among = item.row_first + row % item.row_count;
             const int64_t token = call_.starts[item.seq] + among / group_;
             const int64_t start = token * call_.q_stride + (head * group_ + among % group_) * dim_;
-            rotate<Cache::type>(call_.q, start, call_.cos_sin + call_.positions[token] * dim_, dim_, rotated, queries_ + row * dim_);
+            rotate(call_.q, start, call_.rows, call_.cos_sin + call_.positions[token] * dim_, dim_, rotated, queries_ + row * dim_);
         }
     }
 
@@ -282,7 +282,7 @@ private:
             float* result = state(row);
             const F share = Simd::div(Simd::set1(1.0f), Simd::set1(total_of(result, dim_)));
             for (int64_t d = 0; d < dim_; d += width) {
-                store_typed(call_.out, start + d, Simd::mul(Simd::load(result + d), share), width, call_.type);
+                store_typed(call_.out, start + d, Simd::mul(Simd::load(result + d), share), width, call_.rows);
             }
         }
     }

@@ -63,11 +63,11 @@ def attend(
     scale: float,
     sliding_window: int,
 ) -> Tensor:
-    """`attend` of kernels/reference.py; arithmetic in float32, rounded at k's write and at the end.
+    """`attend` of kernels/reference.py; arithmetic in float32, rounded where k and v are written and at the end.
 
-    q: [T, Hq, D]; k, v: [T, Hkv, D], each may be a part of wider rows; the caches as `new_cache` made them; `work`: of `plan` for the
-    same sequences, heads and window. out: [T, Hq, D], contiguous. On a processor with bf16 products, q and the weights of the values
-    are rounded to bf16 too.
+    q: [T, Hq, D]; k, v: [T, Hkv, D], in the caches' dtype or float32, each may be a part of wider rows; the caches as `new_cache` made
+    them; `work`: of `plan` for the same sequences, heads and window. out: [T, Hq, D], contiguous, in q's dtype. On a processor with
+    bf16 products, q and the weights of the values are rounded to bf16 too.
     """
     return cast(
         Tensor,

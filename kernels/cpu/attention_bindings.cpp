@@ -69,7 +69,7 @@ Tensor attention_plan(const Tensor& query_start_loc, const Tensor& seq_lens, int
 
 // Heads of one row of a possibly wider tensor: [tokens, heads, dim], a head contiguous.
 const void* checked_heads(const Tensor& x, const char* name, int64_t tokens, int64_t heads, int64_t dim, at::ScalarType type) {
-    TORCH_CHECK(x.device().is_cpu() && x.scalar_type() == type, name, " must be on the CPU and have the caches' dtype ", type);
+    TORCH_CHECK(x.device().is_cpu() && x.scalar_type() == type, name, " must be on the CPU and of ", type, ", as q is");
     TORCH_CHECK(x.dim() == 3 && x.size(0) == tokens && x.size(1) == heads && x.size(2) == dim, name, " must be [", tokens, ", ", heads,
                 ", ", dim, "]");
     TORCH_CHECK(tokens == 0 || (x.stride(2) == 1 && (heads == 1 || x.stride(1) == dim)), name, "'s heads must lie side by side");
@@ -127,10 +127,13 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
     const auto* header = (const PlanHeader*)plan.const_data_ptr();
 
     Attention call{};
+    const at::ScalarType rows = q.scalar_type();
+    TORCH_CHECK(rows == type || rows == at::kFloat, "q must be of the caches' dtype ", type, " or float32, not ", rows);
     call.type = pair == 1 ? Type::f32 : Type::bf16;
-    call.q = checked_heads(q, "q", tokens, q_heads, dim, type);
-    call.k = checked_heads(k, "k", tokens, kv_heads, dim, type);
-    call.v = checked_heads(v, "v", tokens, kv_heads, dim, type);
+    call.rows = rows == at::kFloat ? Type::f32 : Type::bf16;
+    call.q = checked_heads(q, "q", tokens, q_heads, dim, rows);
+    call.k = checked_heads(k, "k", tokens, kv_heads, dim, rows);
+    call.v = checked_heads(v, "v", tokens, kv_heads, dim, rows);
     call.q_stride = q.stride(0);
     call.k_stride = k.stride(0);
     call.v_stride = v.stride(0);

@@ -31,7 +31,8 @@ struct AttentionItem {
 static_assert(sizeof(AttentionItem) == 12 * sizeof(int32_t));
 
 struct Attention {
-    Type type;             // of q, k, v, the caches, out
+    Type type;             // of the caches
+    Type rows;             // of q, k, v, out: the caches', or f32
     const void* q;         // [tokens, q_heads, dim], q_stride numbers from token to token; not rotated
     const void* k;         // [tokens, kv_heads, dim]
     const void* v;

@@ -10,8 +10,7 @@ using sluice::Attention;
 using sluice::max_head_dim;
 
 // One head of one token as floats [0, dim), rotated to its position; rounded nowhere.
-template <Type type>
-inline void rotate(const void* x, int64_t start, const float* cos_sin, int64_t dim, float* out) {
+inline void rotate(const void* x, int64_t start, Type type, const float* cos_sin, int64_t dim, float* out) {
     const int64_t half = dim / 2;
     auto turn = [&](int64_t i, int n) {
         F first = load_typed(x, start + i, n, type), second = load_typed(x, start + half + i, n, type);
@@ -25,14 +24,12 @@ inline void rotate(const void* x, int64_t start, const float* cos_sin, int64_t d
 }
 
 // The same in what the cache, or a product, takes it as; `room`: floats [0, dim) to work in.
-template <Type type>
-inline void rotate(const void* x, int64_t start, const float* cos_sin, int64_t dim, float*, float* out) {
-    rotate<type>(x, start, cos_sin, dim, out);
+inline void rotate(const void* x, int64_t start, Type type, const float* cos_sin, int64_t dim, float*, float* out) {
+    rotate(x, start, type, cos_sin, dim, out);
 }
 
-template <Type type>
-inline void rotate(const void* x, int64_t start, const float* cos_sin, int64_t dim, float* room, uint16_t* out) {
-    rotate<type>(x, start, cos_sin, dim, room);
+inline void rotate(const void* x, int64_t start, Type type, const float* cos_sin, int64_t dim, float* room, uint16_t* out) {
+    rotate(x, start, type, cos_sin, dim, room);
     for (int64_t i = 0; i < dim; i += width) Simd::store_bf16(out + i, Simd::load(room + i));
 }
 
@@ -49,12 +46,14 @@ inline void write_token(const Attention& call, int64_t token) {
     alignas(64) Stored row[max_head_dim];
     for (int64_t head = 0; head < call.kv_heads; ++head) {
         const int64_t start = place + head * dim * block_size;
-        rotate<Cache::type>(call.k, token * call.k_stride + head * dim, cos_sin, dim, rotated, row);
+        rotate(call.k, token * call.k_stride + head * dim, call.rows, cos_sin, dim, rotated, row);
         Stored* key = (Stored*)call.k_cache + start + offset * pair;
         for (int64_t d = 0; d < dim; d += pair) std::memcpy(key + d * block_size, row + d, sizeof(Stored) * pair);
-        const Stored* value = (const Stored*)call.v + token * call.v_stride + head * dim;
         Stored* to = (Stored*)call.v_cache + start + offset / pair * pair * dim + offset % pair;
-        for (int64_t d = 0; d < dim; ++d) to[d * pair] = value[d];
+        for (int64_t d = 0; d < dim; d += width) {
+            store_typed(row, d, load_typed(call.v, token * call.v_stride + head * dim + d, width, call.rows), width, Cache::type);
+        }
+        for (int64_t d = 0; d < dim; ++d) to[d * pair] = row[d];
     }
 }
 

@@ -101,8 +101,8 @@ Tensor embedding(const Tensor& table, const Tensor& ids) {
     for (int64_t i = 0; i < ids.size(0); ++i) {
         TORCH_CHECK_INDEX(id[i] >= 0 && id[i] < table.size(0), "id ", id[i], " is outside the table of ", table.size(0), " rows");
     }
-    Tensor out = at::empty({ids.size(0), table.size(1)}, table.options());
-    sluice::operators().embedding(table.const_data_ptr(), id, ids.size(0), table.size(1), type, out.data_ptr());
+    Tensor out = at::empty({ids.size(0), table.size(1)}, table.options().dtype(at::kFloat));
+    sluice::operators().embedding(table.const_data_ptr(), id, ids.size(0), table.size(1), type, out.data_ptr<float>());
     return out;
 }
 

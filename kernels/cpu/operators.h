@@ -78,8 +78,8 @@ struct Operators {
     bool (*pack)(const void* weight, Type type, Format format, int64_t out_features, int64_t in_features, bool gated, int group,
                  void* packed);
     void (*linear)(const Linear& call);
-    // table: [num_rows, size]; ids within it.
-    void (*embedding)(const void* table, const int64_t* ids, int64_t rows, int64_t size, Type type, void* out);
+    // table: [num_rows, size] of `type`; ids within it; out: [rows, size].
+    void (*embedding)(const void* table, const int64_t* ids, int64_t rows, int64_t size, Type type, float* out);
     void (*rms_norm)(const void* x, const void* weight, float eps, int64_t rows, int64_t size, Type type, void* out);
     void (*greedy)(const float* logits, int64_t rows, int64_t vocab, int64_t* tokens);
     void (*sample)(const Sample& call);

@@ -101,7 +101,7 @@ class Case:
     def caches(self) -> tuple[Tensor, Tensor]:
         """New C++ caches with the context in them."""
         num_blocks, block_size, num_heads, head_dim = self.context[0].shape
-        k_cache, v_cache = attention.new_cache(num_blocks, num_heads, head_dim, block_size, self.q.dtype)
+        k_cache, v_cache = attention.new_cache(num_blocks, num_heads, head_dim, block_size, self.context[0].dtype)
         fill(k_cache, self.context[0], keys=True)
         fill(v_cache, self.context[1], keys=False)
         return k_cache, v_cache

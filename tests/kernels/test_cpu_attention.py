@@ -61,6 +61,19 @@ def check(case: Case) -> None:
     assert torch.equal(values.nan_to_num(7.0), plain_values.nan_to_num(7.0))
 
 
+def test_rows_in_float32_are_rounded_where_they_are_written(every_isa):
+    """The same numbers, wide: caches bit for bit the same, results the same once they are rounded."""
+    case = Case.make([(100, 1), (300, 40), (7, 7)], dtype=torch.bfloat16)
+    caches, wide_caches = case.caches(), case.caches()
+    narrow = case.run(caches)
+    case.q, case.k, case.v = case.q.float(), case.k.float(), case.v.float()
+    wide = case.run(wide_caches)
+    assert wide.dtype == torch.float32
+    assert torch.equal(wide.bfloat16(), narrow)
+    for cache, wide_cache in zip(caches, wide_caches, strict=True):
+        assert torch.equal(cache.nan_to_num(7.0), wide_cache.nan_to_num(7.0))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("window", [0, 1, 100])
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
@@ -176,7 +189,8 @@ WRONG = {
     "names a block outside the cache": ("block_tables", lambda x: x + 100),
     "needs 7 blocks, its table has 2": ("block_tables", lambda x: x[:, :2].contiguous()),
     "must be .1, 6, 64.": ("q", lambda x: x[:, :, :48]),
-    "k must be on the CPU and have the caches' dtype": ("k", lambda x: x.bfloat16()),
+    "k must be on the CPU and of Float, as q is": ("k", lambda x: x.bfloat16()),
+    "q must be of the caches' dtype Float or float32, not Half": ("q", lambda x: x.half()),
     "heads must lie side by side": ("v", lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)),
     "query_start_loc must run from 0": ("query_start_loc", lambda x: x * 2),
 }

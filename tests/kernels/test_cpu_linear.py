@@ -254,7 +254,7 @@ def test_rms_norm_is_its_twin(native, dtype, size):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_embedding_gives_the_rows(native, dtype):
     table, ids = torch.randn(50, 33).to(dtype), torch.tensor([49, 0, 7, 7])
-    assert torch.equal(native.embedding(table, ids), reference.embedding(table, ids))
+    assert torch.equal(native.embedding(table, ids), reference.embedding(table, ids).float())
 
 
 @pytest.mark.parametrize("wrong", [-1, 50])

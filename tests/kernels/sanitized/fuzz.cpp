@@ -55,12 +55,12 @@ void fuzz_norm_and_embedding(const Operators& operators, Chance& chance) {
     const int64_t rows = chance.between(0, 20), size = chance.between(1, 200), entries = chance.between(1, 30);
     const Type type = type_of(chance);
     Numbers x(chance, rows * size, type), weight(chance, size, type), table(chance, entries * size, type);
-    Exact normed(rows * size * bytes_of(type)), found(rows * size * bytes_of(type)), ids(rows * 8);
+    Exact normed(rows * size * bytes_of(type)), found(rows * size * 4), ids(rows * 8);
     for (int64_t i = 0; i < rows; ++i) ids.of<int64_t>()[i] = chance.between(0, entries - 1);
     operators.rms_norm(x.data(), weight.data(), 1e-5f, rows, size, type, normed.data());
-    operators.embedding(table.data(), ids.of<int64_t>(), rows, size, type, found.data());
+    operators.embedding(table.data(), ids.of<int64_t>(), rows, size, type, found.of<float>());
     expect_written(normed, rows * size, type, "rms_norm");
-    expect_written(found, rows * size, type, "embedding");
+    expect_written(found, rows * size, Type::f32, "embedding");
 }
 
 void fuzz_sampling(const Operators& operators, Chance& chance) {
@@ -94,8 +94,8 @@ void fuzz_sampling(const Operators& operators, Chance& chance) {
 }
 
 void fuzz_attention(const Operators& operators, Chance& chance) {
-    const Type type = type_of(chance);
-    const int64_t number = bytes_of(type);
+    const Type type = type_of(chance), rows = chance.one_in(2) ? Type::f32 : type;
+    const int64_t number = bytes_of(type), row_number = bytes_of(rows);
     const int64_t dim = 16 * chance.between(1, chance.one_in(4) ? 16 : 4), kv_heads = chance.between(1, 4);
     const int64_t q_heads = kv_heads * chance.between(1, 5), block_size = 16 * chance.between(1, 3);
     const int64_t window = chance.one_in(3) ? chance.between(1, 300) : 0, num_seqs = chance.between(1, 4);
@@ -113,7 +113,7 @@ void fuzz_attention(const Operators& operators, Chance& chance) {
     std::vector<int32_t> blocks(needed);
     for (int64_t i = 0; i < needed; ++i) blocks[i] = (int32_t)i;
     std::shuffle(blocks.begin(), blocks.end(), std::mt19937(7));
-    Exact tables(num_seqs * stride * 4), positions(tokens * 8), slots(tokens * 8), out(tokens * q_heads * dim * number);
+    Exact tables(num_seqs * stride * 4), positions(tokens * 8), slots(tokens * 8), out(tokens * q_heads * dim * row_number);
     for (int64_t seq = 0, taken = 0; seq < num_seqs; ++seq) {
         int32_t* table = tables.of<int32_t>() + seq * stride;
         for (int64_t i = 0; i < sluice::divide_up(lens[seq], block_size); ++i) table[i] = blocks[taken++];
@@ -123,7 +123,7 @@ void fuzz_attention(const Operators& operators, Chance& chance) {
             slots.of<int64_t>()[token] = chance.one_in(20) ? -1 : table[position / block_size] * block_size + position % block_size;
         }
     }
-    Numbers fused(chance, tokens * wide, type), cos_sin(chance, longest * dim, Type::f32), cache(chance, needed * 2 * half, type);
+    Numbers fused(chance, tokens * wide, rows), cos_sin(chance, longest * dim, Type::f32), cache(chance, needed * 2 * half, type);
     char* qkv = fused.of<char>();
     const sluice::AttentionPlan plan =
         sluice::AttentionPlanner(starts.data(), lens.data(), num_seqs, q_heads, kv_heads, window).plan(omp_get_max_threads());
@@ -131,9 +131,10 @@ void fuzz_attention(const Operators& operators, Chance& chance) {
     std::copy(plan.items.begin(), plan.items.end(), items.of<sluice::AttentionItem>());
     sluice::Attention call{};
     call.type = type;
+    call.rows = rows;
     call.q = qkv;
-    call.k = qkv + q_heads * dim * number;
-    call.v = qkv + (q_heads + kv_heads) * dim * number;
+    call.k = qkv + q_heads * dim * row_number;
+    call.v = qkv + (q_heads + kv_heads) * dim * row_number;
     call.q_stride = call.k_stride = call.v_stride = wide;
     call.tokens = tokens;
     call.q_heads = q_heads;
@@ -158,7 +159,7 @@ void fuzz_attention(const Operators& operators, Chance& chance) {
     call.window = window;
     call.out = out.data();
     operators.attention(call);
-    expect_written(out, tokens * q_heads * dim, type, "attention");
+    expect_written(out, tokens * q_heads * dim, rows, "attention");
 }
 
 void write_behind(const Operators& operators, Chance& chance) {
