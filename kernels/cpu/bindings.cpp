@@ -43,13 +43,16 @@ Tensor pack(const Tensor& weight, c10::string_view format_name, bool gated, int6
     Type type = type_of(weight, "weight");
     const sluice::Operators& operators = sluice::operators();
     int64_t out = weight.size(0), in = weight.size(1);
-    const auto packed_as = [&](Format as) -> std::optional<Tensor> {
-        Tensor packed = sluice::weight_memory(operators.packed_bytes(as, out, in, gated, (int)group));
-        if (!operators.pack(weight.const_data_ptr(), type, as, out, in, gated, (int)group, packed.data_ptr())) return std::nullopt;
-        return packed;
+    const auto bytes = [&](Format as) { return operators.packed_bytes(as, out, in, gated, (int)group); };
+    Tensor packed = sluice::weight_memory(bytes(format));
+    const auto packs_as = [&](Format as) {
+        return operators.pack(weight.const_data_ptr(), type, as, out, in, gated, (int)group, packed.data_ptr());
     };
-    std::optional<Tensor> packed = packed_as(format);
-    return packed.has_value() ? *packed : *packed_as(Format::bf16);
+    if (!packs_as(format)) {
+        packed = packed.narrow(0, 0, bytes(Format::bf16));  // no more than fixed point takes
+        packs_as(Format::bf16);
+    }
+    return packed;
 }
 
 const PackedHeader& header_of(const Tensor& packed) {

@@ -17,8 +17,10 @@ namespace SLUICE_ISA {
 
 inline const sluice::Operators& table(const char* name) {
     static const sluice::Operators operators{
-        name,   panel_outputs, Simd::byte_limit, Simd::fixed_point ? Format::fixed : Format::bf16, packed_bytes, pack, linear, embedding_rows, rms_norm_rows,
-        greedy, sample,        logprobs,       attention,
+        name,           panel_outputs, Simd::byte_limit, Simd::fixed_point ? Format::fixed : Format::bf16,
+        packed_bytes,   pack,          linear,           embedding_rows,
+        rms_norm_rows,  greedy,        sample,           logprobs,
+        attention,
     };
     return operators;
 }

@@ -114,7 +114,7 @@ private:
                 for (int64_t i = 0; i < side_by_side; i += per_unit) {
                     // Panels multiplied at once stand side by side in a row, others one after the other.
                     const float* mine = sums + (r * at_once + i) * panel_outputs;
-                    finish(row + r, panel + i, mine, mine + (at_once == 1 ? size : panel_outputs));
+                    finish(row + r, panel + i, mine, header.gated ? mine + (at_once == 1 ? size : panel_outputs) : nullptr);
                 }
             }
             panel += side_by_side;
@@ -142,9 +142,9 @@ private:
     void add_tile(int height, bool shared, const Row* a, const uint8_t* w, int64_t size, int64_t at_once, Ahead ahead, float* to) {
         if constexpr (R <= Tile::max_rows) {
             if (height != R) return add_tile<R + 1>(height, shared, a, w, size, at_once, ahead, to);
-            if (shared) tile<R, 1, true>(a, w, size, ahead, to);
-            else if (at_once == 1) tile<R, 1, false>(a, w, size, ahead, to);
-            else tile<R, panels_at_once(R), false>(a, w, size, ahead, to);
+            if (!shared && at_once > 1) return tile<R, panels_at_once(R), false>(a, w, size, ahead, to);
+            if (!shared) return tile<R, 1, false>(a, w, size, ahead, to);
+            if constexpr (2 * R >= Tile::max_rows) tile<R, 1, true>(a, w, size, ahead, to);  // of nearly equal ones, none is lower
         }
     }
 
@@ -154,7 +154,7 @@ private:
         Tile::template add<R, C, shared>(a, stride, w, header.panel_bytes, size, header.group, ahead, to);
     }
 
-    // Sums of one row and the unit that begins with `panel` to outputs; `up`: the second half of a unit that has one.
+    // Sums of one row and the unit that begins with `panel` to outputs; `up`: null where it is the whole unit.
     void finish(int64_t row, int64_t panel, const float* gate, const float* up) {
         F scale = Simd::set1(row_scales[row]);
         const uint8_t* after = panels + panel * header.panel_bytes + Tile::panel_offset(inputs);
@@ -164,7 +164,7 @@ private:
             if (output >= outputs) return;
             int n = lanes_left(output, outputs);
             F x = with_bias(Simd::mul(Tile::total(gate, after, v), scale), output, n);
-            if (header.gated) {
+            if (up) {
                 F other = with_bias(Simd::mul(Tile::total(up, after + header.panel_bytes, v), scale), outputs + output, n);
                 x = Simd::mul(silu(x), other);
             }

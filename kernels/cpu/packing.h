@@ -12,8 +12,8 @@
 //
 // Fixed is how bf16 weights are kept where whole numbers are multiplied faster: w = scale * q, one power of two an output, as small as
 // keeps the sum of a block of `fixed_block` inputs within 32 bits. Of weights as models have them, what bf16's 8 bits hold is met exactly
-// down to a fifth of their usual size, and an error is at most half of q's last place. An output in which a few weights dwarf the others
-// would hold those badly: its layer stays in bf16.
+// down to a third of their usual size or so, and an error is at most half of q's last place. An output in which a few weights dwarf the
+// others would hold those badly: its layer stays in bf16.
 #pragma once
 
 namespace SLUICE_ISA {
@@ -42,9 +42,9 @@ inline int input_steps(Format format) {
 constexpr float fixed_row_limit = 16383.0f;
 constexpr float fixed_sum_limit = 131071.0f;
 constexpr float fixed_weight_limit = 32767.0f;
-constexpr int fixed_coarse = 32;             // a q below it may be wrong by more than a hundredth,
-constexpr int fixed_coarse_among = 4;        // which at most one in so many of an output's weights may be
-constexpr float fixed_smallest = 1e-30f;  // below, a row's numbers are 0: one divided by them need be no number
+constexpr int fixed_coarse = 32;          // a q below it may be wrong by more than a sixty-fourth part,
+constexpr int fixed_coarse_among = 5;     // which at most one in so many of an output's weights, zeros apart, may be
+constexpr float fixed_smallest = 1e-30f;  // where the largest is below, a block's numbers are 0: one divided by it need be no number
 static_assert((int64_t)fixed_row_limit * (int64_t)fixed_sum_limit <= INT32_MAX);
 
 constexpr int64_t fixed_block(int64_t inputs) { return equal_blocks(inputs, 256); }
@@ -109,9 +109,10 @@ inline float half_to_float(uint16_t x) {
 // Whether it holds the output's weights well.
 inline bool pack_fixed_row(const float* row, int64_t in_features, int output, uint8_t* panel, int64_t inputs) {
     const int64_t block = fixed_block(inputs);
-    float largest = 0.0f, block_largest = 0.0f, wrong = 0.0f;
+    float largest = 0.0f, wrong = 0.0f;
+    double block_largest = 0.0;
     for (int64_t start = 0; start < in_features; start += block) {
-        float sum = 0.0f;
+        double sum = 0.0;
         for (int64_t k = start; k < std::min(in_features, start + block); ++k) {
             sum += std::fabs(row[k]);
             largest = std::max(largest, std::fabs(row[k]));
@@ -119,19 +120,23 @@ inline bool pack_fixed_row(const float* row, int64_t in_features, int output, ui
         }
         block_largest = std::max(block_largest, sum);
     }
-    // Each of a block's numbers may be half a place larger than its weight; the float sum is a little wrong too.
-    const float most = std::min((fixed_sum_limit - (float)block) / block_largest, fixed_weight_limit / largest);
-    const int places = largest > 0.0f && wrong == 0.0f ? std::clamp((int)std::floor(std::log2(most)), -126, 126) : 0;
+    int places = 0;
+    if (largest > 0.0f && wrong == 0.0f) {
+        // Each of a block's numbers may be half a place larger than its weight.
+        const double most = std::min((fixed_sum_limit - (double)block) / block_largest, (double)fixed_weight_limit / largest);
+        places = (int)std::clamp(std::floor(std::log2(most)), -126.0, 126.0);
+    }
     const float inverse = std::ldexp(1.0f, places);
     int16_t* q = (int16_t*)panel;
-    int64_t coarse = 0;
+    int64_t coarse = 0, some = 0;
     for (int64_t k = 0; k < in_features; ++k) {
         const int value = (int)std::nearbyint(wrong == 0.0f ? row[k] * inverse : 0.0f);
         q[(k / 2 * panel_outputs + output) * 2 + k % 2] = (int16_t)value;
+        some += row[k] != 0.0f;
         coarse += row[k] != 0.0f && std::abs(value) < fixed_coarse;
     }
     ((float*)(panel + inputs * panel_outputs * 2))[output] = std::ldexp(1.0f, -places) + wrong;
-    return wrong != 0.0f || coarse * fixed_coarse_among <= in_features;
+    return wrong != 0.0f || largest < fixed_smallest || coarse * fixed_coarse_among <= some;
 }
 
 inline void pack_int8_row(const float* row, int64_t in_features, int output, uint8_t* panel, int64_t inputs) {

@@ -5,7 +5,7 @@ namespace SLUICE_ISA {
 
 using sluice::Linear;
 
-// One row of the input as floats [0, in): normed when the call says so, rounded only where the tile wants bf16.
+// One row of the input as floats [0, in): normed when the call says so, rounded nowhere.
 inline void read_row(const Linear& call, int64_t row, int64_t in, float* out) {
     int64_t start = row * in;
     F scale = Simd::set1(call.norm_weight ? rms_scale(call.x, start, in, call.eps, call.type) : 1.0f);

@@ -286,7 +286,8 @@ struct Int4Tile : FloatSums {
         constexpr int V = panel_vectors * C;
         static const uint8_t excess_bytes[4] = {128, 128, 128, 128};
         const I excess_row = Simd::set1_lane(excess_bytes);
-        if (shared) ahead.step /= 2;  // it asks at every step, not at every second
+        // It asks at every step, not once for two.
+        if (shared) ahead.step = ahead.step * step_bytes / ((step_bytes + 127) / 128 * 128);
         const int together = group % nibbles_summed ? nibbles_summed / 2 : nibbles_summed;
         F total[R][V];
         clear_tile(total);

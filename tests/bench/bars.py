@@ -46,7 +46,7 @@ def _panel(panel: Axes, name: str, case: Json, systems: Json) -> None:
     panel.invert_yaxis()
     if case["limit"]:
         panel.axvline(case["limit"]["tokens_per_s"], color="#a83232", linestyle="--", linewidth=1)
-    panel.set_title(f"{name}: tokens/s (dashed: 16-bit limit of this machine)", fontsize=9, loc="left")
+    panel.set_title(f"{name}: tokens/s (dashed: this machine's limit, 16-bit weights, float products)", fontsize=9, loc="left")
     panel.tick_params(labelsize=8)
     panel.spines[["top", "right"]].set_visible(False)
     panel.margins(x=0.12)

@@ -57,7 +57,7 @@ class Case:
             max_seq_len=context,
         )
         heads = [Q_HEADS, KV_HEADS, KV_HEADS]
-        self.qkv = torch.randn(batch * chunk, sum(heads), DIM).bfloat16().split(heads, dim=1)
+        self.qkv = torch.randn(batch * chunk, sum(heads), DIM).split(heads, dim=1)
         self.cos_sin = torch.randn(context, DIM)
 
     @torch.inference_mode()

@@ -4,7 +4,8 @@
 
 Operators come from `kernels.ops.for_device("cpu")`; a linear is theirs where they have a packed one, else torch's product. Weights
 and KV are taken in turn from as many copies as together exceed the last-level cache four times: in a step nothing is left in it
-from the step before. limit = the longer of bytes / measured bandwidth and operations / measured matmul rate.
+from the step before. limit = the longer of bytes / measured bandwidth and operations / measured matmul rate; where the
+processor has no bfloat16 products, theirs are of whole numbers, which that rate does not bound.
 """
 
 import argparse
@@ -102,7 +103,7 @@ def _linears(ops: Operators, row_counts: list[int], dtype: torch.dtype, cache_by
         for rows in row_counts:
             if name == "head" and rows > 64:
                 continue
-            x = torch.randn(rows, inputs, dtype=dtype)
+            x = torch.randn(rows, inputs, dtype=ops.hidden_dtype or dtype)
             calls = [lambda one=one, x=x: one(x) for one in apply]
             found.append((f"linear {name} x {rows}", calls, float(num_bytes), 2.0 * rows * inputs * outputs))
         return found
@@ -136,6 +137,7 @@ def _attentions(ops: Operators, dtype: torch.dtype, cache_bytes: int) -> list[Ca
 
 
 def _norms(ops: Operators, dtype: torch.dtype) -> list[Case]:
+    dtype = ops.hidden_dtype or dtype
     weight = torch.ones(HIDDEN, dtype=dtype)
     found = []
     for rows in (1, 32, 512):

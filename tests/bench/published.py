@@ -118,7 +118,10 @@ def _rates(summary: Json) -> str:
         for name, said in summary["systems"].items()
     ]
     rows.append(
-        ["limit of 16-bit weights", *(str(case["limit"]["tokens_per_s"]) if case["limit"] else "–" for case in cases.values())]
+        [
+            "limit of 16-bit weights, float products",
+            *(str(case["limit"]["tokens_per_s"]) if case["limit"] else "–" for case in cases.values()),
+        ]
     )
     return _table(("", *cases), rows)
 

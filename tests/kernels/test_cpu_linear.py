@@ -130,17 +130,49 @@ def test_whatever_stands_around_the_product(native, around, gated):
 
 
 @pytest.mark.parametrize("dtype", FORMATS)
+@pytest.mark.parametrize("inputs", [100, 600])
 @pytest.mark.parametrize("gated", [False, True])
-def test_a_row_is_bit_for_bit_the_same_alone_and_in_any_batch_with_any_number_of_threads(native, dtype, gated):
+def test_a_row_is_bit_for_bit_the_same_alone_and_in_any_batch_with_any_number_of_threads(native, dtype, gated, inputs):
     threads = torch.get_num_threads()
     for stored_as in FORMATS[dtype]:
-        case = make_case(67, 190, 100, gated=gated).to(dtype)
+        case = make_case(67, 190, inputs, gated=gated).to(dtype)
         alone = torch.cat([case.row(i).run(native, stored_as) for i in range(67)])
         for count in (1, 2, 5):
             torch.set_num_threads(count)
             together = case.run(native, stored_as)
             torch.set_num_threads(threads)
             assert torch.equal(alone, together), (stored_as, count)
+
+
+@pytest.mark.parametrize(("dtype", "stored_as"), [(dtype, name) for dtype, names in FORMATS.items() for name in names])
+def test_rows_of_several_blocks_are_as_they_are_alone(native, dtype, stored_as):
+    case = make_case(500, 40, 64).to(dtype)
+    together = case.run(native, stored_as)
+    for i in (0, 239, 240, 241, 499):
+        assert torch.equal(together[i], case.row(i).run(native, stored_as)[0])
+
+
+def packed_format(packed: Tensor) -> int:
+    """`Format` of the header (kernels/cpu/operators.h)."""
+    return int.from_bytes(bytes(packed[4:8].tolist()), "little")
+
+
+@pytest.mark.parametrize("isa", runnable())
+def test_weights_that_fixed_point_would_hold_badly_stay_in_bf16(isa):
+    choose(isa)
+    fixed = 4 if isa in ("avx2", "avx512_vnni") else 1
+    usual = make_case(1, 50, 576).weight.bfloat16()
+    lone, tiny, sparse, huge = (usual.clone() for _ in range(4))
+    lone[20, 7] = 1000.0
+    tiny[20] *= 1e-36
+    sparse[20, 100:] = 0.0
+    huge[20] = 3e38
+    pack = torch.ops.sluice_cpu.pack
+    assert [packed_format(pack(weight, "bfloat16", False, 0)) for weight in (usual, tiny, sparse, huge)] == [fixed] * 4
+    assert packed_format(pack(lone, "bfloat16", False, 0)) == 1
+    sparse[20, 1:] *= 1e-4
+    assert packed_format(pack(sparse, "bfloat16", False, 0)) == 1
+    choose("auto")
 
 
 def test_a_row_of_an_infinite_or_no_number_leaves_the_others_alone(native):

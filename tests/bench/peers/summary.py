@@ -107,10 +107,11 @@ def _case(case: Case, blocks: list[Json], model: Json) -> Json | None:
 
 
 def _limit(case: Case, probes: list[Json], model: Json) -> Json:
-    """The most tokens a second that the machine's bandwidth and arithmetic allow 16-bit weights, by the probes' medians.
+    """The most tokens a second that the machine's bandwidth and float products allow 16-bit weights, by the probes' medians.
 
     A step reads every weight once and the KV of every sequence; each token costs two operations a parameter. Bytes and operations
-    may overlap, so the slower of the two bounds. Prefill reads the weights once.
+    may overlap, so the slower of the two bounds. Prefill reads the weights once. Whole numbers of 16 bits, as our operators multiply
+    where the processor has no bfloat16 products, may go past the bound of arithmetic: two such products take a float one's time.
     """
     median = {name: statistics.median(probe[name] for probe in probes) for name in probes[0]}
     bytes_per_s = median["read_gb_per_s"] * 1e9

@@ -59,7 +59,7 @@ def _tokens(model_dir: Path, **changes: object) -> Tokens:
 
 
 def test_an_engine_in_bf16_says_the_same_whatever_the_batch_chunks_and_threads(tmp_path: Path) -> None:
-    """I8, bitwise: near-ties are common in bf16, and one bit elsewhere would show as another token."""
+    """I8, bitwise: keys and values are rounded to bf16, where one bit elsewhere may fall to the other side and show as another token."""
     model_dir = write_tiny_model(tmp_path / "tiny")
     alone = _tokens(model_dir, max_num_seqs=1, enable_prefix_cache=False, max_num_batched_tokens=512)
     assert _tokens(model_dir, max_num_batched_tokens=64) == alone
