@@ -1,18 +1,18 @@
-"""How OpenMP's threads wait for each other, settled before torch loads the library. Standard library only.
+"""How compute threads wait for each other, settled before torch loads OpenMP. Standard library only.
 
 GNU OpenMP spins some milliseconds at a barrier before it sleeps. Where anything else wants a core (the service beside its engine,
 a broker, a test run) the thread that is waited for is the one that does not run, and each of a step's hundreds of barriers costs
-a time slice. Median tokens/s of decodes of SmolLM2-135M in bfloat16 (C++ operators with AVX2, two cores of an AMD EPYC, three turns of
-1.1 s each, 25 November 2026) by rounds of spin, at batch 1 and 8, alone and beside one process that never sleeps:
+a time slice. The C++ operators have threads of their own, which take each other's work (kernels/cpu/thread_pool.h) and wait as many
+rounds as OpenMP's are told to; plain torch has OpenMP's. Median ms a step of SmolLM2-135M in bfloat16 (AVX2, two cores of an AMD EPYC,
+five turns, 26 November 2026) by rounds of spin, at batch 1 and 8, alone and beside one process that never sleeps:
 
-    rounds   alone 1   8     beside 1   8
-       300      53    210       40    177
-     1,000      47    243       30    147
-     3,000      64    288       33    140
-    10,000      68    319       31    134 (and once 39)
+    rounds   alone 1    8     beside 1    8     OpenMP instead, beside 1    8
+       300      13.8  16.5        22.8  23.7
+     1,000      14.0  19.6        21.1  25.5
+     3,000      12.1  16.8        21.7  26.2                        44.2   67.4
+    10,000      13.8  16.5        21.8  26.4                        83.0  119.5
 
-3,000 has most of what a longer wait gives on a machine of one's own, and does not collapse on a shared one, as the library's own
-setting did (0.7 at batch 1 beside one process, on plain torch). An idle engine sleeps whatever is set.
+An idle engine sleeps whatever is set.
 """
 
 import os

@@ -101,8 +101,9 @@ class EngineSection(Section):
     """Share of the pool kept back when a waiting sequence is let in."""
 
     num_threads: int = Field(default=0, ge=0)
-    """Compute threads on a CPU; 0: the cores that the process may use, by affinity and cgroup quota. How they wait for each other is
-    OpenMP's: GOMP_SPINCOUNT (3000 rounds unless set) and OMP_WAIT_POLICY reach the engine from the service's environment."""
+    """Compute threads on a CPU; 0: the cores that the process may use, by affinity and cgroup quota. How long they look for work
+    before they sleep is OpenMP's setting: GOMP_SPINCOUNT (3000 rounds unless set) and OMP_WAIT_POLICY reach the engine from the
+    service's environment."""
 
     pin_threads: bool = False
     """Keep each compute thread on a core of its own: for machines that nothing else uses."""

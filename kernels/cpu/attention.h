@@ -1,4 +1,4 @@
-// Rotary positions, KV write and paged causal attention of one layer as one call: one OpenMP region, work from attention_plan.h.
+// Rotary positions, KV write and paged causal attention of one layer as one call; work from attention_plan.h.
 //
 // The context is walked in chunks of 256 positions counted from the sequence's start. Each gives its rows a peak, a total and a weighted
 // sum of values; those are combined in the order of the chunks. A row's result is therefore the same, bit for bit, in a decode and in a
@@ -13,6 +13,7 @@ using sluice::attention_chunk;
 using sluice::max_item_rows;
 
 constexpr int chunk_lines = attention_chunk / line_lanes;
+constexpr int64_t tokens_written_at_once = 8;
 
 // Where the lines [first, last) of one chunk lie: `keys` of the first step, `bytes in order` for asking ahead and for values.
 struct Lines {
@@ -311,22 +312,18 @@ inline void attend(const Attention& call) {
     for (int64_t i = 0; i < call.num_items; ++i) {
         if (call.items[i].unit >= 0) unfinished[call.items[i].unit] = call.items[i].unit_parts;
     }
-    int64_t taken = 0;
-    auto take = [&] { return __atomic_fetch_add(&taken, 1, __ATOMIC_RELAXED); };
-#pragma omp parallel if (call.num_items > 1)
-    {
-#pragma omp for schedule(static)
-        for (int64_t token = 0; token < call.tokens; ++token) {
-            if (token + 1 < call.tokens) expect_token<Cache>(call, token + 1);
-            write_token<Cache>(call, token);
-        }
+    sluice::parallel_for(call.tokens, tokens_written_at_once, [&](int64_t token) {
+        if (token + 1 < call.tokens) expect_token<Cache>(call, token + 1);
+        write_token<Cache>(call, token);
+    });
+    sluice::parallel(call.num_items, 1, [&](sluice::Share& share) {
         Worker<Cache> worker(call, partials, unfinished, scratch(1, Worker<Cache>::scratch_bytes(call.dim)));
-        for (int64_t i = take(); i < call.num_items;) {
-            const int64_t next = take();
-            worker.run(call.items[i], next < call.num_items ? call.items + next : nullptr);
-            i = next;
+        int64_t first, last, next;
+        for (bool more = share.take(first, last); more; first = next) {
+            more = share.take(next, last);
+            worker.run(call.items[first], more ? call.items + next : nullptr);
         }
-    }
+    });
 }
 
 inline void attention(const Attention& call) {

@@ -142,6 +142,7 @@ def _build(library: Path, tell: Callable[[str], None]) -> None:
             "program.cpp",
             "weight_memory.cpp",
             "dispatch.cpp",
+            "thread_pool.cpp",
             *(f"isa_{isa}.cpp" for isa in built),
         )
     ]

@@ -4,13 +4,12 @@
 namespace SLUICE_ISA {
 
 inline void embedding_rows(const void* table, const int64_t* ids, int64_t rows, int64_t size, Type type, float* out) {
-#pragma omp parallel for schedule(static) if (rows * size > 16384)
-    for (int64_t row = 0; row < rows; ++row) {
+    sluice::parallel_for(rows, std::max<int64_t>(8192 / size, 1), [&](int64_t row) {
         for (int64_t i = 0; i < size; i += width) {
             const int n = lanes_left(i, size);
             store_typed(out, row * size + i, load_typed(table, ids[row] * size + i, n, type), n, Type::f32);
         }
-    }
+    });
 }
 
 }  // namespace SLUICE_ISA

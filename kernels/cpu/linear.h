@@ -1,12 +1,14 @@
 // A packed linear layer for every number of rows: norm before, bias, SiLU(gate)·up and residual after, rounded once.
 //
-// One OpenMP region a call. Each thread takes a run of panels, so that it streams its own part of the weights; few rows are prepared by
-// every thread for itself, which is cheaper than a barrier. Many rows are walked in blocks that stay in a core's cache.
+// Threads take runs of panels. Few rows are prepared by every thread for itself, which is cheaper than waiting for each other. Many rows
+// are walked in blocks that stay in a core's cache.
 #pragma once
 
 namespace SLUICE_ISA {
 
 constexpr int64_t rows_prepared_apart = 2;
+constexpr int64_t inputs_prepared_at_once = 8192;
+constexpr int64_t products_at_once = 49152;  // an output: some 20 us of a thread
 constexpr int64_t row_block_bytes = 192 << 10, row_block = 240;  // a block's rows: at most
 
 // As much as is asked for and no more, where a sanitizer watches what lies behind.
@@ -85,15 +87,32 @@ struct Product {
         }
     }
 
-    // Units [first, last): panels, or pairs of gate and up.
+    // A unit: a panel, or a pair of gate and up, for one block of rows; block after block.
+    static int64_t units(const Linear& call, const PackedHeader& header) {
+        int64_t block = rows_at_once(header.inputs);
+        return (call.rows + block - 1) / block * block_units(header);
+    }
+
+    static int64_t units_at_once(int64_t rows, const PackedHeader& header) {
+        int64_t inputs_of_unit = header.inputs * (header.gated ? 2 : 1);
+        return std::clamp<int64_t>(products_at_once / (inputs_of_unit * std::clamp<int64_t>(rows, 8, row_block)), 1, 64);
+    }
+
+    // Units [first, last).
     void run(int64_t first, int64_t last) {
-        int64_t block = rows_at_once(inputs);
-        for (int64_t row = 0; row < call.rows; row += block) {
-            run_block(row, std::min(call.rows, row + block), first, last);
+        int64_t block = rows_at_once(inputs), of_block = block_units(header);
+        while (first < last) {
+            int64_t row = first / of_block * block, unit = first % of_block, count = std::min(of_block - unit, last - first);
+            run_block(row, std::min(call.rows, row + block), unit, unit + count);
+            first += count;
         }
     }
 
 private:
+    static int64_t block_units(const PackedHeader& header) {
+        return num_panels(header.out_features, header.gated) / (header.gated ? 2 : 1);
+    }
+
     // The fewer the rows, the more panels at once, so that enough sums are under way and enough weights asked for.
     static constexpr int panels_at_once(int rows) {
         int fitting = Tile::max_rows / rows;
@@ -181,24 +200,24 @@ template <class Tile>
 inline void run_linear(const Linear& call) {
     using Parts = Product<Tile>;
     const PackedHeader& header = *(const PackedHeader*)call.packed;
-    int64_t units = num_panels(header.out_features, header.gated) / (header.gated ? 2 : 1);
     int64_t bytes = Parts::shared_bytes(call.rows, header.inputs), float_bytes = round_up(header.inputs * 4, 64);
     int64_t sum_bytes = Parts::sum_bytes(call, header);
     bool apart = call.rows <= rows_prepared_apart;
     uint8_t* shared = apart ? nullptr : scratch(0, bytes);
-#pragma omp parallel
-    {
-        int64_t threads = omp_get_num_threads(), mine = omp_get_thread_num();
+    if (!apart) {
+        sluice::parallel(call.rows, std::max<int64_t>(inputs_prepared_at_once / header.inputs, 1), [&](sluice::Share& share) {
+            uint8_t* own = scratch(1, float_bytes);
+            Parts parts(call, shared, nullptr);
+            for (int64_t first, last; share.take(first, last);) parts.prepare(first, last, (float*)own);
+        });
+    }
+    int64_t at_once = Parts::units_at_once(call.rows, header);
+    sluice::parallel(Parts::units(call, header), at_once, [&](sluice::Share& share) {
         uint8_t* own = scratch(1, float_bytes + sum_bytes + (apart ? bytes : 0));
         Parts parts(call, apart ? own + float_bytes + sum_bytes : shared, (float*)(own + float_bytes));
-        if (apart) {
-            parts.prepare(0, call.rows, (float*)own);
-        } else {
-            parts.prepare(call.rows * mine / threads, call.rows * (mine + 1) / threads, (float*)own);
-#pragma omp barrier
-        }
-        parts.run(units * mine / threads, units * (mine + 1) / threads);
-    }
+        if (apart) parts.prepare(0, call.rows, (float*)own);
+        for (int64_t first, last; share.take(first, last);) parts.run(first, last);
+    });
 }
 
 inline void linear(const Linear& call) {

@@ -4,8 +4,7 @@
 namespace SLUICE_ISA {
 
 inline void rms_norm_rows(const void* x, const void* weight, float eps, int64_t rows, int64_t size, Type type, void* out) {
-#pragma omp parallel for schedule(static) if (rows * size > 65536)
-    for (int64_t row = 0; row < rows; ++row) {
+    sluice::parallel_for(rows, std::max<int64_t>(16384 / size, 1), [&](int64_t row) {
         int64_t start = row * size;
         F scale = Simd::set1(rms_scale(x, start, size, eps, type));
         for (int64_t i = 0; i < size; i += width) {
@@ -13,7 +12,7 @@ inline void rms_norm_rows(const void* x, const void* weight, float eps, int64_t 
             F normed = Simd::mul(load_typed(x, start + i, n, type), scale);
             store_typed(out, start + i, Simd::mul(normed, load_typed(weight, i, n, type)), n, type);
         }
-    }
+    });
 }
 
 }  // namespace SLUICE_ISA

@@ -218,17 +218,19 @@ inline bool pack(const void* weight, Type type, Format format, int64_t out_featu
     uint8_t* panels = (uint8_t*)packed + header.panels;
     int64_t count = num_panels(out_features, gated);
     bool well = true;
-#pragma omp parallel reduction(&& : well)
-    {
+    sluice::parallel(count, std::max<int64_t>(65536 / header.panel_bytes, 1), [&](sluice::Share& share) {
         float* row = (float*)std::malloc(sizeof(float) * (size_t)in_features);
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < count; ++i) {
-            uint8_t* panel = panels + i * header.panel_bytes;
-            std::memset(panel, 0, (size_t)header.panel_bytes);
-            well = pack_panel(weight, type, header, i, panel, row) && well;
+        bool mine = true;
+        for (int64_t first, last; share.take(first, last);) {
+            for (int64_t i = first; i < last; ++i) {
+                uint8_t* panel = panels + i * header.panel_bytes;
+                std::memset(panel, 0, (size_t)header.panel_bytes);
+                mine &= pack_panel(weight, type, header, i, panel, row);
+            }
         }
         std::free(row);
-    }
+        if (!mine) __atomic_store_n(&well, false, __ATOMIC_RELAXED);
+    });
     return well;
 }
 

@@ -334,18 +334,16 @@ inline int64_t sample_row(const float* x, int64_t size, const double* filters, c
 }
 
 inline void greedy(const float* logits, int64_t rows, int64_t size, int64_t* tokens) {
-#pragma omp parallel for schedule(dynamic) if (rows > 1)
-    for (int64_t r = 0; r < rows; ++r) {
+    sluice::parallel_for(rows, 1, [&](int64_t r) {
         Best best = best_of(logits + r * size, size);
         tokens[r] = is_finite(best.value) ? best.index : -1;
-    }
+    });
 }
 
 inline void sample(const Sample& call) {
-#pragma omp parallel for schedule(dynamic) if (call.rows > 1)
-    for (int64_t r = 0; r < call.rows; ++r) {
+    sluice::parallel_for(call.rows, 1, [&](int64_t r) {
         call.tokens[r] = sample_row(call.logits + r * call.vocab, call.vocab, call.filters + r * 4, call.draws + r * 3);
-    }
+    });
 }
 
 // log softmax of one row at `token` and at its `count` best tokens, best first, equal ones in the order of their ids.
@@ -379,8 +377,7 @@ inline void logprobs_row(const Logprobs& call, int64_t r) {
 }
 
 inline void logprobs(const Logprobs& call) {
-#pragma omp parallel for schedule(dynamic) if (call.rows > 1)
-    for (int64_t r = 0; r < call.rows; ++r) logprobs_row(call, r);
+    sluice::parallel_for(call.rows, 1, [&](int64_t r) { logprobs_row(call, r); });
 }
 
 }  // namespace SLUICE_ISA

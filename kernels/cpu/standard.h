@@ -1,8 +1,6 @@
 // The standard headers of the operators, included before an instruction set is chosen.
 #pragma once
 
-#include <omp.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -15,4 +13,5 @@
 #endif
 
 #include "attention_call.h"
+#include "thread_pool.h"
 #include "operators.h"

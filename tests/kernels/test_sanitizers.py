@@ -1,4 +1,4 @@
-"""The C++ operators under the address and undefined-behaviour sanitizers: drawn shapes, memory that ends where the arguments end.
+"""The C++ operators under the address, undefined-behaviour and thread sanitizers: drawn shapes, memory that ends where the arguments end.
 
 They are built without torch (`tests/kernels/sanitized/`), once for these sources.
 """
@@ -16,15 +16,7 @@ from kernels.cpu import build
 
 HERE = Path(__file__).resolve().parent / "sanitized"
 OPERATORS = Path(build.__file__).resolve().parent
-FLAGS = (
-    "-std=c++20",
-    "-O1",
-    "-fopenmp",
-    "-Wno-psabi",
-    "-Wno-unknown-pragmas",
-    "-fsanitize=address,undefined",
-    "-fno-sanitize-recover=all",
-)
+FLAGS = ("-std=c++20", "-O1", "-fopenmp", "-Wno-psabi", "-Wno-unknown-pragmas", "-fno-sanitize-recover=all")
 SEEDS = 3
 CASES = 40
 """Drawn calls of each operator for a seed and an instruction set."""
@@ -32,22 +24,43 @@ CASES = 40
 
 @pytest.fixture(scope="module")
 def fuzz() -> Path:
-    """The built program; what this processor runs best, AVX2 and plain C++ are in it."""
+    """What this processor runs best, AVX2 and plain C++ are in it."""
+    runnable = build.runnable()
+    return operators("address,undefined", [name for name in runnable if name in (runnable[0], "avx2", "scalar")])
+
+
+@pytest.fixture(scope="module")
+def threaded() -> Path:
+    """What this processor runs best is in it."""
+    return operators("thread", list(build.runnable()[:1]))
+
+
+@pytest.fixture(scope="module")
+def pool() -> Path:
+    return program("pool", [HERE / "pool.cpp", OPERATORS / "thread_pool.cpp"], ["-fsanitize=thread"])
+
+
+def operators(sanitizer: str, sets: list[str]) -> Path:
+    """Plain C++ is always built: the table of instruction sets names it."""
+    names = ("dispatch.cpp", "thread_pool.cpp", *(f"isa_{name}.cpp" for name in {*sets, "scalar"}))
+    flags = [f"-fsanitize={sanitizer}", *(f"-DSLUICE_HAS_{name}" for name in sets)]
+    return program("fuzz", [HERE / "fuzz.cpp", *(OPERATORS / name for name in sorted(names))], flags)
+
+
+def program(name: str, sources: list[Path], flags: list[str]) -> Path:
+    """The built program."""
     try:
         compiler = build._compiler()
     except build.BuildError as error:
         pytest.skip(f"{error}; it runs wherever there is a compiler, as in continuous integration")
-    runnable = build.runnable()
-    sets = [name for name in runnable if name in (runnable[0], "avx2", "scalar")]
-    sources = [HERE / "fuzz.cpp", OPERATORS / "dispatch.cpp", *(OPERATORS / f"isa_{name}.cpp" for name in sets)]
-    told = hashlib.sha256(repr((compiler, sets, FLAGS)).encode())
+    told = hashlib.sha256(repr((compiler, name, flags, FLAGS)).encode())
     for path in sorted([*OPERATORS.glob("*.h"), *HERE.glob("*.h"), *sources]):
         told.update(path.name.encode() + path.read_bytes())
     directory = build.library_path().parent.parent / f"sanitized-{told.hexdigest()[:16]}"
-    built = directory / "fuzz"
+    built = directory / name
     with build._alone(directory):
         if not built.exists():
-            _build(compiler, sources, [*FLAGS, *(f"-DSLUICE_HAS_{name}" for name in sets), f"-I{OPERATORS}"], built)
+            _build(compiler, sources, [*FLAGS, *flags, f"-I{OPERATORS}"], built)
     return built
 
 
@@ -61,14 +74,14 @@ def _build(compiler: str, sources: list[Path], flags: list[str], built: Path) ->
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(compile_one, sources))
-        subprocess.run([compiler, *flags, *objects, "-o", f"{work}/fuzz"], check=True)
-        Path(work, "fuzz").rename(built)
+        subprocess.run([compiler, *flags, *objects, "-o", f"{work}/{built.name}"], check=True)
+        Path(work, built.name).rename(built)
 
 
-def run(fuzz: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     # Leaks are not looked for: that needs rights which a container may lack.
     environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
-    return subprocess.run([fuzz, *arguments], capture_output=True, text=True, env=environment, check=False)
+    return subprocess.run([program, *arguments], capture_output=True, text=True, env=environment, check=False)
 
 
 @pytest.mark.timeout(600)
@@ -85,3 +98,27 @@ def test_the_sanitizers_watch(fuzz):
     assert done.returncode != 0
     assert "ERROR: AddressSanitizer" in done.stderr
     assert "0 bytes to the right of 255-byte region" in done.stderr
+
+
+@pytest.mark.timeout(600)
+def test_the_threads_of_an_operator_share_nothing_unguarded(threaded):
+    done = run(threaded, "0", str(CASES))
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert f"{build.runnable()[0]}: {CASES} cases of each operator" in done.stdout
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("seed", range(SEEDS))
+@pytest.mark.parametrize("rounds", ["0", "3000"])
+def test_what_a_job_wrote_is_seen_after_it(pool, seed, rounds, monkeypatch):
+    """With threads that sleep at once, and with threads that look for work before they do."""
+    monkeypatch.setenv("GOMP_SPINCOUNT", rounds)
+    done = run(pool, str(seed), "2000")
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "2000 jobs" in done.stdout
+
+
+def test_the_thread_sanitizer_watches(pool):
+    done = run(pool, "planted")
+    assert done.returncode != 0
+    assert "WARNING: ThreadSanitizer: data race" in done.stderr

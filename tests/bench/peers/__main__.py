@@ -4,7 +4,7 @@
 
 Further runs (other cases, other blocks) of the same commit and machine merge into one document: --merge reads them and prints the
 whole. On a machine that others use, --quiet-with COMMAND runs each turn while `COMMAND cat` runs, and --favour (root) puts the
-system whose turn it is before all other processes.
+system whose turn it is before all other processes. --busy N measures beside N processes that never sleep.
 """
 
 import argparse
@@ -31,6 +31,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quiet-with", default="", metavar="COMMAND")
     parser.add_argument("--favour", action="store_true")
+    parser.add_argument("--busy", type=int, default=0, metavar="N")
     parser.add_argument("--merge", nargs="*", default=[], type=Path, metavar="FILE")
     parser.add_argument("--merge-only", action="store_true", help="measure nothing")
     arguments = parser.parse_args()
@@ -52,6 +53,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         seed=arguments.seed,
         quiet_with=arguments.quiet_with,
         favour=arguments.favour,
+        busy=arguments.busy,
     ) as bench:
         measured = blocks.run(bench, arguments.cases.split(","), indices)
         systems = bench.systems
@@ -64,6 +66,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             "seed": arguments.seed,
             "favoured": arguments.favour,
             "held": bool(arguments.quiet_with),
+            "busy_processes": arguments.busy,
             "max_foreign_share": blocks.MAX_FOREIGN,
             "max_stolen_share": blocks.MAX_STOLEN,
         },

@@ -1,7 +1,8 @@
 """Runs the blocks: in each, every system takes its turn at one case, in an order drawn anew, the machine probed before.
 
 A system is stopped whenever it is not its turn. A turn during which other processes used more than `MAX_FOREIGN` of the cores, or
-the hypervisor took more than `MAX_STOLEN`, is marked disturbed.
+the hypervisor took more than `MAX_STOLEN`, is marked disturbed. Where `busy` processes are wanted beside the systems, they are none
+of the others.
 """
 
 import contextlib
@@ -16,6 +17,8 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from tests.bench.peers.build import Unavailable
 from tests.bench.peers.cases import CASES, Case, Prompts
@@ -74,12 +77,16 @@ class Hold:
 class Bench:
     """The systems that run, and those that cannot. Use as a context: it ends their processes."""
 
-    def __init__(self, names: Sequence[str], *, threads: int, seed: int, quiet_with: str, favour: bool) -> None:
+    def __init__(
+        self, names: Sequence[str], *, threads: int, seed: int, quiet_with: str = "", favour: bool = False, busy: int = 0
+    ) -> None:
         self._names = names
         self._threads = threads
         self._seed = seed
         self._hold = Hold(quiet_with)
         self._favour = favour
+        self._num_busy = busy
+        self._busy: list[psutil.Process] = []
         self._stack = ExitStack()
         self._logs = Path(tempfile.mkdtemp(prefix="sluice-bench-"))
         self._running: dict[str, SystemProcess] = {}
@@ -93,6 +100,8 @@ class Bench:
             self.probe_facts = self._probe.ask({"op": "load", "threads": self._threads})["facts"]
             for name in self._names:
                 self.systems[name] = self._load(name)
+            for _ in range(self._num_busy):
+                self._busy.append(self._start_busy())
             self._stack = self._stack.pop_all()
         return self
 
@@ -103,6 +112,13 @@ class Bench:
         process = SystemProcess(command, environment, self._logs / f"{name}.log", favour=self._favour)
         self._stack.callback(process.close)
         return process
+
+    def _start_busy(self) -> psutil.Process:
+        process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+        tie(process.pid)
+        self._stack.callback(process.wait)
+        self._stack.callback(process.kill)
+        return psutil.Process(process.pid)
 
     def _load(self, name: str) -> Json:
         """What the result says of a system."""
@@ -166,7 +182,7 @@ class Bench:
         self._hold.take()
         if self._favour:
             process.favour()
-        mine, cpu, before = time.process_time(), process.cpu_s(), Clock.now()
+        mine, cpu, busy, before = time.process_time(), process.cpu_s(), self._busy_s(), Clock.now()
         try:
             answer = process.ask(message)
         except SystemFailed as failure:
@@ -175,13 +191,16 @@ class Bench:
             process.close()
             return {"failed": str(failure)}
         after = Clock.now()
-        own = process.cpu_s() - cpu + time.process_time() - mine
+        own = process.cpu_s() - cpu + time.process_time() - mine + self._busy_s() - busy
         foreign, stolen = foreign_share(before, after, own, os.cpu_count() or 1)
         return answer | {
             "foreign_share": foreign,
             "stolen_share": stolen,
             "disturbed": foreign > MAX_FOREIGN or stolen > MAX_STOLEN,
         }
+
+    def _busy_s(self) -> float:
+        return sum(sum(process.cpu_times()[:2]) for process in self._busy)
 
 
 def run(bench: Bench, cases: Sequence[str], indices: Sequence[int]) -> list[Json]:

@@ -15,13 +15,14 @@ class MergeError(ValueError):
 
 
 def document(runs: list[Json]) -> Json:
-    """The whole benchmark as one JSON object. Raises `MergeError` for runs of different commits, machines or seeds."""
+    """The whole benchmark as one JSON object. Raises `MergeError` for runs of different commits, machines, company or seeds."""
     if not runs:
         raise MergeError("there is no run: name files to merge, or measure")
-    for path in (("environment", "commit"), ("environment", "cpu"), ("environment", "cores"), ("parameters", "seed")):
-        values = {run[path[0]][path[1]] for run in runs}
-        if len(values) > 1:
-            raise MergeError(f"the runs differ in {path[1]}: {', '.join(map(str, values))}")
+    for part, names in {"environment": ("commit", "cpu", "cores"), "parameters": ("seed", "busy_processes")}.items():
+        for name in names:
+            values = {run[part].get(name) for run in runs}
+            if len(values) > 1:
+                raise MergeError(f"the runs differ in {name}: {', '.join(map(str, values))}")
     return {"benchmark": "peers", "summary": summarise(runs), "runs": runs}
 
 

@@ -48,6 +48,7 @@ def _build(sources: list[Path], built: Path) -> None:
             "bindings.cpp",
             "attention_bindings.cpp",
             "weight_memory.cpp",
+            "thread_pool.cpp",
             "dispatch.cpp",
             "isa_scalar.cpp",
             *(f"isa_{name}.cpp" for name in EMULATED),

@@ -1,0 +1,196 @@
+#include "thread_pool.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <thread>
+#ifdef __linux__
+#include <sched.h>
+#endif
+
+namespace sluice {
+namespace {
+
+constexpr int most_threads = 256;
+
+inline void relax() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+// Rounds of looking before a thread sleeps, as OpenMP's own threads are told (engine/openmp.py sets what is best here).
+int spin_rounds() {
+    constexpr int for_ever = 1'000'000'000;
+    const char *rounds = std::getenv("GOMP_SPINCOUNT"), *policy = std::getenv("OMP_WAIT_POLICY");
+    if (rounds && *rounds >= '0' && *rounds <= '9') return (int)std::min<unsigned long long>(std::strtoull(rounds, nullptr, 10), for_ever);
+    if (rounds) return for_ever;  // "infinite"
+    if (policy && (*policy == 'p' || *policy == 'P')) return 0;
+    return policy ? for_ever : 3000;
+}
+
+void wait_until_changed(const std::atomic<uint32_t>& number, uint32_t seen, int spins) {
+    for (int i = 0; i < spins; ++i) {
+        if (number.load(std::memory_order_acquire) != seen) return;
+        relax();
+    }
+    number.wait(seen, std::memory_order_acquire);
+}
+
+// Where OpenMP binds threads to places, the pool's stay there too, each at the place of its number: the caller's is at the first.
+void stay_at_place(int thread) {
+#ifdef __linux__
+    const int places = omp_get_num_places();
+    if (omp_get_proc_bind() == omp_proc_bind_false || places == 0) return;
+    const int place = thread % places, count = omp_get_place_num_procs(place);
+    int cores[CPU_SETSIZE];
+    if (count > CPU_SETSIZE) return;
+    omp_get_place_proc_ids(place, cores);
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    for (int i = 0; i < count; ++i) CPU_SET(cores[i], &set);
+    sched_setaffinity(0, sizeof set, &set);  // a wish
+#endif
+}
+
+}  // namespace
+
+class ThreadPool {
+public:
+    // Never destroyed: its threads end with the process.
+    static ThreadPool& instance() {
+        static ThreadPool* pool = new ThreadPool;
+        return *pool;
+    }
+
+    void run(int64_t count, int64_t grain, JobBody body, const void* context) {
+        Share mine;
+        mine.count_ = count;
+        mine.grain_ = grain;
+        mine.stretches_ = (count + grain - 1) / grain;
+        mine.threads_ = (int32_t)std::min<int64_t>({omp_get_max_threads(), most_threads, mine.stretches_});
+        if (mine.threads_ > 1 && !busy_.test_and_set(std::memory_order_acquire)) {
+            publish(mine, body, context);
+            if (mine.find()) body(context, mine);
+            for (uint32_t done = add_done(mine); done != mine.stretches_; done = done_.load(std::memory_order_acquire)) {
+                wait_until_changed(done_, done, spins_);
+            }
+            busy_.clear(std::memory_order_release);
+        } else {
+            mine.threads_ = 0;
+            body(context, mine);
+        }
+    }
+
+    // The next stretch of a part for a thread of `share.job_`, or -1.
+    int64_t take(const Share& share, int part) {
+        std::atomic<uint64_t>& next = parts_[part].next;
+        const uint64_t end = stamped(share.job_, first_of(share, part + 1));
+        uint64_t now = next.load(std::memory_order_relaxed);
+        while (now >> 32 == share.job_ && now < end) {
+            if (next.compare_exchange_weak(now, now + 1, std::memory_order_relaxed)) return (int64_t)(now & 0xffffffffu);
+        }
+        return -1;
+    }
+
+private:
+    // The job's number above, the part's next stretch below: whoever comes late takes nothing of the job after.
+    struct alignas(64) Part {
+        std::atomic<uint64_t> next{0};
+    };
+
+    static uint64_t stamped(uint32_t job, int64_t stretch) { return (uint64_t)job << 32 | (uint64_t)stretch; }
+    static int64_t first_of(const Share& share, int part) { return share.stretches_ * part / share.threads_; }
+
+    void publish(Share& mine, JobBody body, const void* context) {
+        while (size_ < mine.threads_ - 1) {
+            const int thread = ++size_;
+            std::thread([this, thread] { work(thread); }).detach();
+        }
+        mine.job_ = ++last_job_;
+        done_.store(0, std::memory_order_relaxed);
+        // Those of threads that this job does not ask for as well: none may be left to an earlier job.
+        for (int i = 0; i <= size_; ++i) {
+            const int64_t first = i < mine.threads_ ? first_of(mine, i) : 0;
+            parts_[i].next.store(stamped(mine.job_, first), std::memory_order_relaxed);
+        }
+        // After the parts: a thread still at an earlier job that reads any of these finds every part stamped anew.
+        count_.store(mine.count_, std::memory_order_release);
+        grain_.store(mine.grain_, std::memory_order_release);
+        threads_.store(mine.threads_, std::memory_order_release);
+        body_.store(body, std::memory_order_release);
+        context_.store(context, std::memory_order_release);
+        job_.store(mine.job_, std::memory_order_seq_cst);
+        job_.notify_all();
+    }
+
+    void work(int thread) {
+        stay_at_place(thread);
+        Share share;
+        for (uint32_t seen = 0;; seen = share.job_) {
+            wait_until_changed(job_, seen, spins_);
+            share = Share();
+            share.thread_ = thread;
+            share.job_ = job_.load(std::memory_order_acquire);
+            // Of a job that is over by now, or some of one job and some of the next: then there is nothing that it could take.
+            share.count_ = count_.load(std::memory_order_acquire);
+            share.grain_ = grain_.load(std::memory_order_acquire);
+            share.threads_ = threads_.load(std::memory_order_acquire);
+            const JobBody body = body_.load(std::memory_order_acquire);
+            const void* context = context_.load(std::memory_order_acquire);
+            share.stretches_ = (share.count_ + share.grain_ - 1) / share.grain_;
+            if (thread >= share.threads_ || !share.find()) continue;
+            body(context, share);
+            if (add_done(share) == share.stretches_) done_.notify_one();
+        }
+    }
+
+    uint32_t add_done(const Share& share) {
+        return done_.fetch_add((uint32_t)share.taken_, std::memory_order_acq_rel) + (uint32_t)share.taken_;
+    }
+
+    const int spins_ = spin_rounds();
+    std::atomic_flag busy_{};
+    int size_ = 0;  // threads begun
+    uint32_t last_job_ = 0;
+    alignas(64) std::atomic<uint32_t> job_{0};
+    std::atomic<int64_t> count_{0};
+    std::atomic<int64_t> grain_{1};
+    std::atomic<int32_t> threads_{0};
+    std::atomic<JobBody> body_{nullptr};
+    std::atomic<const void*> context_{nullptr};
+    alignas(64) std::atomic<uint32_t> done_{0};  // stretches of the job
+    Part parts_[most_threads];
+};
+
+bool Share::find() {
+    if (threads_ == 0) {
+        found_ = taken_ < stretches_ ? taken_++ : -1;
+        return found_ >= 0;
+    }
+    for (; emptied_ < threads_; ++emptied_) {
+        found_ = ThreadPool::instance().take(*this, (thread_ + emptied_) % threads_);
+        if (found_ < 0) continue;
+        ++taken_;
+        return true;
+    }
+    return false;
+}
+
+bool Share::take(int64_t& first, int64_t& last) {
+    if (found_ < 0 && !find()) return false;
+    first = found_ * grain_;
+    last = std::min(count_, first + grain_);
+    found_ = -1;
+    return true;
+}
+
+void run_job(int64_t count, int64_t grain, JobBody body, const void* context) {
+    if (count > 0) ThreadPool::instance().run(count, grain, body, context);
+}
+
+}  // namespace sluice
