@@ -94,6 +94,10 @@ class EngineConfig:
 
     Off: a pinned thread cannot leave a core that something else uses, and then every thread waits for it."""
 
+    nice: int = 5
+    """Of the engine child on a CPU, 0 to 19: above 0, what brings it prompts and takes its tokens (the service, clients, a broker on the
+    same machine) gets a core sooner. It is what POSIX calls a nice value: in a container it weighs against that container's processes."""
+
     stand_in_tokens_per_s: float = 0.0
     """Pace of one sequence of the stand-in engine; 0: as fast as it can."""
 
@@ -125,6 +129,8 @@ class EngineConfig:
         ):
             if getattr(self, name) < 0:
                 raise ConfigError(f"engine.{name} must not be negative (0: chosen for you)", field=f"engine.{name}")
+        if not 0 <= self.nice <= 19:
+            raise ConfigError("engine.nice must lie in [0, 19]", field="engine.nice")
         if not 0.0 <= self.watermark < 0.5:
             raise ConfigError("engine.watermark must lie in [0, 0.5)", field="engine.watermark")
         if self.kind == "paged" and not self.model_dir:

@@ -199,6 +199,13 @@ def die_with_parent(connection: socket.socket) -> None:
         sys.exit(EXIT_CLOSED)
 
 
+def step_back(nice: int) -> None:
+    """Gives every thread of this process, and those that they will begin, a nice value no lower than `nice`."""
+    for thread in map(int, os.listdir("/proc/self/task")):
+        if os.getpriority(os.PRIO_PROCESS, thread) < nice:
+            os.setpriority(os.PRIO_PROCESS, thread, nice)
+
+
 def build(config: EngineConfig, progress: Callable[[float, str], None]) -> tuple[StepEngine, Callable[[StepOutput], bytes]]:
     """The configured engine, and how its outputs become bytes. Raises the typed errors of loading."""
     if config.kind == "paged":
@@ -247,6 +254,8 @@ def serve(connection: socket.socket, config_json: str) -> int:
             config = replace(config, num_threads=config.num_threads or usable_cores())
             pin_threads()
         engine, encode_output = build(config, progress)
+        if engine.facts.device == "cpu":
+            step_back(config.nice)
         gc.collect()
         gc.freeze()
         # Pages that loading and packing have left free go back to the system.

@@ -46,9 +46,15 @@ class Cost:
     service_us: float
     engine_us: float
     load_us: float
+    broker_us: float
+    """0 where no broker was named."""
+
+    def beside_engine(self) -> dict[str, float]:
+        """By whom it was spent."""
+        return {"service": self.service_us, "load generator": self.load_us, "broker": self.broker_us}
 
 
-def run_load(served: Served, transport: str, wanted: Plan, seed: str) -> tuple[list[Run], Cost]:
+def run_load(served: Served, transport: str, wanted: Plan, seed: str, broker_pid: int | None = None) -> tuple[list[Run], Cost]:
     """The plan's runs. Requests of another `seed` are others, so that no block meets the last one's prefix cache."""
     work = Bench(
         wanted,
@@ -64,7 +70,9 @@ def run_load(served: Served, transport: str, wanted: Plan, seed: str) -> tuple[l
         finally:
             await target.close()
 
-    processes = (served.process, served.child, psutil.Process())
+    processes = [served.process, served.child, psutil.Process()]
+    if broker_pid is not None:
+        processes.append(psutil.Process(broker_pid))
     before = [_cpu_s(process) for process in processes]
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(go(work.target))
@@ -74,7 +82,7 @@ def run_load(served: Served, transport: str, wanted: Plan, seed: str) -> tuple[l
     failed = {code: count for run in work.runs for code, count in run.summary.errors.items()}
     if failed:
         raise RuntimeError(f"requests failed: {failed}")
-    return work.runs, Cost(*spent)
+    return work.runs, Cost(*spent) if broker_pid is not None else Cost(*spent, 0.0)
 
 
 def _cpu_s(process: psutil.Process) -> float:

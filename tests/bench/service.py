@@ -72,9 +72,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     )
     tokens = arguments.requests * arguments.new_tokens
     rates: dict[str, list[float]] = {"offline": [], **{name: [] for name in TRANSPORTS}}
-    costs: dict[str, dict[str, list[float]]] = {name: {"service": [], "load generator": []} for name in TRANSPORTS}
+    costs: dict[str, dict[str, list[float]]] = {name: {} for name in TRANSPORTS}
     with (
-        kafka.running("bench") as broker,
+        kafka.running("bench", kafka.SHORT_LIVED) as broker,
         serving(
             "--brokers", broker.bootstrap, "--set", "kafka.create_topics=true", "--set", f"engine.kv_cache_bytes={KV_BYTES}"
         ) as served,
@@ -82,14 +82,14 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         engine = Engine(EngineConfig(model_dir=str(model), kv_cache_bytes=KV_BYTES))
         for block in range(-1, arguments.blocks):
             took = offline(engine, tokenized(tokenization, arguments, f"offline {block}"), arguments, block)
-            runs = {name: run_load(served, name, load, f"{name} {block}") for name in TRANSPORTS}
+            runs = {name: run_load(served, name, load, f"{name} {block}", broker.pid) for name in TRANSPORTS}
             if block < 0:
                 continue  # the first block warms all of them up
             rates["offline"].append(tokens / took)
             for name, ([run], cost) in runs.items():
                 rates[name].append(run.summary.output_tokens_per_s)
-                costs[name]["service"].append(cost.service_us)
-                costs[name]["load generator"].append(cost.load_us)
+                for who, spent_us in cost.beside_engine().items():
+                    costs[name].setdefault(who, []).append(spent_us)
         memory = resident_bytes(served.process)
     results: dict[str, Any] = {"tokens_per_s": {name: report.spread(values) for name, values in rates.items()}}
     for name in TRANSPORTS:
@@ -99,7 +99,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         name: {who: report.spread(values) for who, values in spent.items()} for name, spent in costs.items()
     }
     results["parent_mib_after"] = round(memory / 2**20)
-    return report.emit("service", vars(arguments), results | {"probe": report.probe()})
+    return report.emit("service", vars(arguments) | {"broker_jvm": kafka.SHORT_LIVED}, results | {"probe": report.probe()})
 
 
 if __name__ == "__main__":

@@ -41,16 +41,16 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         warm_up=arguments.concurrent,
     )
     alone = plan(fixed(arguments.prompt_tokens, 2), requests=arguments.alone, concurrency=1, warm_up=4)
-    spent: dict[str, dict[str, list[float]]] = {name: {"service": [], "load generator": []} for name in TRANSPORTS}
+    spent: dict[str, dict[str, list[float]]] = {name: {} for name in TRANSPORTS}
     rates: dict[str, list[float]] = {name: [] for name in TRANSPORTS}
     first: dict[str, Any] = {}
-    with kafka.running("bench") as broker, serving("--brokers", broker.bootstrap, *flags) as served:
+    with kafka.running("bench", kafka.SHORT_LIVED) as broker, serving("--brokers", broker.bootstrap, *flags) as served:
         for block in range(arguments.blocks):
             for name in TRANSPORTS:
-                [run], cost = run_load(served, name, load, f"{name} {block}")
+                [run], cost = run_load(served, name, load, f"{name} {block}", broker.pid)
                 rates[name].append(run.summary.output_tokens_per_s)
-                spent[name]["service"].append(cost.service_us)
-                spent[name]["load generator"].append(cost.load_us)
+                for who, spent_us in cost.beside_engine().items():
+                    spent[name].setdefault(who, []).append(spent_us)
         for name in TRANSPORTS:
             [run], _ = run_load(served, name, alone, f"alone {name}")
             first[name] = run.summary.as_json()["ttft_ms"]
@@ -65,7 +65,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "two_hops_without_sluice_ms": hops,
         "parent_mib_after": round(parent / 2**20),
     }
-    return report.emit("service_overhead", vars(arguments), results)
+    return report.emit("service_overhead", vars(arguments) | {"broker_jvm": kafka.SHORT_LIVED}, results)
 
 
 if __name__ == "__main__":

@@ -204,6 +204,7 @@ def test_a_poison_prompt_ends_a_stand_in() -> None:
     [
         ("not json", "engine", "does not decode"),
         (json.dumps({"kind": "stand-in", "block_size": 0}), "engine.block_size", "at least 1"),
+        (json.dumps({"kind": "stand-in", "nice": 20}), "engine.nice", "[0, 19]"),
         (json.dumps({"kind": "paged", "model_dir": "/nonexistent"}), "", "/nonexistent"),
     ],
 )
@@ -230,3 +231,15 @@ def test_a_real_engine_says_in_a_child_what_it_says_here(tmp_path: Path) -> None
         engine.send(Close())
         assert engine.wait() == 0
     assert heard.tokens() == run(Engine(config), requests).tokens()
+
+
+@pytest.mark.parametrize("nice", [0, 7])
+def test_every_thread_of_an_engine_on_a_cpu_stands_back(tmp_path: Path, nice: int) -> None:
+    config = EngineConfig(model_dir=str(write_tiny_model(tmp_path / "tiny")), num_threads=2, num_blocks=128, nice=nice)
+    with child(config) as engine:
+        engine.hello()
+        engine.run([_ask("r0", prompt=tuple(range(5, 60)))])
+        threads = [int(name) for name in os.listdir(f"/proc/{engine.process.pid}/task")]
+        base = os.getpriority(os.PRIO_PROCESS, 0)
+        assert len(threads) > 1
+        assert {os.getpriority(os.PRIO_PROCESS, thread) for thread in threads} == {max(base, nice)}
