@@ -95,7 +95,8 @@ struct Product {
 
     static int64_t units_at_once(int64_t rows, const PackedHeader& header) {
         int64_t inputs_of_unit = header.inputs * (header.gated ? 2 : 1);
-        return std::clamp<int64_t>(products_at_once / (inputs_of_unit * std::clamp<int64_t>(rows, 8, row_block)), 1, 64);
+        int64_t count = std::clamp<int64_t>(products_at_once / (inputs_of_unit * std::clamp<int64_t>(rows, 8, row_block)), 1, 64);
+        return count < 4 ? count : count / 4 * 4;  // a whole number of the panels that few rows take at once
     }
 
     // Units [first, last).
