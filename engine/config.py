@@ -95,8 +95,8 @@ class EngineConfig:
     Off: a pinned thread cannot leave a core that something else uses, and then every thread waits for it."""
 
     nice: int = 5
-    """Of the engine child on a CPU, 0 to 19: above 0, what brings it prompts and takes its tokens (the service, clients, a broker on the
-    same machine) gets a core sooner. It is what POSIX calls a nice value: in a container it weighs against that container's processes."""
+    """POSIX nice value of the engine child on a CPU, 0 to 19: above 0, what brings it prompts and takes its tokens gets a core sooner.
+    It weighs within a cgroup (a container), and with autogroups within a session."""
 
     stand_in_tokens_per_s: float = 0.0
     """Pace of one sequence of the stand-in engine; 0: as fast as it can."""

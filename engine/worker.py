@@ -22,6 +22,7 @@ import sys
 import traceback
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Protocol
 
@@ -200,10 +201,14 @@ def die_with_parent(connection: socket.socket) -> None:
 
 
 def step_back(nice: int) -> None:
-    """Gives every thread of this process, and those that they will begin, a nice value no lower than `nice`."""
+    """Gives the threads of this process, and those that they will begin, a nice value no lower than `nice`.
+
+    A wish: a sandbox may refuse it, and a thread may have ended since it was listed.
+    """
     for thread in map(int, os.listdir("/proc/self/task")):
-        if os.getpriority(os.PRIO_PROCESS, thread) < nice:
-            os.setpriority(os.PRIO_PROCESS, thread, nice)
+        with suppress(OSError):
+            if os.getpriority(os.PRIO_PROCESS, thread) < nice:
+                os.setpriority(os.PRIO_PROCESS, thread, nice)
 
 
 def build(config: EngineConfig, progress: Callable[[float, str], None]) -> tuple[StepEngine, Callable[[StepOutput], bytes]]:

@@ -109,8 +109,8 @@ class EngineSection(Section):
     """Keep each compute thread on a core of its own: for machines that nothing else uses."""
 
     nice: int = Field(default=5, ge=0, le=19)
-    """POSIX nice value of an engine on a CPU: above 0 the service, clients and a broker on the same machine (or in the same container)
-    get a core sooner, and tokens reach their readers earlier; 0 where the engine competes with work that matters less."""
+    """POSIX nice value of an engine on a CPU: above 0 the service, and what else runs in the same container or session, gets a core
+    sooner, and tokens reach their readers earlier; 0 where the engine competes with work that matters less."""
 
     stand_in_tokens_per_s: float = Field(default=0.0, ge=0)
     """Pace of one stand-in sequence; 0: as fast as it can."""

@@ -4,7 +4,7 @@
 namespace SLUICE_ISA {
 
 inline void embedding_rows(const void* table, const int64_t* ids, int64_t rows, int64_t size, Type type, float* out) {
-    sluice::parallel_for(rows, std::max<int64_t>(8192 / size, 1), [&](int64_t row) {
+    sluice::parallel_for(rows, 8192 / std::clamp<int64_t>(size, 1, 8192), [&](int64_t row) {
         for (int64_t i = 0; i < size; i += width) {
             const int n = lanes_left(i, size);
             store_typed(out, row * size + i, load_typed(table, ids[row] * size + i, n, type), n, Type::f32);

@@ -4,7 +4,7 @@
 namespace SLUICE_ISA {
 
 inline void rms_norm_rows(const void* x, const void* weight, float eps, int64_t rows, int64_t size, Type type, void* out) {
-    sluice::parallel_for(rows, std::max<int64_t>(16384 / size, 1), [&](int64_t row) {
+    sluice::parallel_for(rows, 16384 / std::clamp<int64_t>(size, 1, 16384), [&](int64_t row) {
         int64_t start = row * size;
         F scale = Simd::set1(rms_scale(x, start, size, eps, type));
         for (int64_t i = 0; i < size; i += width) {

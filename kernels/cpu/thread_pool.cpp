@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <system_error>
 #include <thread>
 #ifdef __linux__
 #include <sched.h>
@@ -23,14 +24,19 @@ inline void relax() {
 #endif
 }
 
-// Rounds of looking before a thread sleeps, as OpenMP's own threads are told (engine/openmp.py sets what is best here).
+// Rounds of looking before a thread sleeps, as OpenMP's own threads are told (engine/openmp.py sets what is best here); never for long,
+// since OpenMP's threads, where torch has begun some, would have the same cores.
 int spin_rounds() {
-    constexpr int for_ever = 1'000'000'000;
+    constexpr int usual = 3000, most = 100'000;
     const char *rounds = std::getenv("GOMP_SPINCOUNT"), *policy = std::getenv("OMP_WAIT_POLICY");
-    if (rounds && *rounds >= '0' && *rounds <= '9') return (int)std::min<unsigned long long>(std::strtoull(rounds, nullptr, 10), for_ever);
-    if (rounds) return for_ever;  // "infinite"
+    if (rounds && *rounds >= '0' && *rounds <= '9') {
+        char* end;
+        const unsigned long long number = std::strtoull(rounds, &end, 10);
+        return *end ? most : (int)std::min<unsigned long long>(number, most);  // with a suffix: thousands and more
+    }
+    if (rounds && (*rounds == 'i' || *rounds == 'I')) return most;  // "infinite"
     if (policy && (*policy == 'p' || *policy == 'P')) return 0;
-    return policy ? for_ever : 3000;
+    return policy && (*policy == 'a' || *policy == 'A') ? most : usual;
 }
 
 void wait_until_changed(const std::atomic<uint32_t>& number, uint32_t seen, int spins) {
@@ -41,7 +47,8 @@ void wait_until_changed(const std::atomic<uint32_t>& number, uint32_t seen, int 
     number.wait(seen, std::memory_order_acquire);
 }
 
-// Where OpenMP binds threads to places, the pool's stay there too, each at the place of its number: the caller's is at the first.
+// Where OpenMP binds threads to places, the pool's stay there too, each at the place of its number as with OMP_PROC_BIND=close: the
+// caller's is at the first.
 void stay_at_place(int thread) {
 #ifdef __linux__
     const int places = omp_get_num_places();
@@ -107,10 +114,8 @@ private:
     static int64_t first_of(const Share& share, int part) { return share.stretches_ * part / share.threads_; }
 
     void publish(Share& mine, JobBody body, const void* context) {
-        while (size_ < mine.threads_ - 1) {
-            const int thread = ++size_;
-            std::thread([this, thread] { work(thread); }).detach();
-        }
+        while (size_ < mine.threads_ - 1 && begin(size_ + 1)) ++size_;
+        mine.threads_ = std::min(mine.threads_, size_ + 1);
         mine.job_ = ++last_job_;
         done_.store(0, std::memory_order_relaxed);
         // Those of threads that this job does not ask for as well: none may be left to an earlier job.
@@ -126,6 +131,16 @@ private:
         context_.store(context, std::memory_order_release);
         job_.store(mine.job_, std::memory_order_seq_cst);
         job_.notify_all();
+    }
+
+    // False where the system gives no more threads: those that there are do the work.
+    bool begin(int thread) {
+        try {
+            std::thread([this, thread] { work(thread); }).detach();
+        } catch (const std::system_error&) {
+            return false;
+        }
+        return true;
     }
 
     void work(int thread) {
@@ -150,20 +165,22 @@ private:
     }
 
     uint32_t add_done(const Share& share) {
-        return done_.fetch_add((uint32_t)share.taken_, std::memory_order_acq_rel) + (uint32_t)share.taken_;
+        return done_.fetch_add((uint32_t)share.taken_, std::memory_order_seq_cst) + (uint32_t)share.taken_;
     }
 
     const int spins_ = spin_rounds();
     std::atomic_flag busy_{};
     int size_ = 0;  // threads begun
     uint32_t last_job_ = 0;
-    alignas(64) std::atomic<uint32_t> job_{0};
-    std::atomic<int64_t> count_{0};
+    alignas(64) std::atomic<uint32_t> job_{0};  // looked at all the time: in a line of its own
+    alignas(64) std::atomic<int64_t> count_{0};
     std::atomic<int64_t> grain_{1};
     std::atomic<int32_t> threads_{0};
     std::atomic<JobBody> body_{nullptr};
     std::atomic<const void*> context_{nullptr};
-    alignas(64) std::atomic<uint32_t> done_{0};  // stretches of the job
+    // Not at a line's start, as job_ is: libstdc++ would take who waits for one to wait for the other as well.
+    alignas(64) uint32_t unused_ = 0;
+    std::atomic<uint32_t> done_{0};  // stretches of the job
     Part parts_[most_threads];
 };
 

@@ -31,16 +31,16 @@ private:
     int32_t emptied_ = 0;  // parts in which nothing is left, from its own on
 };
 
-using JobBody = void (*)(const void* context, Share& share);
+using JobBody = void (*)(const void* context, Share& share) noexcept;
 
 // Calls body(context, share) on the caller's thread and on as many others as come in time, omp_get_max_threads() in all, where it takes
-// until nothing is left; returns when all of [0, count) is done. Of two callers at once one works alone.
+// until nothing is left; returns when all of [0, count) is done. Of two callers at once one works alone. Fewer than 2^31 stretches.
 void run_job(int64_t count, int64_t grain, JobBody body, const void* context);
 
 // body(share), as above.
 template <class Body>
 inline void parallel(int64_t count, int64_t grain, const Body& body) {
-    run_job(count, grain, [](const void* context, Share& share) { (*(const Body*)context)(share); }, &body);
+    run_job(count, grain, [](const void* context, Share& share) noexcept { (*(const Body*)context)(share); }, &body);
 }
 
 // body(i) for each i of [0, count).

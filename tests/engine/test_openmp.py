@@ -43,3 +43,9 @@ def test_a_user_who_has_said_how_to_wait_is_heard(environment, wish):
     environment |= wish
     prefer_short_spin()
     assert said(environment) == wish
+
+
+def test_an_empty_word_is_none(environment):
+    environment |= {"OMP_WAIT_POLICY": "", "GOMP_SPINCOUNT": ""}
+    prefer_short_spin()
+    assert environment["GOMP_SPINCOUNT"] == SPIN_COUNT

@@ -1,14 +1,15 @@
 """Runs the blocks: in each, every system takes its turn at one case, in an order drawn anew, the machine probed before.
 
 A system is stopped whenever it is not its turn. A turn during which other processes used more than `MAX_FOREIGN` of the cores, or
-the hypervisor took more than `MAX_STOLEN`, is marked disturbed. Where `busy` processes are wanted beside the systems, they are none
-of the others.
+the hypervisor took more than `MAX_STOLEN`, is marked disturbed. Where `busy` processes are wanted beside the systems, they run during
+turns and are none of the others.
 """
 
 import contextlib
 import os
 import random
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -118,6 +119,7 @@ class Bench:
         tie(process.pid)
         self._stack.callback(process.wait)
         self._stack.callback(process.kill)
+        process.send_signal(signal.SIGSTOP)
         return psutil.Process(process.pid)
 
     def _load(self, name: str) -> Json:
@@ -182,7 +184,9 @@ class Bench:
         self._hold.take()
         if self._favour:
             process.favour()
-        mine, cpu, busy, before = time.process_time(), process.cpu_s(), self._busy_s(), Clock.now()
+        for busy in self._busy:
+            busy.resume()
+        mine, cpu, busy_s, before = time.process_time(), process.cpu_s(), self._busy_s(), Clock.now()
         try:
             answer = process.ask(message)
         except SystemFailed as failure:
@@ -190,8 +194,11 @@ class Bench:
             del self._running[name]
             process.close()
             return {"failed": str(failure)}
-        after = Clock.now()
-        own = process.cpu_s() - cpu + time.process_time() - mine + self._busy_s() - busy
+        finally:
+            after, busy_s = Clock.now(), self._busy_s() - busy_s
+            for busy in self._busy:
+                busy.suspend()
+        own = process.cpu_s() - cpu + time.process_time() - mine + busy_s
         foreign, stolen = foreign_share(before, after, own, os.cpu_count() or 1)
         return answer | {
             "foreign_share": foreign,

@@ -20,7 +20,7 @@ def document(runs: list[Json]) -> Json:
         raise MergeError("there is no run: name files to merge, or measure")
     for part, names in {"environment": ("commit", "cpu", "cores"), "parameters": ("seed", "busy_processes")}.items():
         for name in names:
-            values = {run[part].get(name) for run in runs}
+            values = {run[part].get(name, 0) for run in runs}  # runs of before --busy do not say that nothing was busy
             if len(values) > 1:
                 raise MergeError(f"the runs differ in {name}: {', '.join(map(str, values))}")
     return {"benchmark": "peers", "summary": summarise(runs), "runs": runs}

@@ -52,7 +52,7 @@ void fuzz_linear(const Operators& operators, Chance& chance) {
 }
 
 void fuzz_norm_and_embedding(const Operators& operators, Chance& chance) {
-    const int64_t rows = chance.between(0, 20), size = chance.between(1, 200), entries = chance.between(1, 30);
+    const int64_t rows = chance.between(0, 20), size = chance.between(0, 200), entries = chance.between(1, 30);
     const Type type = type_of(chance);
     Numbers x(chance, rows * size, type), weight(chance, size, type), table(chance, entries * size, type);
     Exact normed(rows * size * bytes_of(type)), found(rows * size * 4), ids(rows * 8);
