@@ -12,9 +12,11 @@ import pytest
 
 PATIENCE_S = 30.0
 STARTED = """
-import subprocess, sys, time
+import signal, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from tests.servers.tied import tie, tied_directory
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with it ignored
 
 def start():
     # It leads a session, and has a child of its own in it.
