@@ -106,7 +106,11 @@ class Runner:
         # What was drawn last in each slot, for the step that follows before the host knows.
         self._drawn = torch.zeros(num_slots, dtype=torch.int64, device=device)
         captures = device.type == "cuda" and backend.recordable
-        self._captured = CapturedSteps(self._logits, self._drawn, block_size) if captures else None
+        self._captured = (
+            CapturedSteps(logits=self._logits, hidden=self._hidden, drawn=self._drawn, block_size=block_size)
+            if captures
+            else None
+        )
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Launched:
@@ -130,10 +134,10 @@ class Runner:
             if sampling.size == len(batch.input_ids):
                 logits = self._every(batch)
             else:
-                hidden = self._hidden(*(inputs := self._to_device(batch)))
+                hidden = self._some(batch)
                 if not sampling.size:
                     return _nothing(chunks)
-                logits = self._model.compute_logits(hidden[inputs[-1]])
+                logits = self._model.compute_logits(hidden)
             slots = slots[sampling]
             said = (starts + lengths)[sampling] - self._slots.num_prompt[slots]
             pending = self._sampler.launch(logits, slots, said)
@@ -173,16 +177,25 @@ class Runner:
         every = self._single_steps.logits if self._single_steps else self._logits
         return every(*self._to_device(batch))
 
-    def _hidden(self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata, rows: Tensor) -> Tensor:
+    def _some(self, batch: HostBatch) -> Tensor:
+        """Hidden states of the rows that any other step wants, [N, H]."""
+        hidden = self._captured.hidden(batch) if self._captured is not None else None
+        return hidden if hidden is not None else self._hidden(*self._to_device(batch))
+
+    def _states(self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata, rows: Tensor) -> Tensor:
         """[T] ids and positions to [T, H] hidden states; `rows`: those whose logits are wanted."""
         batch = ForwardBatch(
             attention=self._backend.prepare(metadata), backend=self._backend, caches=self._caches, logits_indices=rows
         )
         return self._model.forward(input_ids, positions, batch)
 
+    def _hidden(self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata, rows: Tensor) -> Tensor:
+        """[T] ids and positions to [N, H] hidden states of the rows wanted."""
+        return self._states(input_ids, positions, metadata, rows)[rows]
+
     def _logits(self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata, rows: Tensor) -> Tensor:
         """[T] ids and positions to [T, vocab] float32: every row's."""
-        return self._model.compute_logits(self._hidden(input_ids, positions, metadata, rows))
+        return self._model.compute_logits(self._states(input_ids, positions, metadata, rows))
 
     def _batch(self, slots: Ints, starts: Ints, lengths: Ints, sampling: Ints, follows: Ints) -> HostBatch:
         """The flat batch of chunks, [num_seqs] each, in plan order; `sampling`: which of them sample. Only single tokens follow."""

@@ -7,8 +7,9 @@ distinct, everything is bfloat16. Steps are wall-clock times of `Engine.step`, m
 step must read (weights once, every sequence's keys and values once) at the rate of a copy measured in the same run; for a prefill its
 arithmetic at the rate of a large matmul. Parts: `linears` (the library's products against the bytes of their weights), `decode` (and
 the same without CUDA graphs and without overlap, in turns), `kernels` (with `decode`: device time by kernel), `sampled`, `prefill`,
-`mixed` (64 decodes beside a 2,048-token chunk), `prefix` (a hit of 90 % of a 4,096-token prompt). `--peer`: output tokens a second of
-`generate` and of transformers' continuous batching.
+`mixed` (64 decodes beside a 2,048-token chunk), `short` and `arrivals` (steps with short prompts, from CUDA graphs and launched by
+Python), `prefix` (a hit of 90 % of a 4,096-token prompt), `little` (`short` and `arrivals` with Llama-3.2-1B's shape). `--peer`:
+output tokens a second of `generate` and of transformers' continuous batching.
 """
 
 import argparse
@@ -54,7 +55,14 @@ LLAMA_3_8B = {
     "eos_token_id": 2,
     "dtype": "bfloat16",
 }
-PARTS = ("linears", "decode", "kernels", "prefill", "mixed", "prefix")
+LLAMA_3_2_1B = LLAMA_3_8B | {
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "head_dim": 64,
+    "tie_word_embeddings": True,
+}
+PARTS = ("linears", "decode", "kernels", "prefill", "mixed", "short", "arrivals", "prefix", "little")
 STEPS = 48
 KV_TOKEN_BYTES = 32 * 8 * 128 * 2 * 2
 LAYER_WEIGHTS = {"qkv": (6144, 4096), "out": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
@@ -141,12 +149,12 @@ def linears(device: torch.device, copy: float) -> Figures:
 
 @contextmanager
 def without_graphs() -> Iterator[None]:
-    logits = CapturedSteps.logits
-    CapturedSteps.logits = lambda self, batch: None  # type: ignore[method-assign]
+    logits, hidden = CapturedSteps.logits, CapturedSteps.hidden
+    CapturedSteps.logits = CapturedSteps.hidden = lambda self, batch: None  # type: ignore[method-assign]
     try:
         yield
     finally:
-        CapturedSteps.logits = logits  # type: ignore[method-assign]
+        CapturedSteps.logits, CapturedSteps.hidden = logits, hidden  # type: ignore[method-assign]
 
 
 @contextmanager
@@ -242,6 +250,59 @@ def mixed(bench: Bench, matmul: float) -> Figures:
         "median_over_explained": statistics.median(beside[1:]) / explained,
         "worst_over_explained": worst / explained,
     }
+
+
+def short(bench: Bench) -> Figures:
+    """Milliseconds to the token of a lone short prompt, from CUDA graphs and launched by Python, in turns."""
+    found: Figures = {}
+    for length in (64, 256, 512, 1000):
+        ways: dict[str, list[float]] = {"graph": [], "python": []}
+        for _ in range(8):
+            ways["graph"].append(to_the_end(bench, length))
+            with without_graphs():
+                ways["python"].append(to_the_end(bench, length))
+        found[str(length)] = {way: round(median_ms(times[3:]), 3) for way, times in ways.items()}
+    return found
+
+
+def to_the_end(bench: Bench, length: int) -> float:
+    """Seconds of the steps of a prompt that says one token."""
+    bench.add(bench.prompt(length), 1)
+    took = 0.0
+    while bench.engine.has_work:
+        took += bench.step()[0]
+    return took
+
+
+def arrivals(bench: Bench, batch: int, context: int, prompt: int) -> Figures:
+    """Milliseconds of a step of `batch` decodes, alone and with a new prompt in each, from CUDA graphs and launched by Python, in turns."""
+    names = bench.fill(batch, context, 4000)
+    ways: dict[str, list[float]] = {"alone": [], "graph": [], "python": []}
+    for _ in range(6):
+        ways["alone"] += times_of(bench, 8)
+        ways["graph"] += with_arrivals(bench, prompt, 12)
+        with without_graphs():
+            ways["python"] += with_arrivals(bench, prompt, 12)
+    bench.empty(names)
+    return {way: round(median_ms(times[len(times) // 3 :]), 3) for way, times in ways.items()}
+
+
+def with_arrivals(bench: Bench, prompt: int, steps: int) -> list[float]:
+    times = []
+    for _ in range(steps):
+        bench.add(bench.prompt(prompt), 1)
+        times.append(bench.step()[0])
+    return times[3:]
+
+
+def little(kv_cache_bytes: int) -> Figures:
+    """`short` and `arrivals` of a model whose arithmetic takes less than Python's launches."""
+    with tempfile.TemporaryDirectory() as model_dir:
+        (Path(model_dir) / "config.json").write_text(json.dumps(LLAMA_3_2_1B), encoding="utf-8")
+        bench = Bench(model_dir, kv_cache_bytes)
+        found = {"short": short(bench)} | {f"{n} x 512, prompts of 128": arrivals(bench, n, 512, 128) for n in (8, 64)}
+        bench.engine.close()
+    return found
 
 
 def prefix(model_dir: str) -> Figures:
@@ -344,6 +405,11 @@ def measure(options: argparse.Namespace, device: torch.device) -> Iterator[tuple
                 yield f"prefill {length}", prefill(bench, length, matmul)
         if "mixed" in only:
             yield "mixed", mixed(bench, matmul)
+        if "short" in only:
+            yield "short prompts", short(bench)
+        if "arrivals" in only:
+            for batch, context, prompt in ((8, 512, 128), (8, 512, 512), (32, 512, 256), (64, 1024, 256)):
+                yield f"arrivals {batch} x {context}, prompts of {prompt}", arrivals(bench, batch, context, prompt)
         if options.peer:
             yield "peers", peers(model_dir, bench)
         bench.engine.close()
@@ -351,6 +417,8 @@ def measure(options: argparse.Namespace, device: torch.device) -> Iterator[tuple
         torch.cuda.empty_cache()
         if "prefix" in only:
             yield "prefix", prefix(model_dir)
+    if "little" in only:
+        yield "Llama-3.2-1B's shape", little(8 << 30)
 
 
 def main(arguments: list[str]) -> int:

@@ -23,7 +23,7 @@ import triton
 
 from engine import Engine, EngineConfig, Request, SamplingParams
 from engine.execution.captured_steps import CapturedSteps
-from tests.engine.driving import run
+from tests.engine.driving import Listener, run, step
 from tests.engine.models.families import FAMILIES, save
 from tests.engine.models.paged import Sequences, load
 from tests.engine.tiny_model import VOCAB, write_tiny_model
@@ -115,6 +115,7 @@ def whole_engine(device: torch.device) -> Iterator[Check]:
                 yield {"check": f"engine, {name}, overlap {overlap}: tokens are the CPU's", "wrong": wrong, "ok": not wrong}
         for dtype in ("float32", "bfloat16"):
             yield from graphs_equal_python(replace(here, dtype=dtype))
+        yield arrivals_equal_the_cpu(here, there)
 
 
 def graphs_equal_python(config: EngineConfig) -> Iterator[Check]:
@@ -129,6 +130,25 @@ def graphs_equal_python(config: EngineConfig) -> Iterator[Check]:
         finally:
             CapturedSteps.logits = logits  # type: ignore[method-assign]
         yield {"check": f"engine, {config.dtype}: a graph says what Python says", "request": first, "ok": replayed == own}
+
+
+def arrivals_equal_the_cpu(here: EngineConfig, there: EngineConfig) -> Check:
+    """Prompts that come in beside decodes, three times over: a shape's second step is captured, its third a replay."""
+    expected = {key[0]: tokens for key, (tokens, _) in said(there, requests()).items()}
+    engine, listener = Engine(here), Listener()
+    try:
+        for turn in range(3):
+            for request in requests():
+                engine.add(replace(request, request_id=f"{turn}-{request.request_id}"))
+                step(engine, listener)
+            while engine.has_work:
+                step(engine, listener)
+        captured = engine._loop._executor._captured._mixed  # type: ignore[attr-defined, union-attr]
+        graphs = sum(program is not None for program in captured.values())
+    finally:
+        engine.close()
+    wrong = [key for (key, _), one in listener.said.items() if one.tokens != expected[key.partition("-")[2]]]
+    return {"check": "engine, arrivals: tokens are the CPU's", "graphs": graphs, "wrong": wrong, "ok": graphs > 5 and not wrong}
 
 
 def real(model_dir: str, device: torch.device) -> Iterator[Check]:

@@ -1,9 +1,14 @@
 """The Triton attention backend, interpreted: layout, plan, and several steps over one cache against the reference."""
 
+from functools import partial
+
+import numpy as np
 import torch
 
 from engine.attention.base import AttentionMetadata, KVCacheSpec
 from engine.attention.triton_paged import TritonPagedAttention
+from engine.execution.captured_steps import _Layout, padded_step, shape_of
+from engine.execution.host_batch import ON_DEVICE, HostBatch
 from kernels import reference
 
 SPEC = KVCacheSpec(num_layers=2, num_kv_heads=2, head_dim=64, block_size=16, dtype=torch.float32)
@@ -79,3 +84,55 @@ def test_padding_rows_of_length_zero_get_no_work() -> None:
     metadata.seq_lens[1] = 0
     plan = TritonPagedAttention().prepare(metadata).plan
     assert plan.decode_list(0).starts.tolist() == [0, 1, 1]
+
+
+def test_a_step_padded_for_a_graph_says_what_it_says_without_padding() -> None:
+    """Bit for bit, cache and rows, of decodes beside chunks, chunks alone and decodes of which not all sample; ids partly on the device."""
+    backend = TritonPagedAttention()
+    embedding = torch.randn(50, 8, 64)
+    drawn = torch.arange(9) + 10
+    tables = torch.arange(1, 37, dtype=torch.int32).view(3, 12)
+    for order, chunks, rows in (
+        ([0, 1], [(60, 60), (30, 30)], [89]),
+        ([1, 0, 2], [(31, 1), (100, 40), (20, 20)], [0, 60]),
+        ([0, 1, 2], [(101, 1), (32, 1), (21, 1)], [0, 2]),
+    ):
+        metadata, positions = step(tables[order], chunks)
+        singles = metadata.num_single_token_chunks
+        ids = np.arange(len(positions)) % 50
+        ids[:singles] = ON_DEVICE
+        slots = np.arange(len(positions)) % 9
+        caches = [backend.allocate(SPEC, 40, torch.device("cpu"))[0] for _ in range(2)]
+        for cache in caches:
+            generator = torch.Generator().manual_seed(3)
+            for whole in (cache.k, cache.v):
+                whole.copy_(torch.randn(whole.shape, generator=generator))
+
+        def compute(cache, ids, positions, metadata, rows):  # type: ignore[no-untyped-def]
+            q, k, v = embedding[ids].split([4, 2, 2], dim=1)
+            return backend.forward(q, k, v, table(), positions, cache, backend.prepare(metadata), 0.125, 0)[rows]
+
+        host = HostBatch(
+            input_ids=ids,
+            positions=positions.numpy(),
+            slots=slots,
+            query_start_loc=metadata.query_start_loc.numpy(),
+            seq_lens=metadata.seq_lens.numpy(),
+            block_tables=metadata.block_tables.numpy(),
+            slot_mapping=metadata.slot_mapping.numpy(),
+            rows=np.array(rows),
+            num_single_token_chunks=singles,
+            max_query_len=metadata.max_query_len,
+            max_seq_len=metadata.max_seq_len,
+        )
+        shape = shape_of(host)
+        assert shape is not None
+        layout = _Layout(shape=shape, table_width=32)
+        buffer = torch.zeros(layout.num_bytes, dtype=torch.uint8)
+        layout.numpy(buffer.numpy()).fill(host)
+        padded = padded_step(layout, buffer, drawn, partial(compute, caches[0]))
+        known = np.where(ids == ON_DEVICE, drawn.numpy()[slots], ids)
+        plain = compute(caches[1], torch.from_numpy(known), positions, metadata, torch.tensor(rows))
+        assert torch.equal(padded[: len(rows)], plain)
+        assert torch.equal(caches[0].k, caches[1].k)
+        assert torch.equal(caches[0].v, caches[1].v)
