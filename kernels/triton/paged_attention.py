@@ -95,7 +95,7 @@ def _decode(
         SPLIT=tuning.SPLIT_TOKENS,
         num_warps=shape.num_warps,
         num_stages=shape.num_stages,
-        **tuning.COMPILER_OPTIONS,
+        **tuning.layer_options(q.device),
     )
     if several:
         merge_kernel[(plan.num_decodes, num_heads)](
@@ -109,7 +109,7 @@ def _decode(
             D_PAD=common["D_PAD"],
             SPLITS=tuning.MERGE_SPLITS,
             num_warps=tuning.MERGE_WARPS,
-            **tuning.COMPILER_OPTIONS,
+            **tuning.layer_options(q.device),
         )
 
 
@@ -145,7 +145,7 @@ def _prefill(
         TILE=shape.tile,
         num_warps=shape.num_warps,
         num_stages=shape.num_stages,
-        **tuning.COMPILER_OPTIONS,
+        **tuning.layer_options(q.device),
     )
 
 

@@ -9,6 +9,7 @@ written at once; the others leave float32 partial results that `merge_kernel` jo
 import triton
 import triton.language as tl
 
+from kernels.triton.dependent_launch import after_the_kernel_before
 from kernels.triton.paged_tile import attend_range
 
 
@@ -43,6 +44,7 @@ def decode_kernel(
     TILE: tl.constexpr,
     SPLIT: tl.constexpr,
     DOT: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """out[s, h] = softmax(scale q K^T) V, or split by split its unnormalised sum, maximum and weight.
 
@@ -53,6 +55,7 @@ def decode_kernel(
     i_d = tl.arange(0, D_PAD)
     m_row = i_m < GROUP
     m_q = m_row[:, None] & (i_d < D)[None, :]
+    after_the_kernel_before(DEPENDENT)
     num_items = tl.load(p_starts + num_seqs) * NUM_KV_HEADS
     for i_item in tl.range(tl.program_id(0), num_items, tl.num_programs(0)):
         i_entry = i_item // NUM_KV_HEADS
@@ -118,12 +121,14 @@ def merge_kernel(
     D: tl.constexpr,
     D_PAD: tl.constexpr,
     SPLITS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """out[s, h] = sum_i 2^(max_i - max) partial_i / sum_i 2^(max_i - max) sum_i over the splits of a sequence that has several."""
     i_seq = tl.program_id(0).to(tl.int64)
     i_head = tl.program_id(1)
     i_d = tl.arange(0, D_PAD)
     m_d = i_d < D
+    after_the_kernel_before(DEPENDENT)
     begin = tl.load(p_starts + i_seq)
     end = tl.load(p_starts + i_seq + 1)
     if end - begin > 1:

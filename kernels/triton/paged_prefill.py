@@ -8,6 +8,7 @@ may differ in the last bits from those of the decode kernel, which sums in split
 import triton
 import triton.language as tl
 
+from kernels.triton.dependent_launch import after_the_kernel_before
 from kernels.triton.paged_tile import attend_range
 
 
@@ -40,12 +41,14 @@ def prefill_kernel(
     BLOCK_M: tl.constexpr,
     TILE: tl.constexpr,
     DOT: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """out[t, h] = softmax(scale q K^T + causal mask) V for BLOCK_M // GROUP tokens of a chunk.
 
     Row r of a tile is query head `kv_head * GROUP + r % GROUP` of token `r // GROUP`. The list's
     sequence 0 is row `first_seq` of the tables and lengths. Axis 0 may be longer than the list: surplus programs return.
     """
+    after_the_kernel_before(DEPENDENT)
     # The last tokens see the longest context: they start first, so that the grid's tail is made of short programs.
     i_entry = tl.load(p_starts + num_seqs) - 1 - tl.program_id(0)
     if i_entry < 0:

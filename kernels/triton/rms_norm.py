@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.triton import tuning
+from kernels.triton.dependent_launch import after_the_kernel_before
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -25,6 +26,7 @@ def rms_norm_kernel(
     stride_residual,
     eps,
     ADD: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
@@ -35,6 +37,11 @@ def rms_norm_kernel(
     m = m_row & (i_column < width)[None, :]
     o_out = i_row[:, None] * width + i_column[None, :]
     dtype = p_out.dtype.element_ty
+    # The weight need not wait; a long row leaves no registers for it.
+    early: tl.constexpr = DEPENDENT and WIDTH <= 8192
+    if early:
+        b_weight = tl.load(p_weight + i_column, mask=i_column < width, other=0.0).to(tl.float32)  # [WIDTH]
+    after_the_kernel_before(DEPENDENT)
     b_x = tl.load(p_x + i_row[:, None] * stride_x + i_column[None, :], mask=m, other=0.0).to(tl.float32)  # [ROWS, WIDTH]
     if ADD:
         o_residual = i_row[:, None] * stride_residual + i_column[None, :]
@@ -43,7 +50,8 @@ def rms_norm_kernel(
         tl.store(p_total + o_out, b_total, mask=m)
         b_x = b_total.to(tl.float32)
     b_scale = tl.rsqrt(tl.sum(b_x * b_x, axis=1) / width + eps)  # [ROWS]
-    b_weight = tl.load(p_weight + i_column, mask=i_column < width, other=0.0).to(tl.float32)  # [WIDTH]
+    if not early:
+        b_weight = tl.load(p_weight + i_column, mask=i_column < width, other=0.0).to(tl.float32)
     b_normed = (b_x * b_scale[:, None]).to(dtype).to(tl.float32)
     tl.store(p_out + o_out, (b_normed * b_weight[None, :]).to(dtype), mask=m)
 
@@ -76,7 +84,7 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> t
             ROWS=rows,
             WIDTH=padded,
             num_warps=warps,
-            **tuning.COMPILER_OPTIONS,
+            **tuning.layer_options(x.device),
         )
     return out, total
 

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.triton import tuning
+from kernels.triton.dependent_launch import after_the_kernel_before
 
 
 @triton.jit
@@ -49,12 +50,14 @@ def rotary_kv_write_kernel(
     HALF: tl.constexpr,
     HALF_PAD: tl.constexpr,
     HEADS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """out = R(position) q; k_cache[slot] = R(position) k; v_cache[slot] = v. Axis 1: blocks of query heads, then of KV heads."""
     i_token = tl.program_id(0).to(tl.int64)
     i_part = tl.program_id(1)
     i_half = tl.arange(0, HALF_PAD)
     num_q_parts: tl.constexpr = (NUM_Q_HEADS + HEADS - 1) // HEADS
+    after_the_kernel_before(DEPENDENT)
     p_angles = p_cos_sin + tl.load(p_positions + i_token) * stride_cos_sin
     if i_part < num_q_parts:
         i_head = i_part * HEADS + tl.arange(0, HEADS)
@@ -128,6 +131,6 @@ def rotary_kv_write(
         HALF_PAD=triton.next_power_of_2(half),
         HEADS=heads,
         num_warps=tuning.ROTARY_WARPS,
-        **tuning.COMPILER_OPTIONS,
+        **tuning.layer_options(q.device),
     )
     return out

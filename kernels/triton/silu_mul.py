@@ -6,14 +6,16 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.triton import tuning
+from kernels.triton.dependent_launch import after_the_kernel_before
 
 
 @triton.jit
-def silu_mul_kernel(p_out, p_gate_up, width, stride_row, BLOCK: tl.constexpr):
+def silu_mul_kernel(p_out, p_gate_up, width, stride_row, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
     """out = gate / (1 + exp(-gate)) * up, in float32; gate_up rows are `stride_row` apart, out is contiguous."""
     i_row = tl.program_id(0).to(tl.int64)
     i_column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m = i_column < width
+    after_the_kernel_before(DEPENDENT)
     p_gate = p_gate_up + i_row * stride_row + i_column
     b_gate = tl.load(p_gate, mask=m, other=0.0).to(tl.float32)  # [BLOCK]
     b_up = tl.load(p_gate + width, mask=m, other=0.0).to(tl.float32)  # [BLOCK]
@@ -39,6 +41,6 @@ def silu_mul(gate_up: Tensor) -> Tensor:
             gate_up.stride(0),
             BLOCK=tuning.SILU_MUL_BLOCK,
             num_warps=tuning.SILU_MUL_WARPS,
-            **tuning.COMPILER_OPTIONS,
+            **tuning.layer_options(gate_up.device),
         )
     return out

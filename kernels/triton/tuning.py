@@ -8,6 +8,7 @@ a power of two, times the element size), because that, not the head size, decide
 import functools
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -20,6 +21,9 @@ so it is one constant for all batches, devices and head sizes. 512 keeps partial
 
 COMPILER_OPTIONS = {"enable_fp_fusion": True}
 """Given with every launch: multiply-adds are fused whatever Triton's version takes for granted (its default changes in 3.10)."""
+
+DEPENDENT_LAUNCH = True
+"""Whether the kernels of a layer come to the device before the kernel in front has ended, where it can (`dependent_launch`)."""
 
 PROGRAMS_PER_MULTIPROCESSOR = 8
 """Programs of the persistent decode grid per multiprocessor. Enough that what is resident (1, 2 or 4, and by chance 3) leaves no tail:
@@ -146,6 +150,19 @@ def architecture(device: torch.device) -> str:
     if (major, minor) in {(8, 0), (8, 7)}:
         return "sm_80"
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_86")
+
+
+def dependent(architecture_name: str) -> bool:
+    """Whether kernels of a layer are compiled and launched as dependent ones."""
+    return DEPENDENT_LAUNCH and not INTERPRETING and architecture_name in {"sm_90", "sm_100"}
+
+
+@functools.cache
+def layer_options(device: torch.device) -> dict[str, Any]:
+    """What every launch of a layer's kernel is given."""
+    is_dependent = dependent(architecture(device))
+    # AMD's compiler knows no such option.
+    return COMPILER_OPTIONS | {"DEPENDENT": is_dependent} | ({"launch_pdl": True} if is_dependent else {})
 
 
 @functools.cache

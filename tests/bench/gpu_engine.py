@@ -6,7 +6,7 @@ prints one JSON object; exits 3 where there is no GPU. Weights are random (speed
 distinct, everything is bfloat16. Steps are wall-clock times of `Engine.step`, medians, host work included. `limit`: the bytes that a
 step must read (weights once, every sequence's keys and values once) at the rate of a copy measured in the same run; for a prefill its
 arithmetic at the rate of a large matmul. Parts: `linears` (the library's products against the bytes of their weights), `decode` (and
-the same without CUDA graphs and without overlap, in turns), `kernels` (with `decode`: device time by kernel), `sampled`, `prefill`,
+the same without CUDA graphs, overlap or dependent launches, in turns), `kernels` (with `decode`: device time by kernel), `sampled`, `prefill`,
 `mixed` (64 decodes beside a 2,048-token chunk), `short` and `arrivals` (steps with short prompts, from CUDA graphs and launched by
 Python), `prefix` (a hit of 90 % of a 4,096-token prompt), `little` (`short` and `arrivals` with Llama-3.2-1B's shape). `--peer`:
 output tokens a second of `generate` and of transformers' continuous batching.
@@ -33,6 +33,7 @@ from torch.nn import functional
 
 from engine import Engine, EngineConfig, Request, SamplingParams
 from engine.execution.captured_steps import CapturedSteps
+from kernels.triton import tuning
 from tests.bench.gpu_check import limits, seconds
 
 Figures = dict[str, Any]
@@ -167,6 +168,23 @@ def without_overlap(bench: Bench) -> Iterator[None]:
         runner.overlaps = True  # type: ignore[misc]
 
 
+@contextmanager
+def without_dependent_launch(bench: Bench) -> Iterator[None]:
+    """Every kernel starts when the one in front has ended."""
+    try:
+        launch_dependents(bench, on=False)
+        yield
+    finally:
+        launch_dependents(bench, on=True)
+
+
+def launch_dependents(bench: Bench, on: bool) -> None:
+    tuning.DEPENDENT_LAUNCH = on
+    tuning.layer_options.cache_clear()
+    torch.cuda.synchronize()
+    bench.engine._loop._executor._captured.clear()  # type: ignore[attr-defined]
+
+
 def times_of(bench: Bench, steps: int, settle: int = 2) -> list[float]:
     """Seconds of each of so many steps, after some that do not count."""
     return [bench.step()[0] for _ in range(settle + steps)][settle:]
@@ -174,15 +192,19 @@ def times_of(bench: Bench, steps: int, settle: int = 2) -> list[float]:
 
 def decode(bench: Bench, batch: int, context: int, copy: float, kernels: bool = False, **how: Any) -> Figures:
     """One batch's decode step as it is, without CUDA graphs, and without overlap, in turns; then what the device did in it."""
-    names = bench.fill(batch, context, 8 * STEPS, **how)
+    names = bench.fill(batch, context, 10 * STEPS, **how)
     first_s = sum(times_of(bench, 3, settle=0))
-    ways: dict[str, list[float]] = {"step_ms": [], "without_graphs_ms": [], "without_overlap_ms": []}
+    ways: dict[str, list[float]] = {
+        name: [] for name in ("step_ms", "without_graphs_ms", "without_overlap_ms", "without_dependent_launch_ms")
+    }
     for _ in range(4):
-        ways["step_ms"] += times_of(bench, 12)
+        ways["step_ms"] += times_of(bench, 12, settle=4)
         with without_graphs():
             ways["without_graphs_ms"] += times_of(bench, 4)
         with without_overlap(bench):
             ways["without_overlap_ms"] += times_of(bench, 4)
+        with without_dependent_launch(bench):
+            ways["without_dependent_launch_ms"] += times_of(bench, 6)
     limit = (READ_BYTES + batch * (context + STEPS) * KV_TOKEN_BYTES) / copy
     median = statistics.median(ways["step_ms"])
     profile = kernel_times(bench, median) if kernels else {}

@@ -8,7 +8,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,10 @@ def target(architecture: str) -> GPUTarget:
 def compile_case(case: Case, architecture: str) -> Compiled:
     """Compiles for an architecture that need not be here. Raises what Triton raises when it cannot."""
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages} | tuning.COMPILER_OPTIONS
+    if "DEPENDENT" in case.kernel.arg_names:
+        dependent = tuning.dependent(architecture)
+        case = replace(case, constants=case.constants | {"DEPENDENT": dependent})
+        options |= {"launch_pdl": True} if dependent else {}
     kernel = triton.compile(case.source(), target=target(architecture), options=options)
     if not architecture.startswith("sm_"):
         assembly = kernel.asm["amdgcn"]
