@@ -4,12 +4,12 @@
 
 prints one JSON object; exits 3 where there is no GPU. Weights are random (speed does not depend on them), prompts are random and
 distinct, everything is bfloat16. Steps are wall-clock times of `Engine.step`, medians, host work included. `limit`: the bytes that a
-step must read (weights once, every sequence's keys and values once) at the rate of a copy measured in the same run; for a prefill its
-arithmetic at the rate of a large matmul. Parts: `linears` (the library's products against the bytes of their weights), `decode` (and
-the same without CUDA graphs, overlap or dependent launches, in turns), `kernels` (with `decode`: device time by kernel), `sampled`,
-`prefill`, `mixed` (64 decodes beside a 2,048-token chunk), `short` and `arrivals` (steps with short prompts, from CUDA graphs and launched by
-Python), `prefix` (a hit of 90 % of a 4,096-token prompt), `little` (`short` and `arrivals` with Llama-3.2-1B's shape). `--peer`:
-output tokens a second of `generate` and of transformers' continuous batching.
+step must read (weights once, every sequence's keys and values once) at the rate of a copy measured in the same run; for a prefill
+its arithmetic at the rate of a large matmul. Parts: `linears` (the library's products against the bytes of their weights),
+`decode` (and the same without CUDA graphs, overlap or dependent launches, in turns), `kernels` (with `decode`: device time by
+kernel), `sampled`, `prefill`, `mixed` (64 decodes beside a 2,048-token chunk), `short` and `arrivals` (steps with short prompts,
+from CUDA graphs and launched by Python), `prefix` (a hit of 90 % of a 4,096-token prompt), `little` (`short` and `arrivals` with
+Llama-3.2-1B's shape). `--peer`: output tokens a second of `generate` and of transformers' continuous batching.
 """
 
 import argparse
