@@ -5,7 +5,7 @@
 prints one JSON object; exits 3 where there is no GPU, unless `--tiny` takes a small shape that a CPU computes too, and 1 when a part
 failed. Weights are random, the tokenizer is made (`word_tokenizer.py`), the broker is the embedded one. Parts, each with its traceback
 in place of figures when it fails: `offline` (loading, a first request with kernels to compile), `service` (from exec to ready),
-`tokens` (greedy ones over gRPC, one request at a time, against the engine's), `grpc N` and `kafka N` (N in flight, against the engine
+`tokens` (greedy and drawn ones over gRPC, one request at a time, against the engine's), `grpc N` and `kafka N` (N in flight, against the engine
 with as many, blocks interleaved), `first token` (of one request alone) and `open loop` (ShareGPT-like lengths: a closed loop, then
 Poisson arrivals at a share of its rate). DIR gets report.json, which grows part by part, and the service's log. Whatever hangs, all
 ends `--limit-s` after the start.
@@ -229,26 +229,26 @@ class Bench:
         }
 
     def tokens(self) -> Figures:
-        """Prompts of several lengths, one at a time: every step has the same shape in both engines, so it gives the same bits."""
+        """Prompts of several lengths, one at a time: every step has the same shape in both engines, so it gives the same bits.
+
+        Drawn tokens, too: they tell of differences that are too small to change the best one.
+        """
         draw = random.Random("tokens").random
-        lengths = [max(1, self.options.prompt_tokens * share // 8) for share in range(1, 9)]
-        texts = [" ".join(words(length, draw)) for length in lengths]
-        prompts = [self.ids_of(text) for text in texts]
         num_new = self.options.new_tokens
-        expected = [self.say(prompt, num_new) for prompt in prompts]
-        said = asyncio.run(self._said_over_grpc(prompts, num_new))
-        differ = [
-            {"prompt_tokens": len(prompt), "same_tokens": len(os.path.commonprefix([mine, theirs]))}
-            for prompt, mine, theirs in zip(prompts, said, expected, strict=True)
-            if mine != theirs
-        ]
-        return {
-            "prompts": len(prompts),
-            "new_tokens": sum(map(len, said)),
-            "distinct_tokens": len(set(itertools.chain(*said))),
-            "differ": differ,
-            "equal": not differ,
-        }
+        found: Figures = {}
+        for name, temperature in (("greedy", 0.0), ("drawn", 1.0)):
+            lengths = [max(1, self.options.prompt_tokens * share // 8) for share in range(1, 9)]
+            prompts = [self.ids_of(" ".join(words(length, draw))) for length in lengths]
+            expected = [self.say(prompt, num_new, temperature) for prompt in prompts]
+            said = asyncio.run(self._said_over_grpc(prompts, num_new, temperature))
+            found[name] = {
+                "equal": said == expected,
+                "prompts": len(prompts),
+                "tokens": sum(map(len, said)),
+                "distinct_tokens": len(set(itertools.chain(*said))),
+                "tokens_before_the_first_difference": [_common(*both) for both in zip(said, expected, strict=True)],
+            }
+        return found
 
     def closed_loop(self, transport: str, concurrent: int) -> Figures:
         arguments = self._load(concurrent)
@@ -310,9 +310,9 @@ class Bench:
             else:
                 yield name, lambda how=transport, count=int(concurrent): self.closed_loop(how, count)
 
-    def say(self, prompt: tuple[int, ...], num_new: int) -> list[int]:
+    def say(self, prompt: tuple[int, ...], num_new: int, temperature: float = 0.0) -> list[int]:
         """What the engine says to one prompt alone."""
-        self._add(prompt, num_new)
+        self._add(prompt, num_new, temperature)
         return self._finish()
 
     def ids_of(self, text: str) -> tuple[int, ...]:
@@ -336,8 +336,8 @@ class Bench:
         """In flight in any closed loop."""
         return max((int(part) for part in self.options.parts.replace(",", " ").split() if part.isdigit()), default=16)
 
-    def _add(self, prompt: tuple[int, ...], num_new: int) -> None:
-        sampling = SamplingParams(max_tokens=num_new, seed=0, temperature=0.0, ignore_eos=True)
+    def _add(self, prompt: tuple[int, ...], num_new: int, temperature: float = 0.0) -> None:
+        sampling = SamplingParams(max_tokens=num_new, seed=0, temperature=temperature, ignore_eos=True)
         self.engine.add(Request(request_id=str(next(self._ids)), prompt_token_ids=prompt, sampling=sampling))
 
     def _finish(self) -> list[int]:
@@ -347,8 +347,8 @@ class Bench:
                 said += output.token_ids
         return said
 
-    async def _said_over_grpc(self, prompts: list[tuple[int, ...]], num_new: int) -> list[list[int]]:
-        sampling = SamplingFields(max_tokens=num_new, temperature=0.0, seed=0, ignore_eos=True)
+    async def _said_over_grpc(self, prompts: list[tuple[int, ...]], num_new: int, temperature: float = 0.0) -> list[list[int]]:
+        sampling = SamplingFields(max_tokens=num_new, temperature=temperature, seed=0, ignore_eos=True)
         every: list[list[int]] = []
         async with SluiceClient(self.served.grpc) as client:
             for prompt in prompts:
@@ -359,6 +359,11 @@ class Bench:
                             said += event.token_ids
                 every.append(said)
         return every
+
+
+def _common(mine: list[int], theirs: list[int]) -> int:
+    """Tokens before the first that differs."""
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(mine, theirs, strict=False)))
 
 
 def end_late(document: Document) -> None:
