@@ -5,10 +5,10 @@
 prints one JSON object; exits 3 where there is no GPU, unless `--tiny` takes a small shape that a CPU computes too, and 1 when a part
 failed. Weights are random, the tokenizer is made (`word_tokenizer.py`), the broker is the embedded one. Parts, each with its traceback
 in place of figures when it fails: `offline` (loading, a first request with kernels to compile), `service` (from exec to ready),
-`tokens` (greedy and drawn ones over gRPC, one request at a time, against the engine's), `grpc N` and `kafka N` (N in flight, against the engine
-with as many, blocks interleaved), `first token` (of one request alone) and `open loop` (ShareGPT-like lengths: a closed loop, then
-Poisson arrivals at a share of its rate). DIR gets report.json, which grows part by part, and the service's log. Whatever hangs, all
-ends `--limit-s` after the start.
+`tokens` (greedy and drawn ones over gRPC, one request at a time, against the engine's), `grpc N` and `kafka N` (N in flight, against
+the engine with as many, blocks interleaved), `first token` (of one request alone) and `open loop` (ShareGPT-like lengths: a closed
+loop, then Poisson arrivals at a share of its rate). DIR gets report.json, which grows part by part, and the service's log. Whatever
+hangs, all ends `--limit-s` after the start.
 """
 
 import argparse
@@ -27,6 +27,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -157,9 +158,9 @@ def overrides(options: argparse.Namespace, model: Path) -> dict[str, dict[str, A
 
 
 def make_model(options: argparse.Namespace, directory: Path) -> Path:
-    shape = TINY | {"vocab_size": 4096} if options.tiny else LLAMA_3_8B
+    shape: Figures = TINY | {"vocab_size": 4096} if options.tiny else LLAMA_3_8B
     (directory / "config.json").write_text(json.dumps(shape), encoding="utf-8")
-    write_word_tokenizer(directory, shape["vocab_size"])  # type: ignore[call-overload]
+    write_word_tokenizer(directory, shape["vocab_size"])
     return directory
 
 
@@ -308,7 +309,7 @@ class Bench:
             if name in named:
                 yield name, named[name]
             else:
-                yield name, lambda how=transport, count=int(concurrent): self.closed_loop(how, count)
+                yield name, partial(self.closed_loop, transport, int(concurrent))
 
     def say(self, prompt: tuple[int, ...], num_new: int, temperature: float = 0.0) -> list[int]:
         """What the engine says to one prompt alone."""
@@ -376,17 +377,23 @@ def end_late(document: Document) -> None:
     os._exit(1)
 
 
+def end(stack: ExitStack) -> Figures:
+    """Ends the service, which drains. Raises when it does not end."""
+    stack.close()
+    return {}
+
+
 def measure(options: argparse.Namespace, document: Document) -> None:
     with tempfile.TemporaryDirectory(prefix="sluice-") as directory, ExitStack() as stack:
         bench = Bench(options, make_model(options, Path(directory)))
         document.part("offline", bench.load)
-        document.part("service", lambda: bench.serve(stack))
+        document.part("service", partial(bench.serve, stack))
         for name, measure_one in bench.parts():
             if document.elapsed_s > options.budget_s:
                 document.results[name] = {"skipped": f"{document.elapsed_s:.0f} s had passed"}
                 continue
             document.part(name, measure_one)
-        document.part("end", lambda: stack.close() or {})
+        document.part("end", partial(end, stack))
 
 
 def main(arguments: list[str]) -> int:
