@@ -59,7 +59,7 @@ FULL_SIZE = {
     "prompt_tokens": 512,
     "new_tokens": 128,
     "alone": 100,
-    "level_s": 10.0,
+    "level_s": 8.0,
     "max_num_seqs": 128,
     "max_num_batched_tokens": 2048,
     "kv_mib": 12 << 10,
@@ -92,9 +92,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--kv-mib", type=int, help="of each of the two engines")
     parser.add_argument("--load", type=float, default=0.7, help="share of the closed loop's rate")
     parser.add_argument("--blocks", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3, help="requests of a block for each that is in flight")
-    parser.add_argument("--budget-s", type=float, default=150.0, help="no part begins later")
-    parser.add_argument("--limit-s", type=float, default=210.0)
+    parser.add_argument("--rounds", type=int, default=2, help="requests of a block for each that is in flight")
+    parser.add_argument("--budget-s", type=float, default=130.0, help="no part begins later")
+    parser.add_argument("--limit-s", type=float, default=180.0)
     parser.add_argument("--commit", default="", help="where the tree is a copy without its repository")
     parser.set_defaults(**(TINY_SIZE if "--tiny" in arguments else FULL_SIZE))
     return parser.parse_args(arguments)
@@ -235,7 +235,7 @@ class Bench:
         Drawn tokens, too: they tell of differences that are too small to change the best one.
         """
         draw = random.Random("tokens").random
-        num_new = self.options.new_tokens
+        num_new = min(self.options.new_tokens, 32)
         found: Figures = {}
         for name, temperature in (("greedy", 0.0), ("drawn", 1.0)):
             lengths = [max(1, self.options.prompt_tokens * share // 8) for share in range(1, 9)]
@@ -320,7 +320,7 @@ class Bench:
         return asyncio.run(self.tokenization.encode_text(text))
 
     def prompts(self, seed: str, count: int) -> list[tuple[int, ...]]:
-        return tokenized(self.tokenization, argparse.Namespace(**vars(self._load(1)) | {"requests": count}), seed)
+        return tokenized(self.tokenization, self._load(1), seed, count)
 
     def _load(self, concurrent: int) -> argparse.Namespace:
         """The arguments of tests/bench/service.py."""

@@ -53,10 +53,10 @@ def offline(engine: Engine, prompts: Prompts, arguments: argparse.Namespace, blo
     return time.perf_counter() - start
 
 
-def tokenized(tokenization: Tokenization, arguments: argparse.Namespace, seed: str) -> Prompts:
-    """The texts of a load as the service would tokenise them."""
+def tokenized(tokenization: Tokenization, arguments: argparse.Namespace, seed: str, count: int) -> Prompts:
+    """So many texts of a load as the service would tokenise them."""
     draw = random.Random(seed).random
-    texts = itertools.islice(fixed(arguments.prompt_tokens, arguments.new_tokens).requests(draw), arguments.requests)
+    texts = itertools.islice(fixed(arguments.prompt_tokens, arguments.new_tokens).requests(draw), count)
 
     async def encode() -> Prompts:
         return [await tokenization.encode_text(planned.text) for planned in texts]
@@ -78,17 +78,19 @@ def compare(
 
     Prompts of another `seed` are others: what was compared before is in no prefix cache.
     """
-    load = plan(
-        fixed(arguments.prompt_tokens, arguments.new_tokens), requests=arguments.requests, concurrency=arguments.concurrent
-    )
+    equal = fixed(arguments.prompt_tokens, arguments.new_tokens)
     tokens = arguments.requests * arguments.new_tokens
     rates: dict[str, list[float]] = {"offline": [], **{name: [] for name in transports}}
     costs: dict[str, dict[str, list[float]]] = {name: {} for name in transports}
     for block in range(-1, arguments.blocks):
-        took = offline(engine, tokenized(tokenization, arguments, f"{seed}offline {block}"), arguments, block)
+        # The first block warms all of them up.
+        num_requests = arguments.requests if block >= 0 else arguments.concurrent
+        load = plan(equal, requests=num_requests, concurrency=arguments.concurrent)
+        prompts = tokenized(tokenization, arguments, f"{seed}offline {block}", num_requests)
+        took = offline(engine, prompts, arguments, block)
         runs = {name: run_load(served, name, load, f"{seed}{name} {block}", broker_pid) for name in transports}
         if block < 0:
-            continue  # the first block warms all of them up
+            continue
         rates["offline"].append(tokens / took)
         for name, ([run], cost) in runs.items():
             rates[name].append(run.summary.output_tokens_per_s)
