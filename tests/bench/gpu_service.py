@@ -13,22 +13,17 @@ hangs, all ends `--limit-s` after the start.
 
 import argparse
 import asyncio
-import faulthandler
 import gc
 import itertools
 import json
-import os
 import random
 import sys
 import tempfile
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +41,12 @@ from service.tokenization import Tokenization
 from tests.bench import report
 from tests.bench.gpu_engine import LLAMA_3_8B
 from tests.bench.load_run import fixed, plan, run_load
+from tests.bench.parts import Document, Figures, ending_within
 from tests.bench.served import Served, resident_bytes, serving
 from tests.bench.service import compare, tokenized
 from tests.bench.tiny import TINY
 from tests.bench.word_tokenizer import write_word_tokenizer
 
-Figures = dict[str, Any]
 PARTS = "tokens,grpc 64,kafka 64,first token,open loop,grpc 16,kafka 16"
 TINY_PARTS = "tokens,grpc 8,kafka 8,first token,open loop,grpc 4,kafka 4"
 FULL_SIZE = {
@@ -100,48 +95,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-@dataclass
-class Document:
-    """What is printed. Written anew after each part, so that a machine that goes away takes nothing along."""
-
-    file: Path
-    parameters: Figures
-    commit: str
-    results: Figures = field(default_factory=dict)
-    began: float = field(default_factory=time.perf_counter)
-
-    def part(self, name: str, measure: Callable[[], Figures]) -> None:
-        """Its figures and seconds, or its traceback."""
-        began = time.perf_counter()
-        try:
-            found = measure()
-        except Exception:  # noqa: BLE001 - the other parts are worth having
-            found = {"error": traceback.format_exc()}
-        self.results[name] = found | {"took_s": round(time.perf_counter() - began, 1)}
-        print(name, json.dumps(self.results[name]), file=sys.stderr, flush=True)
-        self.write()
-
-    def as_json(self) -> Figures:
-        document = report.emit("gpu_service", self.parameters, self.results)
-        environment = document["environment"]
-        environment["commit"] = self.commit or environment["commit"]
-        environment["versions"] |= {name: version(name) for name in ("confluent-kafka", "protobuf")}
-        if torch.cuda.is_available():
-            environment |= {"gpu": torch.cuda.get_device_name(0), "gpu_bytes": torch.cuda.get_device_properties(0).total_memory}
-        return document
-
-    def write(self) -> None:
-        self.file.write_text(json.dumps(self.as_json(), indent=1) + "\n", encoding="utf-8")
-
-    @property
-    def failed(self) -> bool:
-        return any("error" in found for found in self.results.values())
-
-    @property
-    def elapsed_s(self) -> float:
-        return time.perf_counter() - self.began
-
-
 def overrides(options: argparse.Namespace, model: Path) -> dict[str, dict[str, Any]]:
     """The settings of both engines, and of the service around one."""
     return {
@@ -158,7 +111,7 @@ def overrides(options: argparse.Namespace, model: Path) -> dict[str, dict[str, A
 
 
 def make_model(options: argparse.Namespace, directory: Path) -> Path:
-    shape: Figures = TINY | {"vocab_size": 4096} if options.tiny else LLAMA_3_8B
+    shape: Figures = TINY | {"vocab_size": LLAMA_3_8B["vocab_size"]} if options.tiny else LLAMA_3_8B
     (directory / "config.json").write_text(json.dumps(shape), encoding="utf-8")
     write_word_tokenizer(directory, shape["vocab_size"])
     return directory
@@ -367,16 +320,6 @@ def _common(mine: list[int], theirs: list[int]) -> int:
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(mine, theirs, strict=False)))
 
 
-def end_late(document: Document) -> None:
-    """Says what there is and where every thread stands, and ends. What is tied to this process ends with it."""
-    document.results["limit"] = {"error": f"not done after {document.elapsed_s:.0f} s"}
-    faulthandler.dump_traceback(sys.stderr)
-    document.write()
-    report.print_report(document.as_json())
-    sys.stdout.flush()
-    os._exit(1)
-
-
 def end(stack: ExitStack) -> Figures:
     """Ends the service, which drains. Raises when it does not end."""
     stack.close()
@@ -404,18 +347,13 @@ def main(arguments: list[str]) -> int:
         return 3
     options.out.mkdir(parents=True, exist_ok=True)
     parameters = {name: value for name, value in vars(options).items() if name not in ("out", "commit")}
-    document = Document(options.out / "report.json", parameters, options.commit)
-    # Should this thread of Python's not get its turn either, faulthandler's own ends the process.
-    faulthandler.dump_traceback_later(options.limit_s + 10, exit=True)
-    late = threading.Timer(options.limit_s, end_late, (document,))
-    late.daemon = True
-    late.start()
-    try:
-        measure(options, document)
-    except Exception:  # noqa: BLE001 - what was measured is worth having
-        document.results["run"] = {"error": traceback.format_exc()}
-    late.cancel()
-    document.write()
+    document = Document("gpu_service", options.out / "report.json", parameters, options.commit)
+    with ending_within(options.limit_s, document):
+        try:
+            measure(options, document)
+        except Exception:  # noqa: BLE001 - what was measured is worth having
+            document.results["run"] = {"error": traceback.format_exc()}
+        document.write()
     report.print_report(document.as_json())
     return int(document.failed)
 
