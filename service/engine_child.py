@@ -73,8 +73,10 @@ Spawn = Callable[[EngineConfig], Awaitable[Child]]
 def child_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """What of the service's environment a child gets: paths, locale, and the settings of its compute libraries. No credentials."""
     kept = {name: value for name, value in environment.items() if name in _PASSED_ON or name.startswith(_PASSED_ON_PREFIXES)}
-    # -P keeps the working directory out of the child's path, so the place that the engine was imported from is named.
-    return kept | {"PYTHONPATH": str(Path(engine.__file__).parent.parent), "PYTHONUNBUFFERED": "1"}
+    # -P keeps the working directory out of the child's path, so the place that the engine was imported from is named. What the engine
+    # imports may stand only where PYTHONPATH says, as it does for the service.
+    path = [str(Path(engine.__file__).parent.parent), *filter(None, [environment.get("PYTHONPATH")])]
+    return kept | {"PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1"}
 
 
 class ProcessChild:

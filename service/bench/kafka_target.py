@@ -24,6 +24,8 @@ from service.kafka import Topics
 from service.kafka.connection import Connection
 
 _CONNECT_S = 10.0
+_FETCH_WAIT_MS = 20
+"""Kafka answers a fetch when something comes; the embedded broker only after this time, and it must not be most of a latency."""
 _MAX_EARLY = 4_096
 
 
@@ -60,6 +62,7 @@ class KafkaTarget:
             auto_offset_reset="latest",
             isolation_level="read_committed",
             enable_auto_commit=False,
+            fetch_max_wait_ms=_FETCH_WAIT_MS,
         )
         self._producer = AIOKafkaProducer(**self._connection.aiokafka())
         try:

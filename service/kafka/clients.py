@@ -20,6 +20,8 @@ TRANSACTION_TIMEOUT_MS = 15_000
 """An owner that vanished with a transaction open holds its partition's readers for this long at most."""
 _REBALANCE_TIMEOUT_MS = 30_000
 _FETCH_WAIT_MS = 100
+_EMBEDDED_FETCH_WAIT_MS = 20
+"""The in-process broker answers an empty fetch after the whole wait, whatever has come meanwhile: a prompt waits as long."""
 _REQUEST_TIMEOUT_MS = 10_000
 _RETRY_BACKOFF_MS = 20
 _BATCH_BYTES = 65_536
@@ -67,7 +69,7 @@ class Clients:
             rebalance_timeout_ms=_REBALANCE_TIMEOUT_MS,
             max_partition_fetch_bytes=section.max_partition_fetch_bytes,
             # A question about offsets waits behind the fetch before it on the same connection: a hand-over asks two.
-            fetch_max_wait_ms=_FETCH_WAIT_MS,
+            fetch_max_wait_ms=_EMBEDDED_FETCH_WAIT_MS if section.embedded else _FETCH_WAIT_MS,
             # The group's leader leaves a topic out for as long as it has not seen it.
             metadata_max_age_ms=section.topic_refresh_ms,
         )

@@ -4,17 +4,21 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import psutil
 
 from tests.servers.tied import tie
 
 START_TIMEOUT_S = 300.0
+STOP_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,35 +39,53 @@ class Served:
 
 
 @contextmanager
-def serving(*arguments: str) -> Iterator[Served]:
-    """The service with any free ports, ended with SIGTERM. Raises RuntimeError with the end of its log when it does not start."""
+def serving(*arguments: str, log: Path | None = None, start_timeout_s: float = START_TIMEOUT_S) -> Iterator[Served]:
+    """The service with any free ports, ended with SIGTERM. Raises RuntimeError with the end of its log when it does not start.
+
+    `log`: a new file that keeps what it says.
+    """
     flags = ["serve", "--json", "--set", "grpc.port=0", "--set", "admin.port=0", *arguments]
-    start = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, "-c", "from service.cli.main import main; main()", *flags],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"SLUICE_LOGGING__LEVEL": "warning"},
-    )
-    tie(process.pid)
-    try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        if not line:
-            assert process.stderr is not None
-            raise RuntimeError(f"sluice serve did not start:\n{process.stderr.read()[-2000:]}")
-        said = json.loads(line)
-        yield Served(
-            grpc=said["grpc"],
-            kafka=said["kafka"],
-            process=psutil.Process(process.pid),
-            ready_s=time.perf_counter() - start,
-            load_s=said["load_s"],
+    # No pipe: one that nobody reads would hold up a service that has much to say.
+    with log.open("w+") if log else tempfile.TemporaryFile("w+") as words:
+        start = time.perf_counter()
+        process = subprocess.Popen(
+            [sys.executable, "-c", "from service.cli.main import main; main()", *flags],
+            stdout=subprocess.PIPE,
+            stderr=words,
+            text=True,
+            env=os.environ | {"SLUICE_LOGGING__LEVEL": "warning"},
         )
-    finally:
-        process.terminate()
-        process.communicate(timeout=60)
+        tie(process.pid)
+        try:
+            yield _started(process, words, start, start_timeout_s)
+        finally:
+            process.terminate()
+            try:
+                process.communicate(timeout=STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.communicate()
+                raise
+
+
+def _started(process: "subprocess.Popen[str]", words: IO[str], start: float, timeout_s: float) -> Served:
+    late = threading.Timer(timeout_s, process.kill)
+    late.start()
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    late.cancel()
+    if not line:
+        process.wait()
+        words.seek(0)
+        raise RuntimeError(f"sluice serve did not start (exit status {process.returncode}):\n{words.read()[-2000:]}")
+    said = json.loads(line)
+    return Served(
+        grpc=said["grpc"],
+        kafka=said["kafka"],
+        process=psutil.Process(process.pid),
+        ready_s=time.perf_counter() - start,
+        load_s=said["load_s"],
+    )
 
 
 def resident_bytes(process: psutil.Process) -> int:

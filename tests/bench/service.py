@@ -13,6 +13,7 @@ import asyncio
 import itertools
 import random
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from engine import Engine, EngineConfig, Request, SamplingParams
@@ -21,7 +22,7 @@ from service.cli.demo_model import ensure_demo_model
 from service.tokenization import Tokenization
 from tests.bench import report
 from tests.bench.load_run import TRANSPORTS, fixed, plan, run_load
-from tests.bench.served import resident_bytes, serving
+from tests.bench.served import Served, resident_bytes, serving
 from tests.servers import kafka
 
 Prompts = list[tuple[int, ...]]
@@ -52,10 +53,10 @@ def offline(engine: Engine, prompts: Prompts, arguments: argparse.Namespace, blo
     return time.perf_counter() - start
 
 
-def tokenized(tokenization: Tokenization, arguments: argparse.Namespace, seed: str) -> Prompts:
-    """The texts of a load as the service would tokenise them."""
+def tokenized(tokenization: Tokenization, arguments: argparse.Namespace, seed: str, count: int) -> Prompts:
+    """So many texts of a load as the service would tokenise them."""
     draw = random.Random(seed).random
-    texts = itertools.islice(fixed(arguments.prompt_tokens, arguments.new_tokens).requests(draw), arguments.requests)
+    texts = itertools.islice(fixed(arguments.prompt_tokens, arguments.new_tokens).requests(draw), count)
 
     async def encode() -> Prompts:
         return [await tokenization.encode_text(planned.text) for planned in texts]
@@ -63,16 +64,51 @@ def tokenized(tokenization: Tokenization, arguments: argparse.Namespace, seed: s
     return asyncio.run(encode())
 
 
+def compare(
+    engine: Engine,
+    tokenization: Tokenization,
+    served: Served,
+    arguments: argparse.Namespace,
+    *,
+    transports: Sequence[str] = TRANSPORTS,
+    seed: str = "",
+    broker_pid: int | None = None,
+) -> dict[str, Any]:
+    """Rates of the engine offline and through the service, blocks interleaved, their ratios, and what each cost.
+
+    Prompts of another `seed` are others: what was compared before is in no prefix cache.
+    """
+    equal = fixed(arguments.prompt_tokens, arguments.new_tokens)
+    tokens = arguments.requests * arguments.new_tokens
+    rates: dict[str, list[float]] = {"offline": [], **{name: [] for name in transports}}
+    costs: dict[str, dict[str, list[float]]] = {name: {} for name in transports}
+    for block in range(-1, arguments.blocks):
+        # The first block warms all of them up.
+        num_requests = arguments.requests if block >= 0 else arguments.concurrent
+        load = plan(equal, requests=num_requests, concurrency=arguments.concurrent)
+        prompts = tokenized(tokenization, arguments, f"{seed}offline {block}", num_requests)
+        took = offline(engine, prompts, arguments, block)
+        runs = {name: run_load(served, name, load, f"{seed}{name} {block}", broker_pid) for name in transports}
+        if block < 0:
+            continue
+        rates["offline"].append(tokens / took)
+        for name, ([run], cost) in runs.items():
+            rates[name].append(run.summary.output_tokens_per_s)
+            for who, spent_us in cost.beside_engine().items():
+                costs[name].setdefault(who, []).append(spent_us)
+    results: dict[str, Any] = {"tokens_per_s": {name: report.spread(values) for name, values in rates.items()}}
+    for name in transports:
+        ratios = [mine / base for mine, base in zip(rates[name], rates["offline"], strict=True)]
+        results[f"{name}_against_offline"] = report.spread(ratios)
+    results["cpu_us_a_token"] = {
+        name: {who: report.spread(values) for who, values in spent.items()} for name, spent in costs.items()
+    }
+    return results
+
+
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     prefer_short_spin()
     model = ensure_demo_model()
-    tokenization = Tokenization(model)
-    load = plan(
-        fixed(arguments.prompt_tokens, arguments.new_tokens), requests=arguments.requests, concurrency=arguments.concurrent
-    )
-    tokens = arguments.requests * arguments.new_tokens
-    rates: dict[str, list[float]] = {"offline": [], **{name: [] for name in TRANSPORTS}}
-    costs: dict[str, dict[str, list[float]]] = {name: {} for name in TRANSPORTS}
     with (
         kafka.running("bench", kafka.SHORT_LIVED) as broker,
         serving(
@@ -80,24 +116,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         ) as served,
     ):
         engine = Engine(EngineConfig(model_dir=str(model), kv_cache_bytes=KV_BYTES))
-        for block in range(-1, arguments.blocks):
-            took = offline(engine, tokenized(tokenization, arguments, f"offline {block}"), arguments, block)
-            runs = {name: run_load(served, name, load, f"{name} {block}", broker.pid) for name in TRANSPORTS}
-            if block < 0:
-                continue  # the first block warms all of them up
-            rates["offline"].append(tokens / took)
-            for name, ([run], cost) in runs.items():
-                rates[name].append(run.summary.output_tokens_per_s)
-                for who, spent_us in cost.beside_engine().items():
-                    costs[name].setdefault(who, []).append(spent_us)
+        results = compare(engine, Tokenization(model), served, arguments, broker_pid=broker.pid)
         memory = resident_bytes(served.process)
-    results: dict[str, Any] = {"tokens_per_s": {name: report.spread(values) for name, values in rates.items()}}
-    for name in TRANSPORTS:
-        ratios = [mine / base for mine, base in zip(rates[name], rates["offline"], strict=True)]
-        results[f"{name}_against_offline"] = report.spread(ratios)
-    results["cpu_us_a_token"] = {
-        name: {who: report.spread(values) for who, values in spent.items()} for name, spent in costs.items()
-    }
     results["parent_mib_after"] = round(memory / 2**20)
     return report.emit("service", vars(arguments) | {"broker_jvm": kafka.SHORT_LIVED}, results | {"probe": report.probe()})
 

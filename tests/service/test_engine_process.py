@@ -232,6 +232,11 @@ def test_a_child_gets_no_credentials() -> None:
     assert set(child_environment(environment)) == {"PATH", "CUDA_VISIBLE_DEVICES", "PYTHONPATH", "PYTHONUNBUFFERED"}
 
 
+def test_a_child_imports_from_where_the_service_does() -> None:
+    alone, with_others = child_environment({})["PYTHONPATH"], child_environment({"PYTHONPATH": "/a:/b"})["PYTHONPATH"]
+    assert with_others == f"{alone}:/a:/b"
+
+
 def test_the_first_restart_is_immediate_and_later_ones_wait_longer() -> None:
     delays = [backoff_s(restarts) for restarts in range(1, 9)]
     assert delays[0] == 0.0
