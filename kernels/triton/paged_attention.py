@@ -53,8 +53,31 @@ def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: PagedPlan, scale: 
     if plan.num_decodes:
         _decode(out, q, k_cache, v_cache, plan, scale * math.log2(math.e), sliding_window, strides, shapes.decode, common)
     if plan.num_prefill_tokens > 0:
-        _prefill(out, q, k_cache, v_cache, plan, scale * math.log2(math.e), strides, shapes.prefill, common)
+        hopper = _hopper_shape(q, k_cache)
+        if hopper:
+            # Imported where it runs: Gluon is experimental, and knows no interpreter.
+            from kernels.triton import paged_prefill_hopper
+
+            paged_prefill_hopper.launch(
+                out, q, k_cache, v_cache, plan, scale * math.log2(math.e), sliding_window, strides, hopper
+            )
+        else:
+            _prefill(out, q, k_cache, v_cache, plan, scale * math.log2(math.e), strides, shapes.prefill, common)
     return out
+
+
+def _hopper_shape(q: Tensor, k_cache: Tensor) -> tuning.HopperPrefill | None:
+    """The Gluon kernel's shape where it can run: Hopper, 16 bits, head sizes of its table, and what `cp.async` can reach."""
+    num_heads, head_dim = q.shape[1:]
+    if tuning.INTERPRETING or tuning.architecture(q.device) != "sm_90" or q.element_size() != 2:
+        return None
+    # It moves 16 bytes at a time, and counts them in 31 bits from the cache's start.
+    aligned = not any(stride % 16 for stride in k_cache.stride()[:3])
+    aligned &= not any(cache.data_ptr() % 16 for cache in (k_cache, v_cache))
+    reachable = k_cache.shape[0] * k_cache.stride(0) < 1 << 34
+    if not (aligned and reachable) or num_heads // k_cache.shape[2] > 128:
+        return None
+    return tuning.HOPPER_PREFILL.get(head_dim)
 
 
 def _decode(

@@ -7,6 +7,7 @@ queue: the scores of the next tile and the previous tile's probabilities times V
 
 import triton.experimental.gluon as gluon
 import triton.experimental.gluon.language as gl
+from torch import Tensor
 from triton.experimental.gluon.language.nvidia.hopper import (
     async_copy,
     fence_async_shared,
@@ -15,32 +16,43 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from kernels.triton import tuning
+from kernels.triton.paged_plan import PagedPlan
+
 _async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 _barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
-
-@gluon.jit
-def _look_up(p_table, i_start, begin, end, BLOCK_SIZE: gl.constexpr, TILE: gl.constexpr, LAYOUT: gl.constexpr):
-    """The block of each position of a tile, 0 outside [begin, end). Result: [TILE] int32."""
-    i_n = i_start + gl.arange(0, TILE, layout=gl.SliceLayout(1, LAYOUT))
-    return gl.load(p_table + i_n // BLOCK_SIZE, mask=(i_n >= begin) & (i_n < end), other=0)
+BLOCK_M = 128
+"""Query rows of one program: 64 for each of two warp groups."""
 
 
 @gluon.jit
-def _start_copy(
-    slot, p_head, b_block, i_start, begin, end, stride_block, stride_slot,
-    BLOCK_SIZE: gl.constexpr, TILE: gl.constexpr, D: gl.constexpr, LAYOUT: gl.constexpr,
+def _look_up(
+    p_table, i_start, valid_from, end, stride_block, stride_slot,
+    WINDOW: gl.constexpr, BLOCK_SIZE: gl.constexpr, TILE: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Starts the copy of a tile's keys or values, zero outside [begin, end). slot: [TILE, D] shared; b_block: [TILE] int32."""
-    i_n = i_start + gl.arange(0, TILE, layout=gl.SliceLayout(1, LAYOUT))
-    i_d = gl.arange(0, D, layout=gl.SliceLayout(0, LAYOUT))
-    o_n = b_block.to(gl.int64) * stride_block + (i_n % BLOCK_SIZE) * stride_slot
-    m_n = (i_n >= begin) & (i_n < end)
-    _async_load(slot, p_head + o_n[:, None] + i_d[None, :], mask=m_n[:, None])
+    """Where a tile's positions are in the caches, in 16 bytes from position 0 of block 0. Result: [TILE] int32.
+
+    Positions outside [valid_from, end) repeat the nearest one inside: what they hold is hidden, but must not be NaN.
+    """
+    i_n = gl.minimum(i_start + gl.arange(0, TILE, layout=gl.SliceLayout(1, LAYOUT)), end - 1)
+    if WINDOW > 0:
+        i_n = gl.maximum(i_n, valid_from)
+    i_n = i_n.to(gl.uint32)
+    i_block = gl.load(p_table + i_n // BLOCK_SIZE)
+    return i_block * (stride_block // 8) + (i_n % BLOCK_SIZE).to(gl.int32) * (stride_slot // 8)
 
 
 @gluon.jit
-def _softmax(b_score, b_max, b_sum, b_position, i_start, qk_scale, WINDOW: gl.constexpr, TILE: gl.constexpr, MASKED: gl.constexpr):
+def _start_copy(slot, p_row, o_rows):
+    """Starts the copy of a tile's keys or values. slot: [TILE, D] shared; p_row: [1, D] pointers; o_rows: as by `_look_up`."""
+    _async_load(slot, p_row + (o_rows.to(gl.int64) * 8)[:, None])
+
+
+@gluon.jit
+def _softmax(
+    b_score, b_max, b_sum, b_position, i_start, qk_scale, WINDOW: gl.constexpr, TILE: gl.constexpr, MASKED: gl.constexpr
+):
     """(probabilities [BLOCK_M, TILE] float32, new maxima, new sums, decay of what was summed before). No bound but the rows'."""
     if MASKED:
         scores: gl.constexpr = b_score.type.layout
@@ -61,7 +73,7 @@ def _softmax(b_score, b_max, b_sum, b_position, i_start, qk_scale, WINDOW: gl.co
 
 @gluon.jit
 def _walk(
-    b_out, b_score, b_max, b_sum, b_k_block, b_v_block, b_q, b_position, k_ring, v_ring, p_k, p_v, p_table,
+    b_out, b_score, b_max, b_sum, o_k, o_v, b_q, b_position, k_ring, v_ring, p_k, p_v, p_table,
     first, last, i_origin, valid_from, end, stride_block, stride_slot, qk_scale,
     WINDOW: gl.constexpr, BLOCK_SIZE: gl.constexpr, TILE: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
     COPY: gl.constexpr, MASKED: gl.constexpr,
@@ -69,7 +81,7 @@ def _walk(
     """Tiles [first, last) of a range whose tile 0 starts at i_origin; there is a tile after each of them.
 
     Enters and leaves with tile `first`'s (then `last`'s) scores done, the previous tile's product with V under way, and copies
-    under way of K up to tile first + STAGES, of V to one tile less. b_k_block, b_v_block: the blocks of the next to copy.
+    under way of K up to tile first + STAGES, of V to one tile less. o_k, o_v: rows of the next to copy, as by `_look_up`.
     """
     scores: gl.constexpr = b_score.type.layout
     outputs: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, D, 16])
@@ -91,19 +103,13 @@ def _walk(
         b_out = warpgroup_mma(b_p16, v_ring.index(i_tile % (STAGES + 1)), b_out, is_async=True)
         # Behind this barrier nobody reads the next tile's K, nor the V of the tile before.
         _barrier()
-        i_copy = i_start + (STAGES + 1) * TILE
-        _start_copy(
-            k_ring.index((i_tile + 1) % STAGES), p_k, b_k_block, i_copy, valid_from, end, stride_block, stride_slot,
-            BLOCK_SIZE, TILE, D, COPY,
-        )  # fmt: skip
-        _start_copy(
-            v_ring.index((i_tile + STAGES) % (STAGES + 1)), p_v, b_v_block, i_copy - TILE, valid_from, end,
-            stride_block, stride_slot, BLOCK_SIZE, TILE, D, COPY,
-        )  # fmt: skip
+        _start_copy(k_ring.index((i_tile + 1) % STAGES), p_k, o_k)
+        _start_copy(v_ring.index((i_tile + STAGES) % (STAGES + 1)), p_v, o_v)
         async_copy.commit_group()
-        b_v_block = b_k_block
-        b_k_block = _look_up(p_table, i_copy + TILE, valid_from, end, BLOCK_SIZE, TILE, COPY)
-    return b_out, b_score, b_max, b_sum, b_k_block, b_v_block
+        o_v = o_k
+        i_next = i_start + (STAGES + 2) * TILE
+        o_k = _look_up(p_table, i_next, valid_from, end, stride_block, stride_slot, WINDOW, BLOCK_SIZE, TILE, COPY)
+    return b_out, b_score, b_max, b_sum, o_k, o_v
 
 
 @gluon.jit(do_not_specialize=["num_seqs", "first_seq", "stride_table"])
@@ -154,8 +160,6 @@ def prefill_hopper_kernel(
         i_begin = (i_entry - gl.load(p_starts + i_owner)) * tokens
         first_position = seq_len - num_tokens + i_begin
         last_position = seq_len - num_tokens + gl.minimum(i_begin + tokens, num_tokens) - 1
-        p_k_head = p_k + i_kv_head.to(gl.int64) * stride_head
-        p_v_head = p_v + i_kv_head.to(gl.int64) * stride_head
         p_table = p_tables + i_seq * stride_table
 
         # Tiles [0, whole_from) cross some row's window, [whole_from, whole_to) are seen by every row, the rest crosses the diagonal.
@@ -174,28 +178,23 @@ def prefill_hopper_kernel(
         k_ring = gl.allocate_shared_memory(dtype, [STAGES, TILE, D], shared)
         v_ring = gl.allocate_shared_memory(dtype, [STAGES + 1, TILE, D], shared)
         # K is one tile ahead of V all the way, because scores are.
-        b_v_block = _look_up(p_table, i_origin, valid_from, end, BLOCK_SIZE, TILE, copy)
-        _start_copy(
-            k_ring.index(0), p_k_head, b_v_block, i_origin, valid_from, end, stride_block, stride_slot, BLOCK_SIZE, TILE, D, copy
-        )
+        i_d = gl.arange(0, D, layout=gl.SliceLayout(0, copy))
+        p_k_row = p_k + i_kv_head.to(gl.int64) * stride_head + i_d[None, :]
+        p_v_row = p_v + i_kv_head.to(gl.int64) * stride_head + i_d[None, :]
+        o_v = _look_up(p_table, i_origin, valid_from, end, stride_block, stride_slot, WINDOW, BLOCK_SIZE, TILE, copy)
+        _start_copy(k_ring.index(0), p_k_row, o_v)
         async_copy.commit_group()
         for i_tile in gl.static_range(1, STAGES):
-            i_start = i_origin + i_tile * TILE
-            b_k_block = _look_up(p_table, i_start, valid_from, end, BLOCK_SIZE, TILE, copy)
-            _start_copy(
-                k_ring.index(i_tile), p_k_head, b_k_block, i_start, valid_from, end, stride_block, stride_slot,
-                BLOCK_SIZE, TILE, D, copy,
-            )  # fmt: skip
-            _start_copy(
-                v_ring.index(i_tile - 1), p_v_head, b_v_block, i_start - TILE, valid_from, end, stride_block, stride_slot,
-                BLOCK_SIZE, TILE, D, copy,
-            )  # fmt: skip
+            i_next = i_origin + i_tile * TILE
+            o_k = _look_up(p_table, i_next, valid_from, end, stride_block, stride_slot, WINDOW, BLOCK_SIZE, TILE, copy)
+            _start_copy(k_ring.index(i_tile), p_k_row, o_k)
+            _start_copy(v_ring.index(i_tile - 1), p_v_row, o_v)
             async_copy.commit_group()
-            b_v_block = b_k_block
-        b_k_block = _look_up(p_table, i_origin + STAGES * TILE, valid_from, end, BLOCK_SIZE, TILE, copy)
+            o_v = o_k
+        i_next = i_origin + STAGES * TILE
+        o_k = _look_up(p_table, i_next, valid_from, end, stride_block, stride_slot, WINDOW, BLOCK_SIZE, TILE, copy)
 
         i_m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, copy))
-        i_d = gl.arange(0, D, layout=gl.SliceLayout(0, copy))
         i_token = i_begin + i_m // GROUP
         i_head = i_kv_head * GROUP + i_m % GROUP
         m_row = (i_m < tokens * GROUP) & (i_token < num_tokens)
@@ -214,31 +213,25 @@ def prefill_hopper_kernel(
         b_score = gl.zeros([BLOCK_M, TILE], gl.float32, scores)
         b_score = warpgroup_mma(b_q, k_ring.index(0).permute((1, 0)), b_score, use_acc=False)
         _barrier()
-        i_copy = i_origin + STAGES * TILE
-        _start_copy(
-            k_ring.index(0), p_k_head, b_k_block, i_copy, valid_from, end, stride_block, stride_slot, BLOCK_SIZE, TILE, D, copy
-        )
-        _start_copy(
-            v_ring.index(STAGES - 1), p_v_head, b_v_block, i_copy - TILE, valid_from, end, stride_block, stride_slot,
-            BLOCK_SIZE, TILE, D, copy,
-        )  # fmt: skip
+        _start_copy(k_ring.index(0), p_k_row, o_k)
+        _start_copy(v_ring.index(STAGES - 1), p_v_row, o_v)
         async_copy.commit_group()
-        b_v_block = b_k_block
-        b_k_block = _look_up(p_table, i_copy + TILE, valid_from, end, BLOCK_SIZE, TILE, copy)
+        o_v = o_k
+        o_k = _look_up(p_table, i_next + TILE, valid_from, end, stride_block, stride_slot, WINDOW, BLOCK_SIZE, TILE, copy)
 
         if WINDOW > 0:
-            b_out, b_score, b_max, b_sum, b_k_block, b_v_block = _walk(
-                b_out, b_score, b_max, b_sum, b_k_block, b_v_block, b_q, b_position, k_ring, v_ring, p_k_head, p_v_head, p_table,
-                0, whole_from, i_origin, valid_from, end, stride_block, stride_slot, qk_scale,
+            b_out, b_score, b_max, b_sum, o_k, o_v = _walk(
+                b_out, b_score, b_max, b_sum, o_k, o_v, b_q, b_position, k_ring, v_ring, p_k_row, p_v_row, p_table,
+                end * 0, whole_from, i_origin, valid_from, end, stride_block, stride_slot, qk_scale,
                 WINDOW, BLOCK_SIZE, TILE, D, STAGES, copy, True,
             )  # fmt: skip
-        b_out, b_score, b_max, b_sum, b_k_block, b_v_block = _walk(
-            b_out, b_score, b_max, b_sum, b_k_block, b_v_block, b_q, b_position, k_ring, v_ring, p_k_head, p_v_head, p_table,
+        b_out, b_score, b_max, b_sum, o_k, o_v = _walk(
+            b_out, b_score, b_max, b_sum, o_k, o_v, b_q, b_position, k_ring, v_ring, p_k_row, p_v_row, p_table,
             whole_from, whole_to, i_origin, valid_from, end, stride_block, stride_slot, qk_scale,
             WINDOW, BLOCK_SIZE, TILE, D, STAGES, copy, False,
         )  # fmt: skip
-        b_out, b_score, b_max, b_sum, b_k_block, b_v_block = _walk(
-            b_out, b_score, b_max, b_sum, b_k_block, b_v_block, b_q, b_position, k_ring, v_ring, p_k_head, p_v_head, p_table,
+        b_out, b_score, b_max, b_sum, o_k, o_v = _walk(
+            b_out, b_score, b_max, b_sum, o_k, o_v, b_q, b_position, k_ring, v_ring, p_k_row, p_v_row, p_table,
             whole_to, final, i_origin, valid_from, end, stride_block, stride_slot, qk_scale,
             WINDOW, BLOCK_SIZE, TILE, D, STAGES, copy, True,
         )  # fmt: skip
@@ -256,3 +249,46 @@ def prefill_hopper_kernel(
         b_out = b_out / gl.convert_layout(b_sum, gl.SliceLayout(1, outputs))[:, None]
         o_row = o_token * (NUM_KV_HEADS * GROUP) + i_head
         gl.store(p_out + o_row[:, None] * D + i_d[None, :], gl.convert_layout(b_out.to(dtype), copy), mask=m_row[:, None])
+
+
+def launch(
+    out: Tensor,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    plan: PagedPlan,
+    qk_scale: float,
+    window: int,
+    strides: tuple[int, ...],
+    shape: tuning.HopperPrefill,
+) -> None:
+    """The prefill chunks of a plan. Shapes as in `paged_attention`; `strides` as the kernel takes them."""
+    num_heads, head_dim = q.shape[1:]
+    _, block_size, num_kv_heads, _ = k_cache.shape
+    group = num_heads // num_kv_heads
+    work = plan.prefill_list(BLOCK_M // group)
+    prefill_hopper_kernel[(work.capacity, num_kv_heads)](
+        out,
+        q,
+        k_cache,
+        v_cache,
+        plan.block_tables,
+        plan.seq_lens,
+        plan.query_start_loc,
+        work.starts,
+        work.owners,
+        plan.num_prefills,
+        plan.num_decodes,
+        qk_scale,
+        *strides,
+        NUM_KV_HEADS=num_kv_heads,
+        GROUP=group,
+        D=head_dim,
+        WINDOW=window,
+        BLOCK_SIZE=block_size,
+        BLOCK_M=BLOCK_M,
+        TILE=shape.tile,
+        STAGES=shape.stages,
+        num_warps=8,
+        **tuning.COMPILER_OPTIONS,
+    )

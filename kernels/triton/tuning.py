@@ -85,6 +85,18 @@ ATTENTION_16_BIT = {
     },
 }
 
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HopperPrefill:
+    """The Gluon prefill kernel's shape: `tile` context tokens an iteration; `stages` tiles of K in shared memory, of V one more."""
+
+    tile: int
+    stages: int
+
+
+# head size -> shape on sm_90 for 16-bit inputs; head sizes that are not here take the Triton kernel
+HOPPER_PREFILL = {64: HopperPrefill(tile=64, stages=3), 128: HopperPrefill(tile=64, stages=3)}
+
 # 32-bit inputs multiply on the plain arithmetic units, for exactness: small tiles, whatever the architecture.
 ATTENTION_32_BIT = {
     256: _row((32, 4, 2), (32, 16, 4, 2)),
