@@ -53,7 +53,7 @@ def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: PagedPlan, scale: 
     if plan.num_decodes:
         _decode(out, q, k_cache, v_cache, plan, scale * math.log2(math.e), sliding_window, strides, shapes.decode, common)
     if plan.num_prefill_tokens > 0:
-        hopper = _hopper_shape(q, k_cache)
+        hopper = _hopper_shape(q, k_cache, v_cache)
         if hopper:
             # Imported where it runs: Gluon is experimental, and knows no interpreter.
             from kernels.triton import paged_prefill_hopper
@@ -66,7 +66,7 @@ def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: PagedPlan, scale: 
     return out
 
 
-def _hopper_shape(q: Tensor, k_cache: Tensor) -> tuning.HopperPrefill | None:
+def _hopper_shape(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> tuning.HopperPrefill | None:
     """The Gluon kernel's shape where it can run: Hopper, 16 bits, head sizes of its table, and what `cp.async` can reach."""
     num_heads, head_dim = q.shape[1:]
     if tuning.INTERPRETING or tuning.architecture(q.device) != "sm_90" or q.element_size() != 2:

@@ -77,7 +77,7 @@ def check(variant: str) -> None:
             print(f"check {variant}: {name} {found['dtype']}: {verdict}, {error}{'' if same else ', runs differ'}", flush=True)
             if verdict == "WRONG":
                 show_wrong(runs[0], exact, inputs["query_start_loc"].tolist())
-        except Exception:
+        except Exception:  # noqa: BLE001 - a variant that fails hides no other
             print(f"check {variant}: {name}: FAILED {traceback.format_exc()[-700:]}", flush=True)
 
 
@@ -103,7 +103,7 @@ def measure(variant: str) -> None:
                     f"time {variant}: {name} block {block_size}: {took * 1e6:.0f} us, {share:.1%} of {matmul / 1e12:.0f} TFLOP/s",
                     flush=True,
                 )
-            except Exception:
+            except Exception:  # noqa: BLE001 - a variant that fails hides no other
                 print(f"time {variant}: {name} block {block_size}: FAILED {traceback.format_exc()[-500:]}", flush=True)
 
 
