@@ -6,6 +6,7 @@ at a time, with one `PagedPlan` a step; `paged_attention` makes the plan itself 
 """
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -53,16 +54,9 @@ def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: PagedPlan, scale: 
     if plan.num_decodes:
         _decode(out, q, k_cache, v_cache, plan, scale * math.log2(math.e), sliding_window, strides, shapes.decode, common)
     if plan.num_prefill_tokens > 0:
-        hopper = _hopper_shape(q, k_cache, v_cache)
-        if hopper:
-            # Imported where it runs: Gluon is experimental, and knows no interpreter.
-            from kernels.triton import paged_prefill_hopper
-
-            paged_prefill_hopper.launch(
-                out, q, k_cache, v_cache, plan, scale * math.log2(math.e), sliding_window, strides, hopper
-            )
-        else:
-            _prefill(out, q, k_cache, v_cache, plan, scale * math.log2(math.e), strides, shapes.prefill, common)
+        hopper = None if sliding_window else _hopper_shape(q, k_cache, v_cache)
+        shape = hopper or shapes.prefill
+        _prefill(out, q, k_cache, v_cache, plan, scale * math.log2(math.e), strides, shape, common)
     return out
 
 
@@ -144,12 +138,17 @@ def _prefill(
     plan: PagedPlan,
     qk_scale: float,
     strides: tuple[int, ...],
-    shape: tuning.Tile,
+    shape: tuning.Tile | tuning.HopperPrefill,
     common: dict,
 ) -> None:
-    block_m = max(shape.block_m, triton.next_power_of_2(common["GROUP"]))
+    if isinstance(shape, tuning.HopperPrefill):
+        block_m, kernel, settings = 128, *_hopper_kernel(shape)
+        common = {name: value for name, value in common.items() if name not in {"D_PAD", "DOT", "WINDOW"}}
+    else:
+        block_m = max(shape.block_m, triton.next_power_of_2(common["GROUP"]))
+        kernel, settings = prefill_kernel, {"num_warps": shape.num_warps, "num_stages": shape.num_stages}
     work = plan.prefill_list(block_m // common["GROUP"])
-    prefill_kernel[(work.capacity, common["NUM_KV_HEADS"])](
+    kernel[(work.capacity, common["NUM_KV_HEADS"])](
         out,
         q,
         k_cache,
@@ -166,10 +165,22 @@ def _prefill(
         **common,
         BLOCK_M=block_m,
         TILE=shape.tile,
-        num_warps=shape.num_warps,
-        num_stages=shape.num_stages,
+        **settings,
         **tuning.COMPILER_OPTIONS,
     )
+
+
+def _hopper_kernel(shape: tuning.HopperPrefill) -> tuple[Any, dict[str, int]]:
+    """The Gluon kernel of a shape, and what it is launched with. Imported where it runs: Gluon is experimental."""
+    if shape.split:
+        from kernels.triton.paged_prefill_split import prefill_split_kernel
+
+        # Registers of a multiprocessor over 12 warps.
+        settings = {"STAGES": shape.stages, "Q_IN_REGISTERS": shape.q_in_registers}
+        return prefill_split_kernel, settings | {"num_warps": 4, "maxnreg": 168}
+    from kernels.triton.paged_prefill_hopper import prefill_hopper_kernel
+
+    return prefill_hopper_kernel, {"STAGES": shape.stages, "num_warps": 8}
 
 
 def paged_attention(

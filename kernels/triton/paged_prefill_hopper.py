@@ -2,12 +2,11 @@
 
 Two warp groups take 64 rows each. While they compute the softmax of one tile, the tensor cores have two products in their
 queue: the scores of the next tile and the previous tile's probabilities times V. K and V come by `cp.async` into two rings.
-16-bit inputs and head sizes of 64 and 128 only. Runs under Triton 3.6 to 3.9, whose names for two functions differ.
+16-bit inputs and head sizes of 64 and 128 only, no sliding window. Runs under Triton 3.6 to 3.9, whose names for two functions differ.
 """
 
 import triton.experimental.gluon as gluon
 import triton.experimental.gluon.language as gl
-from torch import Tensor
 from triton.experimental.gluon.language.nvidia.hopper import (
     async_copy,
     fence_async_shared,
@@ -15,9 +14,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_init,
     warpgroup_mma_wait,
 )
-
-from kernels.triton import tuning
-from kernels.triton.paged_plan import PagedPlan
 
 _async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 _barrier = getattr(gl, "barrier", None) or gl.thread_barrier
@@ -28,17 +24,13 @@ BLOCK_M = 128
 
 @gluon.jit
 def _look_up(
-    p_table, i_start, valid_from, end, stride_block, stride_slot,
-    WINDOW: gl.constexpr, BLOCK_SIZE: gl.constexpr, TILE: gl.constexpr, LAYOUT: gl.constexpr,
+    p_table, i_start, end, stride_block, stride_slot, BLOCK_SIZE: gl.constexpr, TILE: gl.constexpr, LAYOUT: gl.constexpr
 ):  # fmt: skip
     """Where a tile's positions are in the caches, in 16 bytes from position 0 of block 0. Result: [TILE] int32.
 
-    Positions outside [valid_from, end) repeat the nearest one inside: what they hold is hidden, but must not be NaN.
+    Positions from `end` on repeat the last one: what they hold is hidden, but must not be NaN.
     """
-    i_n = gl.minimum(i_start + gl.arange(0, TILE, layout=gl.SliceLayout(1, LAYOUT)), end - 1)
-    if WINDOW > 0:
-        i_n = gl.maximum(i_n, valid_from)
-    i_n = i_n.to(gl.uint32)
+    i_n = gl.minimum(i_start + gl.arange(0, TILE, layout=gl.SliceLayout(1, LAYOUT)), end - 1).to(gl.uint32)
     i_block = gl.load(p_table + i_n // BLOCK_SIZE)
     return i_block * (stride_block // 8) + (i_n % BLOCK_SIZE).to(gl.int32) * (stride_slot // 8)
 
@@ -50,35 +42,28 @@ def _start_copy(slot, p_row, o_rows):
 
 
 @gluon.jit
-def _softmax(
-    b_score, b_max, b_sum, b_position, i_start, qk_scale, WINDOW: gl.constexpr, TILE: gl.constexpr, MASKED: gl.constexpr
-):
-    """(probabilities [BLOCK_M, TILE] float32, new maxima, new sums, decay of what was summed before). No bound but the rows'."""
+def _softmax(b_score, b_max, b_sum, b_position, i_start, qk_scale, TILE: gl.constexpr, MASKED: gl.constexpr):
+    """(probabilities [rows, TILE] float32, new maxima, new sums, decay of what was summed before).
+
+    MASKED hides what comes after `b_position`. Every row sees position 0, so that no maximum stays at minus infinity.
+    """
     if MASKED:
         scores: gl.constexpr = b_score.type.layout
         i_n = i_start + gl.arange(0, TILE, layout=gl.SliceLayout(0, scores))
-        m_seen = i_n[None, :] <= b_position[:, None]
-        if WINDOW > 0:
-            m_seen &= i_n[None, :] > b_position[:, None] - WINDOW
-        b_score = gl.where(m_seen, b_score, float("-inf"))
+        b_score = gl.where(i_n[None, :] <= b_position[:, None], b_score, float("-inf"))
     b_new_max = gl.maximum(b_max, gl.max(b_score, 1) * qk_scale)
-    b_shift = b_new_max
-    if WINDOW > 0:
-        # A row that has seen nothing yet must not subtract infinity from infinity. Without a window all see position 0 first.
-        b_shift = gl.where(b_new_max == float("-inf"), 0.0, b_new_max)
-    b_p = gl.exp2(b_score * qk_scale - b_shift[:, None])
-    b_decay = gl.exp2(b_max - b_shift)
+    b_p = gl.exp2(b_score * qk_scale - b_new_max[:, None])
+    b_decay = gl.exp2(b_max - b_new_max)
     return b_p, b_new_max, b_sum * b_decay + gl.sum(b_p, 1), b_decay
 
 
 @gluon.jit
 def _walk(
     b_out, b_score, b_max, b_sum, o_k, o_v, b_q, b_position, k_ring, v_ring, p_k, p_v, p_table,
-    first, last, i_origin, valid_from, end, stride_block, stride_slot, qk_scale,
-    WINDOW: gl.constexpr, BLOCK_SIZE: gl.constexpr, TILE: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-    COPY: gl.constexpr, MASKED: gl.constexpr,
+    first, last, end, stride_block, stride_slot, qk_scale,
+    BLOCK_SIZE: gl.constexpr, TILE: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, COPY: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
-    """Tiles [first, last) of a range whose tile 0 starts at i_origin; there is a tile after each of them.
+    """Tiles [first, last); there is a tile after each of them.
 
     Enters and leaves with tile `first`'s (then `last`'s) scores done, the previous tile's product with V under way, and copies
     under way of K up to tile first + STAGES, of V to one tile less. o_k, o_v: rows of the next to copy, as by `_look_up`.
@@ -88,14 +73,13 @@ def _walk(
     probabilities: gl.constexpr = gl.DotOperandLayout(0, outputs, 2)
     rows: gl.constexpr = gl.SliceLayout(1, outputs)
     for i_tile in range(first, last):
-        i_start = i_origin + i_tile * TILE
         # The next K and this V: waiting ends in a barrier, and the fence shows what it let through to the tensor cores.
         async_copy.wait_group(STAGES - 1)
         fence_async_shared()
         b_zero = gl.zeros(b_score.shape, gl.float32, scores)
         k_next = k_ring.index((i_tile + 1) % STAGES).permute((1, 0))
         b_next = warpgroup_mma(b_q, k_next, b_zero, use_acc=False, is_async=True)
-        b_p, b_max, b_sum, b_decay = _softmax(b_score, b_max, b_sum, b_position, i_start, qk_scale, WINDOW, TILE, MASKED)
+        b_p, b_max, b_sum, b_decay = _softmax(b_score, b_max, b_sum, b_position, i_tile * TILE, qk_scale, TILE, MASKED)
         b_p16 = gl.convert_layout(b_p.to(b_q.dtype), probabilities)
         # Not 1 and then 0: what is under way when the loop turns around can't be told apart from what is not (ptxas C7514).
         b_score, b_out = warpgroup_mma_wait(0, deps=(b_next, b_out))
@@ -107,8 +91,7 @@ def _walk(
         _start_copy(v_ring.index((i_tile + STAGES) % (STAGES + 1)), p_v, o_v)
         async_copy.commit_group()
         o_v = o_k
-        i_next = i_start + (STAGES + 2) * TILE
-        o_k = _look_up(p_table, i_next, valid_from, end, stride_block, stride_slot, WINDOW, BLOCK_SIZE, TILE, COPY)
+        o_k = _look_up(p_table, (i_tile + STAGES + 2) * TILE, end, stride_block, stride_slot, BLOCK_SIZE, TILE, COPY)
     return b_out, b_score, b_max, b_sum, o_k, o_v
 
 
@@ -135,13 +118,12 @@ def prefill_hopper_kernel(
     NUM_KV_HEADS: gl.constexpr,
     GROUP: gl.constexpr,
     D: gl.constexpr,
-    WINDOW: gl.constexpr,
     BLOCK_SIZE: gl.constexpr,
     BLOCK_M: gl.constexpr,
     TILE: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """As `paged_prefill.prefill_kernel`, for 8 warps and BLOCK_M 128. STAGES: tiles in K's ring, at least 2; V's has one more."""
+    """As `paged_prefill.prefill_kernel` without a window, for 8 warps and BLOCK_M 128. STAGES: tiles in K's ring; V's has one more."""
     i_entry = gl.load(p_starts + num_seqs) - 1 - gl.program_id(0)
     if i_entry >= 0:
         dtype: gl.constexpr = p_q.dtype.element_ty
@@ -162,18 +144,10 @@ def prefill_hopper_kernel(
         last_position = seq_len - num_tokens + gl.minimum(i_begin + tokens, num_tokens) - 1
         p_table = p_tables + i_seq * stride_table
 
-        # Tiles [0, whole_from) cross some row's window, [whole_from, whole_to) are seen by every row, the rest crosses the diagonal.
+        # Tiles [0, whole_to) are seen by every row, the rest crosses the diagonal. The last is taken apart: no scores follow it.
         end = last_position + 1
-        valid_from = end * 0
-        if WINDOW > 0:
-            valid_from = gl.maximum(first_position - WINDOW + 1, 0)
-        i_origin = valid_from // TILE * TILE
-        # The last tile is taken apart from the others, because no scores follow it.
-        final = (end - i_origin + TILE - 1) // TILE - 1
-        whole_from = end * 0
-        if WINDOW > 0:
-            whole_from = gl.minimum((gl.maximum(last_position - WINDOW + 1, 0) - i_origin + TILE - 1) // TILE, final)
-        whole_to = gl.maximum(whole_from, gl.minimum((first_position + 1 - i_origin) // TILE, final))
+        final = (end + TILE - 1) // TILE - 1
+        whole_to = gl.minimum((first_position + 1) // TILE, final)
 
         k_ring = gl.allocate_shared_memory(dtype, [STAGES, TILE, D], shared)
         v_ring = gl.allocate_shared_memory(dtype, [STAGES + 1, TILE, D], shared)
@@ -181,18 +155,16 @@ def prefill_hopper_kernel(
         i_d = gl.arange(0, D, layout=gl.SliceLayout(0, copy))
         p_k_row = p_k + i_kv_head.to(gl.int64) * stride_head + i_d[None, :]
         p_v_row = p_v + i_kv_head.to(gl.int64) * stride_head + i_d[None, :]
-        o_v = _look_up(p_table, i_origin, valid_from, end, stride_block, stride_slot, WINDOW, BLOCK_SIZE, TILE, copy)
+        o_v = _look_up(p_table, 0, end, stride_block, stride_slot, BLOCK_SIZE, TILE, copy)
         _start_copy(k_ring.index(0), p_k_row, o_v)
         async_copy.commit_group()
         for i_tile in gl.static_range(1, STAGES):
-            i_next = i_origin + i_tile * TILE
-            o_k = _look_up(p_table, i_next, valid_from, end, stride_block, stride_slot, WINDOW, BLOCK_SIZE, TILE, copy)
+            o_k = _look_up(p_table, i_tile * TILE, end, stride_block, stride_slot, BLOCK_SIZE, TILE, copy)
             _start_copy(k_ring.index(i_tile), p_k_row, o_k)
             _start_copy(v_ring.index(i_tile - 1), p_v_row, o_v)
             async_copy.commit_group()
             o_v = o_k
-        i_next = i_origin + STAGES * TILE
-        o_k = _look_up(p_table, i_next, valid_from, end, stride_block, stride_slot, WINDOW, BLOCK_SIZE, TILE, copy)
+        o_k = _look_up(p_table, STAGES * TILE, end, stride_block, stride_slot, BLOCK_SIZE, TILE, copy)
 
         i_m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, copy))
         i_token = i_begin + i_m // GROUP
@@ -217,30 +189,20 @@ def prefill_hopper_kernel(
         _start_copy(v_ring.index(STAGES - 1), p_v_row, o_v)
         async_copy.commit_group()
         o_v = o_k
-        o_k = _look_up(p_table, i_next + TILE, valid_from, end, stride_block, stride_slot, WINDOW, BLOCK_SIZE, TILE, copy)
+        o_k = _look_up(p_table, (STAGES + 1) * TILE, end, stride_block, stride_slot, BLOCK_SIZE, TILE, copy)
 
-        if WINDOW > 0:
-            b_out, b_score, b_max, b_sum, o_k, o_v = _walk(
-                b_out, b_score, b_max, b_sum, o_k, o_v, b_q, b_position, k_ring, v_ring, p_k_row, p_v_row, p_table,
-                end * 0, whole_from, i_origin, valid_from, end, stride_block, stride_slot, qk_scale,
-                WINDOW, BLOCK_SIZE, TILE, D, STAGES, copy, True,
-            )  # fmt: skip
         b_out, b_score, b_max, b_sum, o_k, o_v = _walk(
             b_out, b_score, b_max, b_sum, o_k, o_v, b_q, b_position, k_ring, v_ring, p_k_row, p_v_row, p_table,
-            whole_from, whole_to, i_origin, valid_from, end, stride_block, stride_slot, qk_scale,
-            WINDOW, BLOCK_SIZE, TILE, D, STAGES, copy, False,
+            0, whole_to, end, stride_block, stride_slot, qk_scale, BLOCK_SIZE, TILE, D, STAGES, copy, False,
         )  # fmt: skip
         b_out, b_score, b_max, b_sum, o_k, o_v = _walk(
             b_out, b_score, b_max, b_sum, o_k, o_v, b_q, b_position, k_ring, v_ring, p_k_row, p_v_row, p_table,
-            whole_to, final, i_origin, valid_from, end, stride_block, stride_slot, qk_scale,
-            WINDOW, BLOCK_SIZE, TILE, D, STAGES, copy, True,
+            whole_to, final, end, stride_block, stride_slot, qk_scale, BLOCK_SIZE, TILE, D, STAGES, copy, True,
         )  # fmt: skip
 
         async_copy.wait_group(0)
         fence_async_shared()
-        b_p, b_max, b_sum, b_decay = _softmax(
-            b_score, b_max, b_sum, b_position, i_origin + final * TILE, qk_scale, WINDOW, TILE, True
-        )
+        b_p, b_max, b_sum, b_decay = _softmax(b_score, b_max, b_sum, b_position, final * TILE, qk_scale, TILE, True)
         b_out = warpgroup_mma_wait(0, deps=(b_out,))
         b_out = b_out * gl.convert_layout(b_decay, gl.SliceLayout(1, outputs))[:, None]
         b_p16 = gl.convert_layout(b_p.to(dtype), gl.DotOperandLayout(0, outputs, 2))
@@ -249,46 +211,3 @@ def prefill_hopper_kernel(
         b_out = b_out / gl.convert_layout(b_sum, gl.SliceLayout(1, outputs))[:, None]
         o_row = o_token * (NUM_KV_HEADS * GROUP) + i_head
         gl.store(p_out + o_row[:, None] * D + i_d[None, :], gl.convert_layout(b_out.to(dtype), copy), mask=m_row[:, None])
-
-
-def launch(
-    out: Tensor,
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    plan: PagedPlan,
-    qk_scale: float,
-    window: int,
-    strides: tuple[int, ...],
-    shape: tuning.HopperPrefill,
-) -> None:
-    """The prefill chunks of a plan. Shapes as in `paged_attention`; `strides` as the kernel takes them."""
-    num_heads, head_dim = q.shape[1:]
-    _, block_size, num_kv_heads, _ = k_cache.shape
-    group = num_heads // num_kv_heads
-    work = plan.prefill_list(BLOCK_M // group)
-    prefill_hopper_kernel[(work.capacity, num_kv_heads)](
-        out,
-        q,
-        k_cache,
-        v_cache,
-        plan.block_tables,
-        plan.seq_lens,
-        plan.query_start_loc,
-        work.starts,
-        work.owners,
-        plan.num_prefills,
-        plan.num_decodes,
-        qk_scale,
-        *strides,
-        NUM_KV_HEADS=num_kv_heads,
-        GROUP=group,
-        D=head_dim,
-        WINDOW=window,
-        BLOCK_SIZE=block_size,
-        BLOCK_M=BLOCK_M,
-        TILE=shape.tile,
-        STAGES=shape.stages,
-        num_warps=8,
-        **tuning.COMPILER_OPTIONS,
-    )

@@ -88,14 +88,23 @@ ATTENTION_16_BIT = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HopperPrefill:
-    """The Gluon prefill kernel's shape: `tile` context tokens an iteration; `stages` tiles of K in shared memory, of V one more."""
+    """The shape of a Gluon prefill kernel: `tile` context tokens an iteration, `stages` tiles of K in shared memory.
+
+    `split`: four warps copy for eight that compute (`paged_prefill_split`), instead of eight doing both (`paged_prefill_hopper`).
+    `q_in_registers`: queries are there instead of in shared memory (without `split` they always are).
+    """
 
     tile: int
     stages: int
+    split: bool
+    q_in_registers: bool = False
 
 
 # head size -> shape on sm_90 for 16-bit inputs; head sizes that are not here take the Triton kernel
-HOPPER_PREFILL = {64: HopperPrefill(tile=64, stages=3), 128: HopperPrefill(tile=64, stages=3)}
+HOPPER_PREFILL = {
+    64: HopperPrefill(tile=128, stages=2, split=True),
+    128: HopperPrefill(tile=128, stages=2, split=True),
+}
 
 # 32-bit inputs multiply on the plain arithmetic units, for exactness: small tiles, whatever the architecture.
 ATTENTION_32_BIT = {
