@@ -26,9 +26,10 @@ from tests.kernels.paged_case import paged_case
 VARIANTS: dict[str, HopperPrefill | None] = {
     "triton": None,
     "split-128x2": HopperPrefill(tile=128, stages=2, split=True),
+    "split-128x2-p": HopperPrefill(tile=128, stages=2, split=True, persistent=True),
     "gluon-64x3": HopperPrefill(tile=64, stages=3, split=False),
-    "split-64x4-q": HopperPrefill(tile=64, stages=4, split=True, q_in_registers=True),
-    "split-128x3": HopperPrefill(tile=128, stages=3, split=True),
+    "split-64x4-qp": HopperPrefill(tile=64, stages=4, split=True, q_in_registers=True, persistent=True),
+    "split-128x3-p": HopperPrefill(tile=128, stages=3, split=True, persistent=True),
 }
 CHECK_SECONDS, TIME_SECONDS, ALL_SECONDS = 40, 20, 85
 CHUNKS = [(70, 1), (5, 5), (700, 700), (1301, 200), (64, 64), (130, 2), (2000, 129), (257, 3), (128, 128)]
