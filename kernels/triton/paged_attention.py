@@ -6,6 +6,7 @@ at a time, with one `PagedPlan` a step; `paged_attention` makes the plan itself 
 """
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -53,8 +54,24 @@ def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: PagedPlan, scale: 
     if plan.num_decodes:
         _decode(out, q, k_cache, v_cache, plan, scale * math.log2(math.e), sliding_window, strides, shapes.decode, common)
     if plan.num_prefill_tokens > 0:
-        _prefill(out, q, k_cache, v_cache, plan, scale * math.log2(math.e), strides, shapes.prefill, common)
+        hopper = None if sliding_window else _hopper_shape(q, k_cache, v_cache)
+        shape = hopper or shapes.prefill
+        _prefill(out, q, k_cache, v_cache, plan, scale * math.log2(math.e), strides, shape, common)
     return out
+
+
+def _hopper_shape(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> tuning.HopperPrefill | None:
+    """The Gluon kernel's shape where it can run: Hopper, 16 bits, head sizes of its table, and what `cp.async` can reach."""
+    num_heads, head_dim = q.shape[1:]
+    if tuning.INTERPRETING or tuning.architecture(q.device) != "sm_90" or q.element_size() != 2:
+        return None
+    # It moves 16 bytes at a time, and counts them in 31 bits from the cache's start.
+    aligned = not any(stride % 16 for stride in k_cache.stride()[:3])
+    aligned &= not any(cache.data_ptr() % 16 for cache in (k_cache, v_cache))
+    reachable = k_cache.shape[0] * k_cache.stride(0) < 1 << 34
+    if not (aligned and reachable) or num_heads // k_cache.shape[2] > 128:
+        return None
+    return tuning.HOPPER_PREFILL.get(head_dim)
 
 
 def _decode(
@@ -121,12 +138,22 @@ def _prefill(
     plan: PagedPlan,
     qk_scale: float,
     strides: tuple[int, ...],
-    shape: tuning.Tile,
+    shape: tuning.Tile | tuning.HopperPrefill,
     common: dict,
 ) -> None:
-    block_m = max(shape.block_m, triton.next_power_of_2(common["GROUP"]))
+    if isinstance(shape, tuning.HopperPrefill):
+        block_m, kernel, settings = 128, *_hopper_kernel(shape)
+        common = {name: value for name, value in common.items() if name not in {"D_PAD", "DOT", "WINDOW"}}
+    else:
+        block_m = max(shape.block_m, triton.next_power_of_2(common["GROUP"]))
+        kernel, settings = prefill_kernel, {"num_warps": shape.num_warps, "num_stages": shape.num_stages}
+        settings |= tuning.layer_options(q.device)
     work = plan.prefill_list(block_m // common["GROUP"])
-    prefill_kernel[(work.capacity, common["NUM_KV_HEADS"])](
+    grid = (work.capacity, common["NUM_KV_HEADS"])
+    if isinstance(shape, tuning.HopperPrefill) and shape.split:
+        items = math.prod(grid)
+        grid = (min(items, tuning.multiprocessors(q.device)) if shape.persistent else items,)
+    kernel[grid](
         out,
         q,
         k_cache,
@@ -143,10 +170,21 @@ def _prefill(
         **common,
         BLOCK_M=block_m,
         TILE=shape.tile,
-        num_warps=shape.num_warps,
-        num_stages=shape.num_stages,
-        **tuning.layer_options(q.device),
+        **settings,
     )
+
+
+def _hopper_kernel(shape: tuning.HopperPrefill) -> tuple[Any, dict[str, int]]:
+    """The Gluon kernel of a shape, and what it is launched with. Imported where it runs: Gluon is experimental."""
+    if shape.split:
+        from kernels.triton.paged_prefill_split import prefill_split_kernel
+
+        # Registers of a multiprocessor over 12 warps.
+        settings = {"STAGES": shape.stages, "Q_IN_REGISTERS": shape.q_in_registers}
+        return prefill_split_kernel, tuning.COMPILER_OPTIONS | settings | {"num_warps": 4, "maxnreg": 168}
+    from kernels.triton.paged_prefill_hopper import prefill_hopper_kernel
+
+    return prefill_hopper_kernel, tuning.COMPILER_OPTIONS | {"STAGES": shape.stages, "num_warps": 8}
 
 
 def paged_attention(

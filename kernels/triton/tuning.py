@@ -89,6 +89,29 @@ ATTENTION_16_BIT = {
     },
 }
 
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HopperPrefill:
+    """The shape of a Gluon prefill kernel: `tile` context tokens an iteration, `stages` tiles of K in shared memory.
+
+    `split`: four warps copy for eight that compute (`paged_prefill_split`), instead of eight doing both (`paged_prefill_hopper`).
+    `q_in_registers`: queries are there instead of in shared memory (without `split` they always are). `persistent`: a program for
+    each multiprocessor takes one item after another, instead of one for each item (only with `split`).
+    """
+
+    tile: int
+    stages: int
+    split: bool
+    q_in_registers: bool = False
+    persistent: bool = False
+
+
+# head size -> shape on sm_90 for 16-bit inputs; head sizes that are not here take the Triton kernel
+HOPPER_PREFILL = {
+    64: HopperPrefill(tile=128, stages=2, split=True, persistent=True),
+    128: HopperPrefill(tile=128, stages=2, split=True, persistent=True),
+}
+
 # 32-bit inputs multiply on the plain arithmetic units, for exactness: small tiles, whatever the architecture.
 ATTENTION_32_BIT = {
     256: _row((32, 4, 2), (32, 16, 4, 2)),
@@ -166,8 +189,13 @@ def layer_options(device: torch.device) -> dict[str, Any]:
 
 
 @functools.cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
 def persistent_programs(device: torch.device) -> int:
     """Programs of a persistent grid on a device. Three in the interpreter, so that each takes several items."""
     if INTERPRETING:
         return 3
-    return PROGRAMS_PER_MULTIPROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
+    return PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(device)
