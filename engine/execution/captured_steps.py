@@ -265,6 +265,8 @@ class CapturedSteps:
         self._single.clear()
         self._mixed.clear()
         self._met.clear()
+        # A pool that no graph uses any more is gone.
+        self._pool = torch.cuda.graph_pool_handle()
 
     def _run(self, programs: dict[Shape, _Program | None], shape: Shape, compute: Compute, batch: HostBatch) -> Tensor | None:
         if shape not in programs:
