@@ -88,7 +88,7 @@ def _walk(
 ):  # fmt: skip
     """Tiles [first, last), first > 0, of an item whose tile 0 is the ring's i_ring-th.
 
-    Enters and leaves with the probabilities of the tile before not yet multiplied by its V.
+    Enters and leaves with the probabilities of the tile before not yet multiplied by its V, which is there.
     """
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
     outputs: gl.constexpr = b_out.type.layout
@@ -100,20 +100,35 @@ def _walk(
         fence_async_shared()
         b_zero = gl.zeros([64, TILE], gl.float32, scores)
         b_score = warpgroup_mma(b_q, k_ring.index(i_slot).permute((1, 0)), b_zero, use_acc=False, is_async=True)
-        mbarrier.wait(v_full.index(i_before), ((i_now - 1) // STAGES) & 1)
-        fence_async_shared()
         b_out = warpgroup_mma(b_p16, v_ring.index(i_before), b_out, is_async=True)
         b_score = warpgroup_mma_wait(1, deps=(b_score,))
         # All warps of the group have read it, not only the one that says so.
         _barrier()
         mbarrier.arrive(k_empty.index(i_slot))
         b_p, b_max, b_sum, b_decay = _softmax(b_score, b_max, b_sum, b_position, i_tile * TILE, qk_scale, TILE, MASKED)
+        b_next16 = gl.convert_layout(b_p.to(b_p16.dtype), gl.DotOperandLayout(0, outputs, 2))
+        # V is waited for here, and not where it is read, because the assembler moves no arithmetic across this loop: between two
+        # products alone it would put most of the softmax behind the second.
+        mbarrier.wait(v_full.index(i_slot), (i_now // STAGES) & 1)
+        fence_async_shared()
         b_out = warpgroup_mma_wait(0, deps=(b_out,))
         _barrier()
         mbarrier.arrive(v_empty.index(i_before))
         b_out = b_out * gl.convert_layout(b_decay, gl.SliceLayout(1, outputs))[:, None]
-        b_p16 = gl.convert_layout(b_p.to(b_p16.dtype), gl.DotOperandLayout(0, outputs, 2))
+        b_p16 = b_next16
     return b_out, b_p16, b_max, b_sum
+
+
+@gluon.jit
+def _addresses(
+    i_kv_head, i_first_token, num_tokens, i_begin,
+    GROUP: gl.constexpr, BLOCK_M: gl.constexpr, HALF: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Of each row of a half: (its token in the batch, its query head, whether it is one). All [64]."""
+    i_m = HALF * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, LAYOUT))
+    i_token = i_begin + i_m // GROUP
+    m_row = (i_m < BLOCK_M // GROUP * GROUP) & (i_token < num_tokens)
+    return (i_first_token + i_token).to(gl.int64), i_kv_head * GROUP + i_m % GROUP, m_row
 
 
 @gluon.jit
@@ -127,8 +142,6 @@ def _consume(
     rows: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
     outputs: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    tokens: gl.constexpr = BLOCK_M // GROUP
-    i_m = HALF * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, rows))
     i_d = gl.arange(0, D, layout=gl.SliceLayout(0, rows))
     i_row = HALF * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, scores))
     q_tile = q_tiles.index(HALF)
@@ -141,10 +154,7 @@ def _consume(
         # Tile 0 is always masked, tiles [1, whole_to) are seen by every row, the others cross the diagonal.
         num_tiles = (last_position + TILE) // TILE
         whole_to = gl.maximum((first_position + 1) // TILE, 1)
-        i_token = i_begin + i_m // GROUP
-        i_head = i_kv_head * GROUP + i_m % GROUP
-        m_row = (i_m < tokens * GROUP) & (i_token < num_tokens)
-        o_token = (i_first_token + i_token).to(gl.int64)
+        o_token, i_head, m_row = _addresses(i_kv_head, i_first_token, num_tokens, i_begin, GROUP, BLOCK_M, HALF, rows)
         p_q_tile = p_q + o_token[:, None] * stride_q_token + i_head[:, None] * stride_q_head + i_d[None, :]
         q_tile.store(gl.load(p_q_tile, mask=m_row[:, None], other=0.0))
         if Q_IN_REGISTERS:
@@ -168,6 +178,8 @@ def _consume(
         mbarrier.arrive(k_empty.index(i_slot))
         b_p, b_max, b_sum, _ = _softmax(b_score, b_max, b_sum, b_position, 0, qk_scale, TILE, True)
         b_p16 = gl.convert_layout(b_p.to(q_tile.dtype), gl.DotOperandLayout(0, outputs, 2))
+        mbarrier.wait(v_full.index(i_slot), (i_ring // STAGES) & 1)
+        fence_async_shared()
         b_out, b_p16, b_max, b_sum = _walk(
             b_out, b_p16, b_max, b_sum, b_q, b_position, k_ring, v_ring, k_full, k_empty, v_full, v_empty,
             1, whole_to, i_ring, qk_scale, TILE, STAGES, False,
@@ -178,9 +190,14 @@ def _consume(
         )  # fmt: skip
         i_ring += num_tiles
         i_slot = (i_ring - 1) % STAGES
-        mbarrier.wait(v_full.index(i_slot), ((i_ring - 1) // STAGES) & 1)
-        fence_async_shared()
-        b_out = warpgroup_mma(b_p16, v_ring.index(i_slot), b_out)
+        b_out = warpgroup_mma(b_p16, v_ring.index(i_slot), b_out, is_async=True)
+        # Found out once more, and not kept: registers are short in the loops.
+        i_kv_head, _, i_first_token, num_tokens, i_begin, _, _ = _item(
+            i_round, count, i_program, num_programs, p_seq_lens, p_query_starts, p_starts, p_owners, first_seq,
+            NUM_KV_HEADS, GROUP, BLOCK_M,
+        )  # fmt: skip
+        o_token, i_head, m_row = _addresses(i_kv_head, i_first_token, num_tokens, i_begin, GROUP, BLOCK_M, HALF, rows)
+        b_out = warpgroup_mma_wait(0, deps=(b_out,))
         _barrier()
         mbarrier.arrive(v_empty.index(i_slot))
         b_out = b_out / gl.convert_layout(b_sum, gl.SliceLayout(1, outputs))[:, None]
