@@ -180,7 +180,7 @@ def _hopper_kernel(shape: tuning.HopperPrefill) -> tuple[Any, dict[str, int]]:
         from kernels.triton.paged_prefill_split import prefill_split_kernel
 
         # Registers of a multiprocessor over 12 warps.
-        settings = {"STAGES": shape.stages, "Q_IN_REGISTERS": shape.q_in_registers}
+        settings = {"STAGES": shape.stages, "Q_IN_REGISTERS": shape.q_in_registers, "TURNS": shape.turns}
         return prefill_split_kernel, settings | {"num_warps": 4, "maxnreg": 168}
     from kernels.triton.paged_prefill_hopper import prefill_hopper_kernel
 

@@ -28,6 +28,7 @@ VARIANTS: dict[str, HopperPrefill | None] = {
     "triton": None,
     "split-128x2": HopperPrefill(tile=128, stages=2, split=True),
     "split-128x2-p": HopperPrefill(tile=128, stages=2, split=True, persistent=True),
+    "split-128x2-pt": HopperPrefill(tile=128, stages=2, split=True, persistent=True, turns=True),
     "gluon-64x3": HopperPrefill(tile=64, stages=3, split=False),
     "split-64x4-qp": HopperPrefill(tile=64, stages=4, split=True, q_in_registers=True, persistent=True),
     "split-128x3-p": HopperPrefill(tile=128, stages=3, split=True, persistent=True),
