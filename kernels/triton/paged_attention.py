@@ -148,7 +148,7 @@ def _prefill(
         block_m = max(shape.block_m, triton.next_power_of_2(common["GROUP"]))
         kernel, settings = prefill_kernel, {"num_warps": shape.num_warps, "num_stages": shape.num_stages}
     work = plan.prefill_list(block_m // common["GROUP"])
-    grid = (work.capacity, common["NUM_KV_HEADS"])
+    grid: tuple[int, ...] = (work.capacity, common["NUM_KV_HEADS"])
     if isinstance(shape, tuning.HopperPrefill) and shape.split:
         items = math.prod(grid)
         grid = (min(items, tuning.multiprocessors(q.device)) if shape.persistent else items,)

@@ -69,7 +69,9 @@ def check(variant: str, i_case: int, device: torch.device) -> None:
     name = f"{variant} d{head_dim} heads {heads[0]}/{heads[1]} block {block_size}"
     try:
         case = paged_case(CHUNKS, heads=heads, head_dim=head_dim, block_size=block_size, dtype=dtype)
-        inputs = {key: on_device(x, device) if isinstance(x, Tensor) else x for key, x in case.arguments().items()}
+        inputs: dict[str, Any] = {
+            key: on_device(x, device) if isinstance(x, Tensor) else x for key, x in case.arguments().items()
+        }
         exact = reference.paged_attention(**inputs | {key: inputs[key].float() for key in ("q", "k_cache", "v_cache")})
         plain = reference.paged_attention(**inputs)
         runs = [poisoned(lambda: paged_attention(**inputs)) for _ in range(3)]
