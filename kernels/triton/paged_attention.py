@@ -149,7 +149,7 @@ def _prefill(
         kernel, settings = prefill_kernel, {"num_warps": shape.num_warps, "num_stages": shape.num_stages}
         settings |= tuning.layer_options(q.device)
     work = plan.prefill_list(block_m // common["GROUP"])
-    grid = (work.capacity, common["NUM_KV_HEADS"])
+    grid: tuple[int, ...] = (work.capacity, common["NUM_KV_HEADS"])
     if isinstance(shape, tuning.HopperPrefill) and shape.split:
         items = math.prod(grid)
         grid = (min(items, tuning.multiprocessors(q.device)) if shape.persistent else items,)
@@ -180,7 +180,7 @@ def _hopper_kernel(shape: tuning.HopperPrefill) -> tuple[Any, dict[str, int]]:
         from kernels.triton.paged_prefill_split import prefill_split_kernel
 
         # Registers of a multiprocessor over 12 warps.
-        settings = {"STAGES": shape.stages, "Q_IN_REGISTERS": shape.q_in_registers}
+        settings = {"STAGES": shape.stages, "Q_IN_REGISTERS": shape.q_in_registers, "TURNS": shape.turns}
         return prefill_split_kernel, tuning.COMPILER_OPTIONS | settings | {"num_warps": 4, "maxnreg": 168}
     from kernels.triton.paged_prefill_hopper import prefill_hopper_kernel
 

@@ -82,13 +82,19 @@ def _produce(
 
 
 @gluon.jit
+def _take_turn(turns, i_now, HALF: gl.constexpr):
+    """Waits until the other half has started its products of the tile before (half 1: of this tile)."""
+    mbarrier.wait(turns.index(HALF), (i_now & 1) ^ 1 if HALF == 0 else i_now & 1)
+
+
+@gluon.jit
 def _walk(
-    b_out, b_p16, b_max, b_sum, b_q, b_position, k_ring, v_ring, k_full, k_empty, v_full, v_empty,
-    first, last, i_ring, qk_scale, TILE: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr,
+    b_out, b_p16, b_max, b_sum, b_q, b_position, k_ring, v_ring, k_full, k_empty, v_full, v_empty, turns,
+    first, last, i_ring, qk_scale, HALF: gl.constexpr, TURNS: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """Tiles [first, last), first > 0, of an item whose tile 0 is the ring's i_ring-th.
 
-    Enters and leaves with the probabilities of the tile before not yet multiplied by its V.
+    Enters and leaves with the probabilities of the tile before not yet multiplied by its V, which is there.
     """
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
     outputs: gl.constexpr = b_out.type.layout
@@ -98,37 +104,54 @@ def _walk(
         i_before = (i_now - 1) % STAGES
         mbarrier.wait(k_full.index(i_slot), (i_now // STAGES) & 1)
         fence_async_shared()
+        if TURNS:
+            _take_turn(turns, i_now, HALF)
         b_zero = gl.zeros([64, TILE], gl.float32, scores)
         b_score = warpgroup_mma(b_q, k_ring.index(i_slot).permute((1, 0)), b_zero, use_acc=False, is_async=True)
-        mbarrier.wait(v_full.index(i_before), ((i_now - 1) // STAGES) & 1)
-        fence_async_shared()
         b_out = warpgroup_mma(b_p16, v_ring.index(i_before), b_out, is_async=True)
+        if TURNS:
+            mbarrier.arrive(turns.index(1 - HALF))
         b_score = warpgroup_mma_wait(1, deps=(b_score,))
         # All warps of the group have read it, not only the one that says so.
         _barrier()
         mbarrier.arrive(k_empty.index(i_slot))
         b_p, b_max, b_sum, b_decay = _softmax(b_score, b_max, b_sum, b_position, i_tile * TILE, qk_scale, TILE, MASKED)
+        b_next16 = gl.convert_layout(b_p.to(b_p16.dtype), gl.DotOperandLayout(0, outputs, 2))
+        # V is waited for here, and not where it is read, because the assembler moves no arithmetic across this loop: between two
+        # products alone it would put most of the softmax behind the second.
+        mbarrier.wait(v_full.index(i_slot), (i_now // STAGES) & 1)
+        fence_async_shared()
         b_out = warpgroup_mma_wait(0, deps=(b_out,))
         _barrier()
         mbarrier.arrive(v_empty.index(i_before))
         b_out = b_out * gl.convert_layout(b_decay, gl.SliceLayout(1, outputs))[:, None]
-        b_p16 = gl.convert_layout(b_p.to(b_p16.dtype), gl.DotOperandLayout(0, outputs, 2))
+        b_p16 = b_next16
     return b_out, b_p16, b_max, b_sum
+
+
+@gluon.jit
+def _addresses(
+    i_kv_head, i_first_token, num_tokens, i_begin,
+    GROUP: gl.constexpr, BLOCK_M: gl.constexpr, HALF: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Of each row of a half: (its token in the batch, its query head, whether it is one). All [64]."""
+    i_m = HALF * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, LAYOUT))
+    i_token = i_begin + i_m // GROUP
+    m_row = (i_m < BLOCK_M // GROUP * GROUP) & (i_token < num_tokens)
+    return (i_first_token + i_token).to(gl.int64), i_kv_head * GROUP + i_m % GROUP, m_row
 
 
 @gluon.jit
 def _consume(
     p_out, p_q, p_seq_lens, p_query_starts, p_starts, p_owners, q_tiles, k_ring, v_ring, k_full, k_empty, v_full, v_empty,
-    num_rounds, count, i_program, num_programs, first_seq, qk_scale, stride_q_token, stride_q_head,
+    turns, num_rounds, count, i_program, num_programs, first_seq, qk_scale, stride_q_token, stride_q_head,
     NUM_KV_HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr, TILE: gl.constexpr,
-    STAGES: gl.constexpr, Q_IN_REGISTERS: gl.constexpr, HALF: gl.constexpr,
+    STAGES: gl.constexpr, Q_IN_REGISTERS: gl.constexpr, TURNS: gl.constexpr, HALF: gl.constexpr,
 ):  # fmt: skip
     """Rows [64 HALF, 64 HALF + 64) of all items, from the load of Q to the store."""
     rows: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
     outputs: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    tokens: gl.constexpr = BLOCK_M // GROUP
-    i_m = HALF * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, rows))
     i_d = gl.arange(0, D, layout=gl.SliceLayout(0, rows))
     i_row = HALF * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, scores))
     q_tile = q_tiles.index(HALF)
@@ -141,10 +164,7 @@ def _consume(
         # Tile 0 is always masked, tiles [1, whole_to) are seen by every row, the others cross the diagonal.
         num_tiles = (last_position + TILE) // TILE
         whole_to = gl.maximum((first_position + 1) // TILE, 1)
-        i_token = i_begin + i_m // GROUP
-        i_head = i_kv_head * GROUP + i_m % GROUP
-        m_row = (i_m < tokens * GROUP) & (i_token < num_tokens)
-        o_token = (i_first_token + i_token).to(gl.int64)
+        o_token, i_head, m_row = _addresses(i_kv_head, i_first_token, num_tokens, i_begin, GROUP, BLOCK_M, HALF, rows)
         p_q_tile = p_q + o_token[:, None] * stride_q_token + i_head[:, None] * stride_q_head + i_d[None, :]
         q_tile.store(gl.load(p_q_tile, mask=m_row[:, None], other=0.0))
         if Q_IN_REGISTERS:
@@ -162,25 +182,37 @@ def _consume(
         i_slot = i_ring % STAGES
         mbarrier.wait(k_full.index(i_slot), (i_ring // STAGES) & 1)
         fence_async_shared()
+        if TURNS:
+            _take_turn(turns, i_ring, HALF)
         b_score = gl.zeros([64, TILE], gl.float32, scores)
-        b_score = warpgroup_mma(b_q, k_ring.index(i_slot).permute((1, 0)), b_score, use_acc=False)
+        b_score = warpgroup_mma(b_q, k_ring.index(i_slot).permute((1, 0)), b_score, use_acc=False, is_async=True)
+        if TURNS:
+            mbarrier.arrive(turns.index(1 - HALF))
+        b_score = warpgroup_mma_wait(0, deps=(b_score,))
         _barrier()
         mbarrier.arrive(k_empty.index(i_slot))
         b_p, b_max, b_sum, _ = _softmax(b_score, b_max, b_sum, b_position, 0, qk_scale, TILE, True)
         b_p16 = gl.convert_layout(b_p.to(q_tile.dtype), gl.DotOperandLayout(0, outputs, 2))
+        mbarrier.wait(v_full.index(i_slot), (i_ring // STAGES) & 1)
+        fence_async_shared()
         b_out, b_p16, b_max, b_sum = _walk(
-            b_out, b_p16, b_max, b_sum, b_q, b_position, k_ring, v_ring, k_full, k_empty, v_full, v_empty,
-            1, whole_to, i_ring, qk_scale, TILE, STAGES, False,
+            b_out, b_p16, b_max, b_sum, b_q, b_position, k_ring, v_ring, k_full, k_empty, v_full, v_empty, turns,
+            1, whole_to, i_ring, qk_scale, HALF, TURNS, TILE, STAGES, False,
         )  # fmt: skip
         b_out, b_p16, b_max, b_sum = _walk(
-            b_out, b_p16, b_max, b_sum, b_q, b_position, k_ring, v_ring, k_full, k_empty, v_full, v_empty,
-            whole_to, num_tiles, i_ring, qk_scale, TILE, STAGES, True,
+            b_out, b_p16, b_max, b_sum, b_q, b_position, k_ring, v_ring, k_full, k_empty, v_full, v_empty, turns,
+            whole_to, num_tiles, i_ring, qk_scale, HALF, TURNS, TILE, STAGES, True,
         )  # fmt: skip
         i_ring += num_tiles
         i_slot = (i_ring - 1) % STAGES
-        mbarrier.wait(v_full.index(i_slot), ((i_ring - 1) // STAGES) & 1)
-        fence_async_shared()
-        b_out = warpgroup_mma(b_p16, v_ring.index(i_slot), b_out)
+        b_out = warpgroup_mma(b_p16, v_ring.index(i_slot), b_out, is_async=True)
+        # Found out once more, and not kept: registers are short in the loops.
+        i_kv_head, _, i_first_token, num_tokens, i_begin, _, _ = _item(
+            i_round, count, i_program, num_programs, p_seq_lens, p_query_starts, p_starts, p_owners, first_seq,
+            NUM_KV_HEADS, GROUP, BLOCK_M,
+        )  # fmt: skip
+        o_token, i_head, m_row = _addresses(i_kv_head, i_first_token, num_tokens, i_begin, GROUP, BLOCK_M, HALF, rows)
+        b_out = warpgroup_mma_wait(0, deps=(b_out,))
         _barrier()
         mbarrier.arrive(v_empty.index(i_slot))
         b_out = b_out / gl.convert_layout(b_sum, gl.SliceLayout(1, outputs))[:, None]
@@ -218,11 +250,12 @@ def prefill_split_kernel(
     TILE: gl.constexpr,
     STAGES: gl.constexpr,
     Q_IN_REGISTERS: gl.constexpr,
+    TURNS: gl.constexpr,
 ):
     """As `paged_prefill.prefill_kernel` without a window, for 4 warps, which Gluon makes 12, and BLOCK_M 128.
 
     An item is an entry of the list for one KV head; a grid of any size takes all of them. STAGES: tiles in each ring.
-    Q_IN_REGISTERS spares shared memory's bandwidth and takes a quarter of D registers.
+    Q_IN_REGISTERS spares shared memory's bandwidth and takes a quarter of D registers. TURNS: the groups start products in turn.
     """
     dtype: gl.constexpr = p_q.dtype.element_ty
     shared: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
@@ -241,6 +274,9 @@ def prefill_split_kernel(
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barriers)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barriers)
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barriers)
+    turns = gl.allocate_shared_memory(gl.int64, [2, 1], barriers)
+    for i_half in gl.static_range(2):
+        mbarrier.init(turns.index(i_half), count=1)
     for i_slot in gl.static_range(STAGES):
         # Every copying thread arrives when its copies have; each computing warp group when it has read.
         mbarrier.init(k_full.index(i_slot), count=128)
@@ -251,13 +287,13 @@ def prefill_split_kernel(
         [
             (_consume, (
                 p_out, p_q, p_seq_lens, p_query_starts, p_starts, p_owners, q_tiles, k_ring, v_ring,
-                k_full, k_empty, v_full, v_empty, num_rounds, count, i_program, num_programs, first_seq,
-                qk_scale, stride_q_token, stride_q_head, NUM_KV_HEADS, GROUP, D, BLOCK_M, TILE, STAGES, Q_IN_REGISTERS, 0,
+                k_full, k_empty, v_full, v_empty, turns, num_rounds, count, i_program, num_programs, first_seq,
+                qk_scale, stride_q_token, stride_q_head, NUM_KV_HEADS, GROUP, D, BLOCK_M, TILE, STAGES, Q_IN_REGISTERS, TURNS, 0,
             )),
             (_consume, (
                 p_out, p_q, p_seq_lens, p_query_starts, p_starts, p_owners, q_tiles, k_ring, v_ring,
-                k_full, k_empty, v_full, v_empty, num_rounds, count, i_program, num_programs, first_seq,
-                qk_scale, stride_q_token, stride_q_head, NUM_KV_HEADS, GROUP, D, BLOCK_M, TILE, STAGES, Q_IN_REGISTERS, 1,
+                k_full, k_empty, v_full, v_empty, turns, num_rounds, count, i_program, num_programs, first_seq,
+                qk_scale, stride_q_token, stride_q_head, NUM_KV_HEADS, GROUP, D, BLOCK_M, TILE, STAGES, Q_IN_REGISTERS, TURNS, 1,
             )),
             (_produce, (
                 p_k, p_v, p_tables, p_seq_lens, p_query_starts, p_starts, p_owners, k_ring, v_ring,

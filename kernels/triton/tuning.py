@@ -95,8 +95,8 @@ class HopperPrefill:
     """The shape of a Gluon prefill kernel: `tile` context tokens an iteration, `stages` tiles of K in shared memory.
 
     `split`: four warps copy for eight that compute (`paged_prefill_split`), instead of eight doing both (`paged_prefill_hopper`).
-    `q_in_registers`: queries are there instead of in shared memory (without `split` they always are). `persistent`: a program for
-    each multiprocessor takes one item after another, instead of one for each item (only with `split`).
+    The rest is for `split` alone. `q_in_registers`: queries are there instead of in shared memory. `persistent`: a program for each
+    multiprocessor takes one item after another, instead of one for each item. `turns`: the groups start their products in turn.
     """
 
     tile: int
@@ -104,12 +104,13 @@ class HopperPrefill:
     split: bool
     q_in_registers: bool = False
     persistent: bool = False
+    turns: bool = False
 
 
 # head size -> shape on sm_90 for 16-bit inputs; head sizes that are not here take the Triton kernel
 HOPPER_PREFILL = {
-    64: HopperPrefill(tile=128, stages=2, split=True, persistent=True),
-    128: HopperPrefill(tile=128, stages=2, split=True, persistent=True),
+    64: HopperPrefill(tile=128, stages=2, split=True),
+    128: HopperPrefill(tile=128, stages=2, split=True),
 }
 
 # 32-bit inputs multiply on the plain arithmetic units, for exactness: small tiles, whatever the architecture.
