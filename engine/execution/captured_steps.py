@@ -36,8 +36,8 @@ MOST_TOKENS = 1 << 23
 """Decodes times length above which a step is not captured: its partial results would take more than a few hundred megabytes, and
 so many tokens keep a device busy without a graph."""
 
-TOKENS, FINE = 64, 512
-"""Tokens of a step with prefill are padded to a multiple of `TOKENS`, above `FINE` of twice as many: the tiles of large products."""
+TOKENS = 64
+"""Tokens of a step with prefill are padded to a multiple of this: about what a large product's tiles round them up to anyway."""
 
 MOST_MIXED = 1024
 """Tokens above which a step with prefill is not captured: the device computes for longer than Python launches."""
@@ -98,8 +98,7 @@ def shape_of(batch: HostBatch) -> Shape | None:
         max_seq_len=bound(batch.max_seq_len),
     )
     if chunks:
-        step = TOKENS if shape.num_tokens <= FINE else 2 * TOKENS
-        shape = replace(shape, num_tokens=-(-shape.num_tokens // step) * step)
+        shape = replace(shape, num_tokens=-(-shape.num_tokens // TOKENS) * TOKENS)
     whole = shape.num_decodes * shape.max_seq_len <= MOST_TOKENS and (not chunks or shape.num_tokens <= MOST_MIXED)
     return shape if whole else None
 

@@ -148,7 +148,12 @@ def arrivals_equal_the_cpu(here: EngineConfig, there: EngineConfig) -> Check:
     finally:
         engine.close()
     wrong = [key for (key, _), one in listener.said.items() if one.tokens != expected[key.partition("-")[2]]]
-    return {"check": "engine, arrivals: tokens are the CPU's", "graphs": graphs, "wrong": wrong, "ok": graphs >= 4 and not wrong}
+    return {
+        "check": "engine, arrivals: tokens are the CPU's",
+        "graphs": graphs,
+        "wrong": wrong,
+        "ok": graphs >= 4 and not wrong,
+    }
 
 
 def real(model_dir: str, device: torch.device) -> Iterator[Check]:
