@@ -59,12 +59,15 @@ void fuzz_greedy_linear(const Operators& operators, Chance& chance) {
     const int group = (int)chance.between(1, 8) * 16;
     Numbers weight(chance, out * in, type), x(chance, rows * in, type), norm(chance, in, type);
     // An output that has no bound, outputs that are all equal, a row that is not to be screened.
-    if (chance.one_in(4)) put(weight, chance.between(0, out * in - 1), chance.one_in(2) ? INFINITY : 1e30f, type);
-    if (chance.one_in(4)) for (int64_t i = 0; i < out * in; ++i) put(weight, i, 1.0f, type);
+    const bool plain = format != Format::int8 && format != Format::int4;
+    if (plain && chance.one_in(4)) put(weight, chance.between(0, out * in - 1), chance.one_in(2) ? INFINITY : 1e30f, type);
+    if (chance.one_in(4)) {
+        for (int64_t i = 0; i < out * in; ++i) put(weight, i, 1.0f, type);
+    }
     if (rows && chance.one_in(4)) put(x, chance.between(0, rows * in - 1), chance.one_in(2) ? NAN : 1e30f, type);
     Exact packed(operators.packed_bytes(format, out, in, false, group));
     operators.pack(weight.data(), type, format, out, in, false, group, packed.data());
-    const bool screened = format != Format::int8 && format != Format::int4 && !chance.one_in(3);
+    const bool screened = plain && !chance.one_in(3);
     Exact screen(screened ? operators.packed_bytes(Format::coarse, out, in, false, 0) : 0), tokens(rows * 8), best(rows * 8), logits(rows * out * 4);
     if (screened) operators.pack_screen(packed.data(), screen.data());
     const void* normed = chance.one_in(2) ? norm.data() : nullptr;
