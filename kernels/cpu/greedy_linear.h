@@ -108,7 +108,7 @@ inline void search_rows(const Linear& call, float* maxima, int64_t panels, bool 
                     if (!is_finite(reach_of(floats, header.in_features))) continue;
                 }
                 Parts product(one, own + float_bytes + sum_bytes, (float*)(own + float_bytes));
-                product.prepare(0, 1, floats, PanelMaxima{});
+                product.prepare(0, 1, floats, Outputs{one});
                 tokens[row] = best_output(product, maxima + row * panels, panels, most);
             }
         }
