@@ -41,6 +41,11 @@ class EngineConfig:
     the C++ operators of a CPU. The embedding stays as it is, and with `int4` so does the head. Faster and smaller, and not quite the
     same model."""
 
+    screen_head: bool = True
+    """Keeps a plain head a second time, in 8 bits, for the C++ operators of a CPU: the greedy tokens of a step that wants nothing else are
+    found from half the bytes, and are the same tokens. Takes a byte for each of the head's weights (SmolLM2-135M: 28 MB); nothing
+    without AVX2, on a GPU, or where `quantize` has the head in 8 bits anyway."""
+
     cpu_isa: CpuIsa = "auto"
     """What computes on a CPU: `auto` builds the C++ operators once and takes the processor's best instruction set, plain torch where
     there is no compiler; `torch` never builds; an instruction set is taken or refused."""

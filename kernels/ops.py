@@ -19,10 +19,11 @@ from kernels import reference
 class Operators:
     """One implementation of every operator; each field has the signature of its namesake in `kernels/reference.py`.
 
-    `reason` says in one sentence why it is this one. `pack_weight` and `linear` go together; None where linears are composed of a
-    library's product and the operators around it. `attends`: `kernels.cpu.attention`, one call for a layer's attention, may be used.
-    `record`: `kernels.cpu.program.record`, None where calls cannot be recorded. `hidden_dtype`: what `embedding` gives and everything
-    between the products is kept in, None where it is the weights' dtype.
+    `reason` says in one sentence why it is this one. `pack_weight`, `linear` and `greedy_linear` go together; None where linears are
+    composed of a library's product and the operators around it. `pack_screen`: None where a screen would gain nothing. `attends`:
+    `kernels.cpu.attention`, one call for a layer's attention, may be used. `record`: `kernels.cpu.program.record`, None where calls
+    cannot be recorded. `hidden_dtype`: what `embedding` gives and everything between the products is kept in, None where it is the
+    weights' dtype.
     """
 
     name: str
@@ -39,6 +40,8 @@ class Operators:
     logprobs: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
     pack_weight: Callable[[Tensor, str, bool, int], Any] | None = None
     linear: Callable[..., Tensor] | None = None
+    greedy_linear: Callable[..., Tensor] | None = None
+    pack_screen: Callable[[Any], Any] | None = None
     attends: bool = False
     hidden_dtype: torch.dtype | None = None
     record: Callable[[Callable[..., Tensor], list[Tensor]], tuple[Tensor, Callable[[list[Tensor]], Tensor]]] | None = None
@@ -103,6 +106,8 @@ def _native(instruction_set: str, reason: str) -> Operators:
         rms_norm=native.rms_norm.default,
         pack_weight=native.pack.default,
         linear=native.linear.default,
+        greedy_linear=native.greedy_linear.default,
+        pack_screen=native.pack_screen.default if native.screens.default() else None,
         greedy=native.greedy.default,
         sample=native.sample.default,
         logprobs=native.logprobs.default,

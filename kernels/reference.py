@@ -93,6 +93,22 @@ def linear(
     return out if float_out else out.to(x.dtype)
 
 
+def pack_screen(packed: PackedWeight) -> PackedWeight:
+    """What `greedy_linear` may look at first, of a weight in float32 or bfloat16, not gated; here the weight itself."""
+    return packed
+
+
+def greedy_linear(
+    x: Tensor, packed: PackedWeight, screen: PackedWeight | None, norm_weight: Tensor | None, eps: float
+) -> Tensor:
+    """greedy(linear(...)) of the logits that `linear` gives with `float_out`, ties and odd numbers as there: [T] int64.
+
+    x: [T, in], norm_weight: [in], as for `linear`; not gated. `screen`: None, or what `pack_screen` made of `packed`; it cannot change
+    the result.
+    """
+    return greedy(linear(x, packed, norm_weight, eps, None, None, True))
+
+
 def float_product(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T for logits. x: [T, in]; weight: [out, in]; out: [T, out] float32; here rounded to x's dtype on the way."""
     return functional.linear(x, weight).float()

@@ -58,6 +58,9 @@ class EngineSection(Section):
     quantize: Literal["", "int8", "int4"] = ""
     """Store a plain checkpoint's weights in 8 or 4 bits when it is loaded, on a CPU: faster and smaller, not quite the same model."""
 
+    screen_head: bool = True
+    """Keep a plain head in 8 bits as well, on a CPU: greedy tokens, the very same ones, come sooner. A byte for each of its weights."""
+
     cpu_isa: Literal["auto", "torch", "scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16"] = "auto"
     """What computes on a CPU. `auto`: C++ operators with the best instruction set, built once; `torch`: plain torch, nothing built."""
 

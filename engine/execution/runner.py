@@ -44,6 +44,10 @@ class Model(Protocol):
         """[N, H] to [N, vocab] float32."""
         ...
 
+    def best_tokens(self, hidden: Tensor) -> Tensor:
+        """[N, H] to [N] int64: what `kernels.reference.greedy` says of `compute_logits`."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Launched:
@@ -101,7 +105,8 @@ class Runner:
         self._slots = SlotTable(num_slots=num_slots, max_tokens=max_model_len, block_size=block_size)
         self._sampler = Sampler(num_slots=num_slots, vocab_size=vocab_size, device=device, operators=operators)
         record = operators.record if operators.record is not None and backend.recordable else None
-        self._single_steps = SingleSteps(record, self._logits) if record is not None else None
+        self._single_steps = SingleSteps(record) if record is not None else None
+        self._finds_best = operators.greedy_linear is not None
         self.overlaps = overlap
         # What was drawn last in each slot, for the step that follows before the host knows.
         self._drawn = torch.zeros(num_slots, dtype=torch.int64, device=device)
@@ -131,16 +136,21 @@ class Runner:
             slots, starts, lengths, samples, follows = columns.T
             sampling = samples.nonzero()[0]
             batch = self._batch(slots, starts, lengths, sampling, follows)
+            slots = slots[sampling]
+            # Then the model gives tokens in place of logits.
+            best = self._finds_best and self._sampler.all_plain(slots)
             if sampling.size == len(batch.input_ids):
-                logits = self._every(batch)
+                found = self._every(batch, best)
             else:
                 hidden = self._some(batch)
                 if not sampling.size:
                     return _nothing(chunks)
-                logits = self._model.compute_logits(hidden)
-            slots = slots[sampling]
-            said = (starts + lengths)[sampling] - self._slots.num_prompt[slots]
-            pending = self._sampler.launch(logits, slots, said)
+                found = self._model.best_tokens(hidden) if best else self._model.compute_logits(hidden)
+            if best:
+                pending = self._sampler.take(found)
+            else:
+                said = (starts + lengths)[sampling] - self._slots.num_prompt[slots]
+                pending = self._sampler.launch(found, slots, said)
             if self.overlaps:
                 self._drawn.index_copy_(0, self._sent(slots), pending.tokens.clamp(min=0))
             return Launched(chunks=chunks, slots=slots, starts=self._slots.starts[slots], pending=pending)
@@ -169,13 +179,14 @@ class Runner:
             self._captured.clear()
         torch.cuda.empty_cache()
 
-    def _every(self, batch: HostBatch) -> Tensor:
-        """Logits of a step of single tokens that all sample, [T, vocab] float32."""
+    def _every(self, batch: HostBatch, best: bool) -> Tensor:
+        """Logits of a step of single tokens that all sample, [T, vocab] float32; `best`: its greedy tokens, [T] int64."""
         logits = self._captured.logits(batch) if self._captured is not None else None
         if logits is not None:
             return logits
-        every = self._single_steps.logits if self._single_steps else self._logits
-        return every(*self._to_device(batch))
+        every = self._tokens if best else self._logits
+        tensors = self._to_device(batch)
+        return self._single_steps.run(every, *tensors) if self._single_steps else every(*tensors)
 
     def _some(self, batch: HostBatch) -> Tensor:
         """Hidden states of the rows that any other step wants, [N, H]."""
@@ -196,6 +207,10 @@ class Runner:
     def _logits(self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata, rows: Tensor) -> Tensor:
         """[T] ids and positions to [T, vocab] float32: every row's."""
         return self._model.compute_logits(self._states(input_ids, positions, metadata, rows))
+
+    def _tokens(self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata, rows: Tensor) -> Tensor:
+        """[T] ids and positions to [T] int64: every row's greedy token."""
+        return self._model.best_tokens(self._states(input_ids, positions, metadata, rows))
 
     def _batch(self, slots: Ints, starts: Ints, lengths: Ints, sampling: Ints, follows: Ints) -> HostBatch:
         """The flat batch of chunks, [num_seqs] each, in plan order; `sampling`: which of them sample. Only single tokens follow."""

@@ -63,10 +63,18 @@ class Sampler:
         """Gives a slot to a sequence, whatever it held before."""
         self._table.start(start)
 
+    def all_plain(self, slots: Rows) -> bool:
+        """Whether these slots want the greedy token and nothing else, so that it may be found without `launch`."""
+        return bool(self._table.plain[slots].all())
+
+    def take(self, tokens: Tensor) -> PendingSample:
+        """Starts with tokens that are chosen. tokens: [N] int64, as `kernels.reference.greedy` gives them of plain slots."""
+        return self._pending(tokens)
+
     def launch(self, logits: Tensor, slots: Rows, positions: Rows) -> PendingSample:
         """Starts choosing. logits: [N, V] float32, left as they are; slots, positions: [N], positions count output tokens from 0."""
         table = self._table
-        if table.plain[slots].all():
+        if self.all_plain(slots):
             return self._pending(self._ops.greedy(logits))
         rows, index, finite = logits, None, None
         adjusted = np.flatnonzero(table.penalised[slots] | table.biased[slots] | (positions < table.min_tokens[slots]))

@@ -46,6 +46,10 @@ class Head(Module):
         out: Tensor = self.linear(hidden)
         return out
 
+    def best(self, hidden: Tensor) -> Tensor:
+        """The greedy token of each row of those logits, -1 where there is none. hidden: [N, H]; out: [N] int64."""
+        return self.linear.best(hidden)
+
     def targets(self) -> dict[str, Tensor]:
         """Empty when tied."""
         if self._tied:

@@ -41,6 +41,10 @@ class Linear(Module):
         """x: [T, in]; out and residual: [T, out], or [T, out / 2] after SiLU·mul. The residual may be overwritten."""
         return self._method.apply(x, self.weights, self.fusion, residual)
 
+    def best(self, x: Tensor) -> Tensor:
+        """The first of each row's greatest outputs, -1 as `kernels.reference.greedy` says it. x: [T, in]; out: [T] int64."""
+        return self._method.best(x, self.weights, self.fusion)
+
     def targets(self, prefix: str) -> dict[str, Tensor]:
         """Where each of the checkpoint's tensors goes: contiguous views by full name. An empty prefix adds no dot."""
         stem = f"{prefix}." if prefix else ""

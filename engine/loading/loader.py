@@ -39,7 +39,7 @@ def load_model(
     if not model_dir.is_dir():
         raise CheckpointError(str(model_dir), "is no directory; name one with config.json, tokenizer.json and *.safetensors")
     tell(0.0, "reading config.json")
-    shape = read_model_config(model_dir)
+    shape = replace(read_model_config(model_dir), screen_head=config.screen_head)
     eos_token_ids = read_eos_token_ids(model_dir, shape.vocab_size)
     if config.quantize:
         shape = replace(shape, quant_method=_quantize(config.quantize, shape, operators))

@@ -35,6 +35,8 @@ class ModelConfig:
     """The checkpoint's own; None when config.json does not say."""
     quant_method: str = ""
     """`quantization_config.quant_method`; "" is none."""
+    screen_head: bool = False
+    """Whether a plain head is kept in 8 bits as well, where the operators gain by it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,7 +29,9 @@ class Llama(Module):
         self.layers = tuple(DecoderLayer(config, index, cos_sin, ops, dtype=dtype, on=on) for index in range(config.num_layers))
         self.registered = ModuleList(self.layers)
         self.norm = make_norm(config.hidden_size, config.rms_norm_eps, dtype=hidden_dtype, on=on)
-        self.head = Head(head_method(config.quant_method, ops), self.embedding, self.norm, tied=config.tied)
+        self.head = Head(
+            head_method(config.quant_method, ops, screened=config.screen_head), self.embedding, self.norm, tied=config.tied
+        )
 
     def forward(self, input_ids: Tensor, positions: Tensor, batch: ForwardBatch) -> Tensor:
         """input_ids, positions: [T] int64; out: [T, H], before the final norm, which only the rows that want logits need."""
@@ -42,6 +44,10 @@ class Llama(Module):
         """hidden_rows: [N, H] as `forward` gave them; out: [N, V] float32."""
         logits: Tensor = self.head(hidden_rows)
         return logits
+
+    def best_tokens(self, hidden_rows: Tensor) -> Tensor:
+        """What `kernels.reference.greedy` says of `compute_logits`. hidden_rows: [N, H]; out: [N] int64."""
+        return self.head.best(hidden_rows)
 
     def targets(self) -> dict[str, Tensor]:
         """Every tensor that a checkpoint must hold: where it is copied to."""

@@ -28,6 +28,10 @@ class Model(Protocol):
         """hidden_rows: [N, H] as `forward` gave them; out: [N, V] float32."""
         ...
 
+    def best_tokens(self, hidden_rows: Tensor) -> Tensor:
+        """What `kernels.reference.greedy` says of `compute_logits`. hidden_rows: [N, H]; out: [N] int64."""
+        ...
+
     def targets(self) -> dict[str, Tensor]:
         """Every tensor that a checkpoint must hold, by name: the contiguous view that it is copied into."""
         ...

@@ -53,3 +53,7 @@ class QuantMethod(Protocol):
         The residual is the method's to overwrite.
         """
         ...
+
+    def best(self, x: Tensor, weights: dict[str, Tensor], fusion: Fusion) -> Tensor:
+        """`kernels.reference.greedy` of what `apply` gives of logits: [T] int64."""
+        ...

@@ -19,9 +19,9 @@ class Packed:
     name = "packed"
 
     def __init__(self, ops: Operators) -> None:
-        if ops.pack_weight is None or ops.linear is None:
+        if ops.pack_weight is None or ops.linear is None or ops.greedy_linear is None:
             raise ValueError(f"the operators {ops.name!r} have no packed linears")
-        self._pack, self._linear = ops.pack_weight, ops.linear
+        self._pack, self._linear, self._greedy_linear = ops.pack_weight, ops.linear, ops.greedy_linear
 
     def create(self, in_features: int, out_features: int, dtype: dtype, on: device) -> dict[str, Tensor]:
         return {"weight": empty(out_features, in_features, dtype=dtype, device=on)}
@@ -39,6 +39,28 @@ class Packed:
         if norm is None:
             return self._linear(x, weights["packed"], None, 0.0, fusion.bias, residual, fusion.float_out)
         return self._linear(x, weights["packed"], norm.weight, norm.eps, fusion.bias, residual, fusion.float_out)
+
+    def best(self, x: Tensor, weights: dict[str, Tensor], fusion: Fusion) -> Tensor:
+        norm = fusion.norm
+        if norm is None:
+            return self._greedy_linear(x, weights["packed"], weights.get("screen"), None, 0.0)
+        return self._greedy_linear(x, weights["packed"], weights.get("screen"), norm.weight, norm.eps)
+
+
+class Screened(Packed):
+    """With a second copy in 8 bits, from which `best` finds the few outputs that it computes."""
+
+    name = "screened"
+
+    def __init__(self, ops: Operators) -> None:
+        super().__init__(ops)
+        if ops.pack_screen is None:
+            raise ValueError(f"the operators {ops.name!r} have no screens")
+        self._pack_screen = ops.pack_screen
+
+    def finish(self, weights: dict[str, Tensor], fusion: Fusion) -> dict[str, Tensor]:
+        finished = super().finish(weights, fusion)
+        return finished | {"screen": self._pack_screen(finished["packed"])}
 
 
 class Int8(Packed):

@@ -41,3 +41,6 @@ class Unquantized:
         if residual is not None:
             out = out + residual
         return out.float() if fusion.float_out else out
+
+    def best(self, x: Tensor, weights: dict[str, Tensor], fusion: Fusion) -> Tensor:
+        return self._ops.greedy(self.apply(x, weights, fusion, None))

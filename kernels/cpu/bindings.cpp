@@ -68,9 +68,26 @@ const PackedHeader& header_of(const Tensor& packed) {
     return header;
 }
 
+// Of a weight that can be multiplied by.
+const PackedHeader& weight_header_of(const Tensor& packed) {
+    const PackedHeader& header = header_of(packed);
+    TORCH_CHECK(header.format != Format::coarse, "packed must be what `pack` made, not a screen");
+    return header;
+}
+
+Tensor pack_screen(const Tensor& packed) {
+    const PackedHeader& header = weight_header_of(packed);
+    TORCH_CHECK(header.format != Format::int8 && header.format != Format::int4 && !header.gated,
+                "a screen is made of weights in float32 or bfloat16, not gated");
+    const sluice::Operators& operators = sluice::operators();
+    Tensor screen = sluice::weight_memory(operators.packed_bytes(Format::coarse, header.out_features, header.in_features, false, 0));
+    operators.pack_screen(packed.const_data_ptr(), screen.data_ptr());
+    return screen;
+}
+
 Tensor linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& norm_weight, double eps,
               const std::optional<Tensor>& bias, const std::optional<Tensor>& residual, bool float_out) {
-    const PackedHeader& header = header_of(packed);
+    const PackedHeader& header = weight_header_of(packed);
     Type type = type_of(x, "x");
     TORCH_CHECK(x.dim() == 2 && x.size(1) == header.in_features, "x must be [rows, ", header.in_features, "]");
     int64_t rows = x.size(0), outputs = header.gated ? header.out_features / 2 : header.out_features;
@@ -94,6 +111,31 @@ Tensor linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>
         out_type,
     });
     return out;
+}
+
+Tensor greedy_linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& screen, const std::optional<Tensor>& norm_weight,
+                     double eps) {
+    const PackedHeader& header = weight_header_of(packed);
+    Type type = type_of(x, "x");
+    TORCH_CHECK(x.dim() == 2 && x.size(1) == header.in_features, "x must be [rows, ", header.in_features, "]");
+    TORCH_CHECK(!header.gated, "a gated layer's outputs are no logits");
+    if (screen.has_value()) {
+        const PackedHeader& coarse = header_of(*screen);
+        TORCH_CHECK(coarse.format == Format::coarse && coarse.out_features == header.out_features && coarse.in_features == header.in_features,
+                    "screen must be what `pack_screen` made of packed");
+    }
+    Tensor tokens = at::empty({x.size(0)}, at::kLong);
+    sluice::operators().greedy_linear({
+        x.const_data_ptr(),
+        x.size(0),
+        type,
+        packed.const_data_ptr(),
+        screen.has_value() ? screen->const_data_ptr() : nullptr,
+        checked_vector(norm_weight, "norm_weight", header.in_features, type),
+        (float)eps,
+        tokens.data_ptr<int64_t>(),
+    });
+    return tokens;
 }
 
 Tensor embedding(const Tensor& table, const Tensor& ids) {
@@ -166,15 +208,20 @@ std::string select_one(std::string name) { return sluice::select(name); }
 
 int64_t byte_limit() { return sluice::operators().byte_limit; }
 
+bool screens() { return sluice::operators().screens; }
+
 }  // namespace
 
 TORCH_LIBRARY(sluice_cpu, library) {
     library.def("available() -> str[]", instruction_sets);
     library.def("select(str name) -> str", select_one);
     library.def("byte_limit() -> int", byte_limit);
+    library.def("screens() -> bool", screens);
     library.def("pack(Tensor weight, str format, bool gated, int group) -> Tensor");
     library.def(
         "linear(Tensor x, Tensor packed, Tensor? norm_weight, float eps, Tensor? bias, Tensor? residual, bool float_out) -> Tensor");
+    library.def("pack_screen(Tensor packed) -> Tensor");
+    library.def("greedy_linear(Tensor x, Tensor packed, Tensor? screen, Tensor? norm_weight, float eps) -> Tensor");
     library.def("embedding(Tensor table, Tensor ids) -> Tensor");
     library.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
     library.def("greedy(Tensor logits) -> Tensor");
@@ -185,6 +232,8 @@ TORCH_LIBRARY(sluice_cpu, library) {
 TORCH_LIBRARY_IMPL(sluice_cpu, CPU, library) {
     library.impl("pack", pack);
     library.impl("linear", linear);
+    library.impl("pack_screen", pack_screen);
+    library.impl("greedy_linear", greedy_linear);
     library.impl("embedding", embedding);
     library.impl("rms_norm", rms_norm);
     library.impl("greedy", greedy);

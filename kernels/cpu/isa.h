@@ -8,6 +8,8 @@
 #include "tiles.h"
 #include "linear.h"
 #include "sampling.h"
+#include "screen.h"
+#include "greedy_linear.h"
 #include "attention_tiles.h"
 #include "attention_heads.h"
 #include "attention_rows.h"
@@ -17,10 +19,10 @@ namespace SLUICE_ISA {
 
 inline const sluice::Operators& table(const char* name) {
     static const sluice::Operators operators{
-        name,           panel_outputs, Simd::byte_limit, Simd::fixed_point ? Format::fixed : Format::bf16,
-        packed_bytes,   pack,          linear,           embedding_rows,
-        rms_norm_rows,  greedy,        sample,           logprobs,
-        attention,
+        name,           panel_outputs,  Simd::byte_limit, Simd::fixed_point ? Format::fixed : Format::bf16,
+        Simd::screens,  packed_bytes,   pack,             pack_screen,
+        linear,         greedy_linear,  embedding_rows,   rms_norm_rows,
+        greedy,         sample,         logprobs,         attention,
     };
     return operators;
 }

@@ -18,14 +18,14 @@ constexpr bool exact_scratch = true;
 constexpr bool exact_scratch = false;
 #endif
 
-// Memory that a thread keeps between calls.
+// Memory that a thread keeps between calls: 0 the rows of a product, 1 what a thread needs for itself, 2 and 3 greedy_linear.h.
 inline uint8_t* scratch(int which, int64_t bytes) {
     struct Buffer {
         void* data = nullptr;
         int64_t size = 0;
         ~Buffer() { std::free(data); }
     };
-    static thread_local Buffer kept[2];
+    static thread_local Buffer kept[4];
     Buffer& buffer = kept[which];
     if (buffer.size < bytes || (exact_scratch && buffer.size != bytes)) {
         std::free(buffer.data);
@@ -81,9 +81,11 @@ struct Product {
           row_scales((float*)(memory + round_up(call.rows * stride * (int64_t)sizeof(Row), 64))),
           sums(sums) {}
 
-    void prepare(int64_t first, int64_t last, float* floats) {
+    template <class Out>
+    void prepare(int64_t first, int64_t last, float* floats, const Out& out) {
         for (int64_t row = first; row < last; ++row) {
             prepare_row(call, row, header.in_features, inputs, rows + row * stride, floats, row_scales + row);
+            out.prepared(header, floats, row_scales + row);
         }
     }
 
@@ -101,15 +103,31 @@ struct Product {
         return round_up(count, group);
     }
 
-    // Units [first, last).
-    void run(int64_t first, int64_t last) {
+    // Units [first, last): `out` is given the sums of each with each row.
+    template <class Out>
+    void run(int64_t first, int64_t last, const Out& out) {
         int64_t block = rows_at_once(inputs), of_block = block_units(header);
         while (first < last) {
             int64_t row = first / of_block * block, unit = first % of_block, count = std::min(of_block - unit, last - first);
-            run_block(row, std::min(call.rows, row + block), unit, unit + count);
+            run_block(row, std::min(call.rows, row + block), unit, unit + count, out);
             first += count;
         }
     }
+
+    // One row's outputs of one panel before bias and all that follows, [panel_outputs].
+    void values(int64_t row, int64_t panel, float* to) {
+        std::memset(sums, 0, sizeof(float) * panel_outputs);
+        multiply(row, 1, 1, panel, 1, sums);
+        for (int v = 0; v < panel_vectors; ++v) Simd::store(to + v * width, value(row, panel, sums, v));
+    }
+
+    // Vector v of them, of their sums.
+    F value(int64_t row, int64_t panel, const float* of, int v) const {
+        return Simd::mul(Tile::total(of, after(panel), v), Simd::set1(row_scales[row]));
+    }
+
+    // What follows a panel's inputs.
+    const uint8_t* after(int64_t panel) const { return panels + panel * header.panel_bytes + Tile::panel_offset(inputs); }
 
 private:
     static int64_t block_units(const PackedHeader& header) {
@@ -122,7 +140,8 @@ private:
         return fitting >= 4 ? 4 : fitting >= 2 ? 2 : 1;
     }
 
-    void run_block(int64_t row, int64_t row_end, int64_t first, int64_t last) {
+    template <class Out>
+    void run_block(int64_t row, int64_t row_end, int64_t first, int64_t last, const Out& out) {
         int64_t per_unit = header.gated ? 2 : 1;
         int64_t panel = first * per_unit, end = last * per_unit;
         int64_t count = row_end - row, tiles = (count + Tile::max_rows - 1) / Tile::max_rows;
@@ -136,7 +155,7 @@ private:
                 for (int64_t i = 0; i < side_by_side; i += per_unit) {
                     // Panels multiplied at once stand side by side in a row, others one after the other.
                     const float* mine = sums + (r * at_once + i) * panel_outputs;
-                    finish(row + r, panel + i, mine, header.gated ? mine + (at_once == 1 ? size : panel_outputs) : nullptr);
+                    out.finish(*this, row + r, panel + i, mine, header.gated ? mine + (at_once == 1 ? size : panel_outputs) : nullptr);
                 }
             }
             panel += side_by_side;
@@ -175,32 +194,37 @@ private:
     [[gnu::noinline]] void tile(const Row* a, const uint8_t* w, int64_t size, Ahead ahead, float* to) {
         Tile::template add<R, C, shared>(a, stride, w, header.panel_bytes, size, header.group, ahead, to);
     }
+};
 
-    // Sums of one row and the unit that begins with `panel` to outputs; `up`: null where it is the whole unit.
-    void finish(int64_t row, int64_t panel, const float* gate, const float* up) {
-        F scale = Simd::set1(row_scales[row]);
-        const uint8_t* after = panels + panel * header.panel_bytes + Tile::panel_offset(inputs);
-        int64_t first = (header.gated ? panel / 2 : panel) * panel_outputs;
+// Where a linear's sums go: into its outputs.
+struct Outputs {
+    const Linear& call;
+
+    void prepared(const PackedHeader&, const float*, float*) const {}
+
+    // Sums of one row and the unit that begins with `panel`; `up`: null where it is the whole unit.
+    template <class Tile>
+    void finish(const Product<Tile>& product, int64_t row, int64_t panel, const float* gate, const float* up) const {
+        int64_t outputs = product.outputs, first = (up ? panel / 2 : panel) * panel_outputs;
         for (int v = 0; v < panel_vectors; ++v) {
             int64_t output = first + v * width;
             if (output >= outputs) return;
             int n = lanes_left(output, outputs);
-            F x = with_bias(Simd::mul(Tile::total(gate, after, v), scale), output, n);
-            if (up) {
-                F other = with_bias(Simd::mul(Tile::total(up, after + header.panel_bytes, v), scale), outputs + output, n);
-                x = Simd::mul(silu(x), other);
-            }
+            F x = with_bias(product.value(row, panel, gate, v), output, n);
+            if (up) x = Simd::mul(silu(x), with_bias(product.value(row, panel + 1, up, v), outputs + output, n));
             int64_t place = row * outputs + output;
             if (call.residual) x = Simd::add(x, load_typed(call.residual, place, n, call.type));
             store_typed(call.out, place, x, n, call.out_type);
         }
     }
 
-    F with_bias(F x, int64_t output, int n) { return call.bias ? Simd::add(x, load_typed(call.bias, output, n, call.type)) : x; }
+private:
+    F with_bias(F x, int64_t output, int n) const { return call.bias ? Simd::add(x, load_typed(call.bias, output, n, call.type)) : x; }
 };
 
-template <class Tile>
-inline void run_linear(const Linear& call) {
+// The whole product; `out.prepared` hears of each row's floats and may set its scale, `out.finish` of each unit's sums.
+template <class Tile, class Out>
+inline void run_product(const Linear& call, const Out& out) {
     using Parts = Product<Tile>;
     const PackedHeader& header = *(const PackedHeader*)call.packed;
     int64_t bytes = Parts::shared_bytes(call.rows, header.inputs), float_bytes = round_up(header.inputs * 4, 64);
@@ -211,27 +235,34 @@ inline void run_linear(const Linear& call) {
         sluice::parallel(call.rows, std::max<int64_t>(inputs_prepared_at_once / header.inputs, 1), [&](sluice::Share& share) {
             uint8_t* own = scratch(1, float_bytes);
             Parts parts(call, shared, nullptr);
-            for (int64_t first, last; share.take(first, last);) parts.prepare(first, last, (float*)own);
+            for (int64_t first, last; share.take(first, last);) parts.prepare(first, last, (float*)own, out);
         });
     }
     int64_t at_once = Parts::units_at_once(call.rows, header);
     sluice::parallel(Parts::units(call, header), at_once, [&](sluice::Share& share) {
         uint8_t* own = scratch(1, float_bytes + sum_bytes + (apart ? bytes : 0));
         Parts parts(call, apart ? own + float_bytes + sum_bytes : shared, (float*)(own + float_bytes));
-        if (apart) parts.prepare(0, call.rows, (float*)own);
-        for (int64_t first, last; share.take(first, last);) parts.run(first, last);
+        if (apart) parts.prepare(0, call.rows, (float*)own, out);
+        for (int64_t first, last; share.take(first, last);) parts.run(first, last, out);
     });
+}
+
+// body(Tile()) with the format's tile.
+template <class Body>
+inline void with_tile(Format format, const Body& body) {
+    switch (format) {
+        case Format::f32: return body(FloatTile());
+        case Format::bf16: return body(Bf16Tile());
+        case Format::fixed: return body(FixedTile());
+        case Format::int8: return body(Int8Tile());
+        case Format::int4: return body(Int4Tile());
+        case Format::coarse: return;  // stands for no weight of its own
+    }
 }
 
 inline void linear(const Linear& call) {
     if (call.rows == 0) return;
-    switch (((const PackedHeader*)call.packed)->format) {
-        case Format::f32: return run_linear<FloatTile>(call);
-        case Format::bf16: return run_linear<Bf16Tile>(call);
-        case Format::fixed: return run_linear<FixedTile>(call);
-        case Format::int8: return run_linear<Int8Tile>(call);
-        case Format::int4: return run_linear<Int4Tile>(call);
-    }
+    with_tile(((const PackedHeader*)call.packed)->format, [&](auto tile) { run_product<decltype(tile)>(call, Outputs{call}); });
 }
 
 }  // namespace SLUICE_ISA

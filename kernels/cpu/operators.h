@@ -10,7 +10,8 @@
 namespace sluice {
 
 enum class Type : int32_t { f32 = 0, bf16 = 1 };
-enum class Format : int32_t { f32 = 0, bf16 = 1, int8 = 2, int4 = 3, fixed = 4 };  // fixed: of bf16 weights, packing.h
+// fixed: of bf16 weights, packing.h; coarse: of any of the weights that stand as they are, screen.h
+enum class Format : int32_t { f32 = 0, bf16 = 1, int8 = 2, int4 = 3, fixed = 4, coarse = 5 };
 
 // What stands before the panels of a packed weight, 64 bytes; offsets are bytes from the start of the header.
 struct PackedHeader {
@@ -43,6 +44,18 @@ struct Linear {
     Type out_type;
 };
 
+// The first of each row's greatest outputs, as `greedy` finds it among linear's; no gate, bias or residual.
+struct GreedyLinear {
+    const void* x;            // [rows, in] of `type`
+    int64_t rows;
+    Type type;                // of x and norm_weight
+    const void* packed;       // PackedHeader and its panels, not `coarse`
+    const void* screen;       // of the same weights, or null: what pack_screen made
+    const void* norm_weight;  // [in], or null
+    float eps;
+    int64_t* tokens;          // [rows]
+};
+
 // The next token of each row of float logits; -1 where the row holds NaN, +inf or nothing finite.
 struct Sample {
     const float* logits;    // [rows, vocab]
@@ -71,13 +84,17 @@ struct Operators {
     const char* name;
     int32_t panel;  // of the weights that it packs and multiplies by: outputs a panel,
     int32_t byte_limit;  // the magnitude to which it rounds an output's largest INT8 weight,
-    Format bf16;         // and the format that it multiplies bf16 weights in
+    Format bf16;         // and the format that it multiplies bf16 weights in;
+    bool screens;        // whether greedy_linear is faster with a screen
     int64_t (*packed_bytes)(Format format, int64_t out_features, int64_t in_features, bool gated, int group);
     // weight: [out_features, in_features] of `type`; packed: packed_bytes() bytes, 64-byte aligned. False where the format is `fixed` and
     // holds some of the weights badly: they are for bf16.
     bool (*pack)(const void* weight, Type type, Format format, int64_t out_features, int64_t in_features, bool gated, int group,
                  void* packed);
+    // packed: f32, bf16 or fixed, not gated; screen: packed_bytes() bytes of a `coarse` weight, 64-byte aligned.
+    void (*pack_screen)(const void* packed, void* screen);
     void (*linear)(const Linear& call);
+    void (*greedy_linear)(const GreedyLinear& call);
     // table: [num_rows, size] of `type`; ids within it; out: [rows, size].
     void (*embedding)(const void* table, const int64_t* ids, int64_t rows, int64_t size, Type type, float* out);
     void (*rms_norm)(const void* x, const void* weight, float eps, int64_t rows, int64_t size, Type type, void* out);

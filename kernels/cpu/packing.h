@@ -5,6 +5,7 @@
 //   int8  step 4: bytes, then a panel's float scales, then int32 128 * sum(w)
 //   int4  per group of inputs: step 8, 4 bytes: input i in the low nibble of byte i, input 4 + i in the high one, biased by 8;
 //         then half-float scales
+//   coarse step 2: pairs of bytes, then a panel's float scales, then float bounds of what an output may differ by (screen.h)
 //
 // Outputs and inputs are padded with zeros. Gated layers alternate a panel of gate and the panel of up that it multiplies.
 // INT8 is symmetric per output: w = scale * q, |q| at most 127, or what the processor's products of bytes are exact for. INT4 is symmetric per output and group, q in [-8, 7], the scale
@@ -35,7 +36,7 @@ constexpr int64_t equal_blocks(int64_t inputs, int64_t most) {
 // Inputs of two of a tile's steps, which it makes at once.
 inline int input_steps(Format format) {
     if (format == Format::f32) return 2;
-    return format == Format::int8 ? 8 : 4;
+    return format == Format::int8 || format == Format::coarse ? 8 : 4;
 }
 
 // A block's sums: |x| <= fixed_row_limit, and magnitudes of q that add up to at most fixed_sum_limit.
@@ -64,7 +65,8 @@ inline int64_t panel_size(Format format, int64_t in_features, int group) {
         case Format::f32: bytes = inputs * panel_outputs * 4; break;
         case Format::bf16: bytes = inputs * panel_outputs * 2; break;
         case Format::fixed: bytes = inputs * panel_outputs * 2 + panel_outputs * 4; break;
-        case Format::int8: bytes = inputs * panel_outputs + panel_outputs * 8; break;
+        case Format::int8:
+        case Format::coarse: bytes = inputs * panel_outputs + panel_outputs * 8; break;
         case Format::int4: bytes = inputs / group * group_bytes(group); break;
     }
     return round_up(bytes, 64);
@@ -195,6 +197,7 @@ inline bool pack_panel(const void* weight, Type type, const PackedHeader& header
             case Format::fixed: well &= pack_fixed_row(row, in, output, panel, header.inputs); break;
             case Format::int8: pack_int8_row(row, in, output, panel, header.inputs); break;
             case Format::int4: pack_int4_row(row, in, output, header.group, panel); break;
+            case Format::coarse: break;  // screen.h
         }
     }
     return well;

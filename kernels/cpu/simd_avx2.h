@@ -14,6 +14,7 @@ struct Simd {
     static constexpr bool bf16_dot = false;   // one instruction multiplies and adds bf16 pairs into float lanes
     static constexpr bool fixed_point = true; // sums of products of 16-bit numbers take fewer instructions than bf16's in floats
     static constexpr int byte_limit = 64;     // magnitude of an int8 weight up to which add_byte_products is exact
+    static constexpr bool screens = true;     // products with a screen (screen.h) take no longer than those with the weight itself
 
     using F = __m256;
     using I = __m256i;
@@ -70,6 +71,8 @@ struct Simd {
         std::memcpy(&lane, p, 4);
         return _mm256_set1_epi32(lane);
     }
+    // Lanes of pairs of 16-bit numbers, of signed bytes.
+    static I widen_bytes(const void* p) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)); }
     // The low, or high, halves of pairs.
     static F low(I pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
     // Two shifts, for a mask would hold a register that the tiles have not.

@@ -7,6 +7,7 @@ struct Simd {
     static constexpr int width = 16;
     static constexpr int panel_vectors = 3;
     static constexpr int tile_rows = 8;
+    static constexpr bool screens = true;
 #ifdef SLUICE_BF16
     static constexpr bool bf16_dot = true;
 #else
@@ -65,6 +66,7 @@ struct Simd {
         std::memcpy(&lane, p, 4);
         return _mm512_set1_epi32(lane);
     }
+    static I widen_bytes(const void* p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p)); }
     static F low(I pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
     static F high(I pairs) { return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32((int)0xffff0000))); }
     // sum + a.low * b.low + a.high * b.high, lane by lane.

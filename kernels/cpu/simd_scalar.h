@@ -11,6 +11,7 @@ struct Simd {
     static constexpr bool bf16_dot = false;
     static constexpr bool fixed_point = false;
     static constexpr int byte_limit = 127;
+    static constexpr bool screens = false;
 
     struct F {
         float lane[8];
@@ -85,6 +86,11 @@ struct Simd {
         int32_t lane;
         std::memcpy(&lane, p, 4);
         return each_lane([&](int) { return lane; });
+    }
+    static I widen_bytes(const void* p) {
+        int8_t bytes[2 * width];
+        std::memcpy(bytes, p, sizeof bytes);
+        return each_lane([&](int i) { return (int32_t)((uint32_t)(uint16_t)bytes[2 * i] | (uint32_t)(uint16_t)bytes[2 * i + 1] << 16); });
     }
     static F low(I pairs) { return each([&](int i) { return as_float((uint32_t)pairs.lane[i] << 16); }); }
     static F high(I pairs) { return each([&](int i) { return as_float((uint32_t)pairs.lane[i] & 0xffff0000u); }); }

@@ -203,15 +203,17 @@ struct Bf16Tile : FloatSums {
     }
 };
 
-// bf16 weights and rows in fixed point (packing.h, rows.h): a block's products are summed in whole numbers, without rounding, blocks in
-// floats.
-struct FixedTile {
+// Weights and rows in fixed point (packing.h, rows.h): a block's products are summed in whole numbers, without rounding, blocks in floats.
+// Weights have 16 bits, or 8 that are widened: those of a step of 4 inputs, a pair of inputs after the other.
+template <int weight_bytes>
+struct PairTile {
     using Row = int16_t;
     static constexpr int max_rows = Simd::tile_rows;
+    static constexpr int pairs = 2 / weight_bytes;  // of a step
 
     static constexpr int64_t row_block(int64_t inputs) { return fixed_scale_words + inputs; }
     static constexpr int64_t block_inputs(int64_t inputs) { return fixed_block(inputs); }
-    static constexpr int64_t panel_offset(int64_t k) { return k * panel_outputs * 2; }
+    static constexpr int64_t panel_offset(int64_t k) { return k * panel_outputs * weight_bytes; }
     static F total(const float* sums, const uint8_t* after, int v) {
         return Simd::mul(Simd::load(sums + v * width), Simd::load((const float*)after + v * width));
     }
@@ -222,11 +224,17 @@ struct FixedTile {
         I sum[R][V];
         clear_tile(sum);
         const RowsAt<Row, R> row(a + fixed_scale_words, stride);
-        each_step<R, C, shared, 2>(w, panel_bytes, inputs, ahead, [&](int64_t k, const uint8_t* at) SLUICE_HERE {
-            add_products(
-                sum, [&](int r) SLUICE_HERE { return Simd::set1_lane(row[r] + k); },
-                [&](int v) SLUICE_HERE { return Simd::load_lanes(vector_at<4>(at, panel_bytes, v)); },
-                [](I s, I x, I b) SLUICE_HERE { return Simd::add_pair_products(s, x, b); });
+        each_step<R, C, shared, 2 * pairs>(w, panel_bytes, inputs, ahead, [&](int64_t k, const uint8_t* at) SLUICE_HERE {
+            each<pairs>([&](auto pair) SLUICE_HERE {
+                add_products(
+                    sum, [&](int r) SLUICE_HERE { return Simd::set1_lane(row[r] + k + 2 * pair); },
+                    [&](int v) SLUICE_HERE {
+                        const uint8_t* lanes = vector_at<2 * weight_bytes>(at + pair * 2 * panel_outputs, panel_bytes, v);
+                        if constexpr (weight_bytes == 1) return Simd::widen_bytes(lanes);
+                        else return Simd::load_lanes(lanes);
+                    },
+                    [](I s, I x, I b) SLUICE_HERE { return Simd::add_pair_products(s, x, b); });
+            });
         });
         each<R>([&](auto r) SLUICE_HERE {
             float row_scale;
@@ -239,6 +247,9 @@ struct FixedTile {
         });
     }
 };
+
+using FixedTile = PairTile<2>;
+using CoarseTile = PairTile<1>;
 
 // Inputs whose products with 4-bit weights Simd::add_small_products may sum: 32 * 255 * 8 / 2 fits 16 bits.
 constexpr int nibbles_summed = 32;

@@ -10,12 +10,12 @@ from kernels.cpu.build import runnable
 from tests.servers.prepare import SIMDE
 
 ROOT = Path(__file__).resolve().parents[2]
-SUITES = ("test_cpu_linear.py", "test_cpu_attention.py", "test_sampling.py")
+SUITES = ("test_cpu_linear.py", "test_greedy_linear.py", "test_cpu_attention.py", "test_sampling.py")
 
 
 @pytest.mark.skipif(
     "avx512_bf16" in runnable(),
-    reason="nothing to emulate: test_cpu_linear, test_cpu_attention and test_sampling run every instruction set on this processor",
+    reason="nothing to emulate: the suites run every instruction set on this processor",
 )
 @pytest.mark.skipif(
     not SIMDE.exists(),

@@ -11,7 +11,7 @@ from kernels import ops, reference
 from kernels.cpu import BuildError
 from kernels.cpu.build import runnable
 
-PACKED = ("pack_weight", "linear")
+PACKED = ("pack_weight", "linear", "pack_screen", "greedy_linear")
 NAMES = [
     field.name
     for field in fields(ops.Operators)

@@ -44,6 +44,9 @@ class NextIdModel:
     def compute_logits(self, hidden_rows: Tensor) -> Tensor:
         return torch.nn.functional.one_hot((hidden_rows[:, 0].long() + 1) % VOCAB, VOCAB).float()
 
+    def best_tokens(self, hidden_rows: Tensor) -> Tensor:
+        return self.compute_logits(hidden_rows).argmax(dim=1)
+
 
 class NoAttention:
     """A backend that adds nothing."""

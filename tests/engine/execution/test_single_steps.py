@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from engine import Engine, EngineConfig, Request, SamplingParams
 from engine.attention.base import AttentionMetadata
-from engine.execution.single_steps import SingleSteps
+from engine.execution.single_steps import Compute, SingleSteps
 from tests.engine.tiny_model import VOCAB, write_tiny_model
 
 
@@ -33,7 +34,7 @@ def _said(engine: Engine, lengths: list[int]) -> dict[str, list[tuple[int, float
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_recorded_steps_say_what_the_models_own_python_says(model_dir, dtype, monkeypatch):
     config = EngineConfig(model_dir=str(model_dir), dtype=dtype, num_blocks=64, enable_prefix_cache=False)
-    monkeypatch.setattr(SingleSteps, "logits", lambda self, *inputs: self._compute(*inputs))
+    monkeypatch.setattr(SingleSteps, "run", lambda self, compute, *inputs: compute(*inputs))
     own = _said(Engine(config), [3, 17, 40])
     monkeypatch.undo()
     recorded = Engine(config)
@@ -61,7 +62,7 @@ class FakeRecorder:
         return function(*inputs), program
 
 
-def _step(steps: SingleSteps, num_seqs: int) -> list[float]:
+def _step(steps: SingleSteps, compute: Compute, num_seqs: int) -> list[float]:
     numbers = torch.arange(num_seqs)
     metadata = AttentionMetadata(
         query_start_loc=torch.arange(num_seqs + 1, dtype=torch.int32),
@@ -72,21 +73,36 @@ def _step(steps: SingleSteps, num_seqs: int) -> list[float]:
         max_query_len=1,
         max_seq_len=num_seqs,
     )
-    return steps.logits(numbers, numbers, metadata, numbers).tolist()
+    return steps.run(compute, numbers, numbers, metadata, numbers).tolist()
+
+
+def _sum(ids: Tensor, places: Tensor, metadata: AttentionMetadata, rows: Tensor) -> Tensor:
+    return ids + places + metadata.seq_lens
+
+
+def _ids(ids: Tensor, *_: object) -> Tensor:
+    return ids
 
 
 def test_each_number_of_sequences_is_recorded_once() -> None:
     recorder = FakeRecorder()
-    steps = SingleSteps(recorder.record, lambda ids, places, metadata, rows: ids + places + metadata.seq_lens)
-    assert [_step(steps, num_seqs) for num_seqs in (2, 3, 2)] == [[1, 4], [1, 4, 7], [1, 4]]
+    steps = SingleSteps(recorder.record)
+    assert [_step(steps, _sum, num_seqs) for num_seqs in (2, 3, 2)] == [[1, 4], [1, 4, 7], [1, 4]]
     assert recorder.calls == ["recorded 2", "recorded 3", "ran 2"]
+
+
+def test_each_thing_wanted_of_a_step_is_recorded_apart() -> None:
+    recorder = FakeRecorder()
+    steps = SingleSteps(recorder.record)
+    assert [_step(steps, compute, 2) for compute in (_sum, _ids, _sum, _ids)] == [[1, 4], [0, 1], [1, 4], [0, 1]]
+    assert recorder.calls == ["recorded 2", "recorded 2", "ran 2", "ran 2"]
 
 
 def test_a_recording_that_failed_is_made_anew() -> None:
     recorder = FakeRecorder()
-    steps = SingleSteps(recorder.record, lambda ids, *_: ids)
+    steps = SingleSteps(recorder.record)
     recorder.error = MemoryError()
     with pytest.raises(MemoryError):
-        _step(steps, 1)
+        _step(steps, _ids, 1)
     recorder.error = None
-    assert (_step(steps, 1), recorder.calls) == ([0], ["recorded 1"])
+    assert (_step(steps, _ids, 1), recorder.calls) == ([0], ["recorded 1"])

@@ -51,6 +51,37 @@ void fuzz_linear(const Operators& operators, Chance& chance) {
     expect_written(to, rows * outputs, out_type, "linear");
 }
 
+void fuzz_greedy_linear(const Operators& operators, Chance& chance) {
+    const int64_t rows = chance.one_in(20) ? 0 : chance.between(1, chance.one_in(4) ? 70 : 9);
+    const int64_t out = chance.between(1, chance.one_in(4) ? 900 : 150), in = chance.between(1, chance.one_in(8) ? 1200 : 300);
+    const Type type = type_of(chance);
+    const auto format = (Format)chance.between(0, 4);
+    const int group = (int)chance.between(1, 8) * 16;
+    Numbers weight(chance, out * in, type), x(chance, rows * in, type), norm(chance, in, type);
+    // An output that has no bound, outputs that are all equal, a row that is not to be screened.
+    const bool plain = format != Format::int8 && format != Format::int4;
+    if (plain && chance.one_in(4)) put(weight, chance.between(0, out * in - 1), chance.one_in(2) ? INFINITY : 1e30f, type);
+    if (chance.one_in(4)) {
+        for (int64_t i = 0; i < out * in; ++i) put(weight, i, 1.0f, type);
+    }
+    if (rows && chance.one_in(4)) put(x, chance.between(0, rows * in - 1), chance.one_in(2) ? NAN : 1e30f, type);
+    Exact packed(operators.packed_bytes(format, out, in, false, group));
+    operators.pack(weight.data(), type, format, out, in, false, group, packed.data());
+    const bool screened = plain && !chance.one_in(3);
+    Exact screen(screened ? operators.packed_bytes(Format::coarse, out, in, false, 0) : 0), tokens(rows * 8), best(rows * 8), logits(rows * out * 4);
+    if (screened) operators.pack_screen(packed.data(), screen.data());
+    const void* normed = chance.one_in(2) ? norm.data() : nullptr;
+    operators.linear({x.data(), rows, type, packed.data(), normed, 1e-5f, nullptr, nullptr, logits.data(), Type::f32});
+    operators.greedy(logits.of<float>(), rows, out, best.of<int64_t>());
+    operators.greedy_linear({x.data(), rows, type, packed.data(), screened ? screen.data() : nullptr, normed, 1e-5f, tokens.of<int64_t>()});
+    for (int64_t row = 0; row < rows; ++row) {
+        const long long found = tokens.of<int64_t>()[row], wanted = best.of<int64_t>()[row];
+        if (found == wanted) continue;
+        std::fprintf(stderr, "greedy_linear: token %lld, not %lld, of %lld\n", found, wanted, (long long)out);
+        std::exit(3);
+    }
+}
+
 void fuzz_norm_and_embedding(const Operators& operators, Chance& chance) {
     const int64_t rows = chance.between(0, 20), size = chance.between(0, 200), entries = chance.between(1, 30);
     const Type type = type_of(chance);
@@ -183,7 +214,9 @@ int main(int count, char** arguments) {
         Chance chance((uint64_t)seed);
         for (int64_t i = 0; i < cases; ++i) {
             omp_set_num_threads((int)chance.between(1, 3));
-            for (auto fuzz : {fuzz_linear, fuzz_norm_and_embedding, fuzz_sampling, fuzz_attention}) fuzz(sluice::operators(), chance);
+            for (auto fuzz : {fuzz_linear, fuzz_greedy_linear, fuzz_norm_and_embedding, fuzz_sampling, fuzz_attention}) {
+                fuzz(sluice::operators(), chance);
+            }
         }
         std::printf("%s: %lld cases of each operator\n", name.c_str(), (long long)cases);
     }
