@@ -6,6 +6,8 @@ at a time, with one `PagedPlan` a step; `paged_attention` makes the plan itself 
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -54,24 +56,22 @@ def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: PagedPlan, scale: 
     if plan.num_decodes:
         _decode(out, q, k_cache, v_cache, plan, scale * math.log2(math.e), sliding_window, strides, shapes.decode, common)
     if plan.num_prefill_tokens > 0:
-        hopper = None if sliding_window else _hopper_shape(q, k_cache, v_cache)
-        shape = hopper or shapes.prefill
-        _prefill(out, q, k_cache, v_cache, plan, scale * math.log2(math.e), strides, shape, common)
+        on_hopper = not sliding_window and _hopper_takes(q, k_cache, v_cache)
+        launch = _hopper_launch(q, common) if on_hopper else _prefill_launch(q, shapes.prefill, common)
+        _prefill(out, q, k_cache, v_cache, plan, scale * math.log2(math.e), strides, launch)
     return out
 
 
-def _hopper_shape(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> tuning.HopperPrefill | None:
-    """The Gluon kernel's shape where it can run: Hopper, 16 bits, head sizes of its table, and what `cp.async` can reach."""
+def _hopper_takes(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> bool:
+    """Whether `paged_prefill_hopper` can: Hopper, 16 bits, its head sizes, and what `cp.async` can reach."""
     num_heads, head_dim = q.shape[1:]
     if tuning.INTERPRETING or tuning.architecture(q.device) != "sm_90" or q.element_size() != 2:
-        return None
+        return False
     # It moves 16 bytes at a time, and counts them in 31 bits from the cache's start.
     aligned = not any(stride % 16 for stride in k_cache.stride()[:3])
     aligned &= not any(cache.data_ptr() % 16 for cache in (k_cache, v_cache))
     reachable = k_cache.shape[0] * k_cache.stride(0) < 1 << 34
-    if not (aligned and reachable) or num_heads // k_cache.shape[2] > 128:
-        return None
-    return tuning.HOPPER_PREFILL.get(head_dim)
+    return aligned and reachable and head_dim in tuning.HOPPER_PREFILL_HEAD_DIMS and num_heads // k_cache.shape[2] <= 128
 
 
 def _decode(
@@ -130,6 +130,37 @@ def _decode(
         )
 
 
+@dataclass(frozen=True, slots=True)
+class _Launch:
+    """A prefill kernel: rows of a program, its grid from the work list's capacity, and what it is compiled for."""
+
+    kernel: Any
+    block_m: int
+    grid: Callable[[int], tuple[int, ...]]
+    settings: dict[str, Any]
+
+
+def _prefill_launch(q: Tensor, shape: tuning.Tile, common: dict[str, Any]) -> _Launch:
+    block_m = max(shape.block_m, triton.next_power_of_2(common["GROUP"]))
+    settings = {"BLOCK_M": block_m, "TILE": shape.tile, "num_warps": shape.num_warps, "num_stages": shape.num_stages}
+    heads = common["NUM_KV_HEADS"]
+    return _Launch(
+        prefill_kernel, block_m, lambda capacity: (capacity, heads), common | settings | tuning.layer_options(q.device)
+    )
+
+
+def _hopper_launch(q: Tensor, common: dict[str, Any]) -> _Launch:
+    # Imported where it runs: Gluon is an experimental part of Triton.
+    from kernels.triton.paged_prefill_hopper import BLOCK_M, LAUNCH, prefill_hopper_kernel
+
+    shape = {name: common[name] for name in ("NUM_KV_HEADS", "GROUP", "D", "BLOCK_SIZE")}
+    shape |= {"TILE": tuning.HOPPER_PREFILL_TILE, "STAGES": tuning.HOPPER_PREFILL_STAGES}
+    heads = common["NUM_KV_HEADS"]
+    return _Launch(
+        prefill_hopper_kernel, BLOCK_M, lambda capacity: (capacity * heads,), shape | LAUNCH | tuning.COMPILER_OPTIONS
+    )
+
+
 def _prefill(
     out: Tensor,
     q: Tensor,
@@ -138,22 +169,10 @@ def _prefill(
     plan: PagedPlan,
     qk_scale: float,
     strides: tuple[int, ...],
-    shape: tuning.Tile | tuning.HopperPrefill,
-    common: dict,
+    launch: _Launch,
 ) -> None:
-    if isinstance(shape, tuning.HopperPrefill):
-        block_m, kernel, settings = 128, *_hopper_kernel(shape)
-        common = {name: value for name, value in common.items() if name not in {"D_PAD", "DOT", "WINDOW"}}
-    else:
-        block_m = max(shape.block_m, triton.next_power_of_2(common["GROUP"]))
-        kernel, settings = prefill_kernel, {"num_warps": shape.num_warps, "num_stages": shape.num_stages}
-        settings |= tuning.layer_options(q.device)
-    work = plan.prefill_list(block_m // common["GROUP"])
-    grid: tuple[int, ...] = (work.capacity, common["NUM_KV_HEADS"])
-    if isinstance(shape, tuning.HopperPrefill) and shape.split:
-        items = math.prod(grid)
-        grid = (min(items, tuning.multiprocessors(q.device)) if shape.persistent else items,)
-    kernel[grid](
+    work = plan.prefill_list(launch.block_m // (q.shape[1] // k_cache.shape[2]))
+    launch.kernel[launch.grid(work.capacity)](
         out,
         q,
         k_cache,
@@ -167,24 +186,8 @@ def _prefill(
         plan.num_decodes,
         qk_scale,
         *strides,
-        **common,
-        BLOCK_M=block_m,
-        TILE=shape.tile,
-        **settings,
+        **launch.settings,
     )
-
-
-def _hopper_kernel(shape: tuning.HopperPrefill) -> tuple[Any, dict[str, int]]:
-    """The Gluon kernel of a shape, and what it is launched with. Imported where it runs: Gluon is experimental."""
-    if shape.split:
-        from kernels.triton.paged_prefill_split import prefill_split_kernel
-
-        # Registers of a multiprocessor over 12 warps.
-        settings = {"STAGES": shape.stages, "Q_IN_REGISTERS": shape.q_in_registers, "TURNS": shape.turns}
-        return prefill_split_kernel, tuning.COMPILER_OPTIONS | settings | {"num_warps": 4, "maxnreg": 168}
-    from kernels.triton.paged_prefill_hopper import prefill_hopper_kernel
-
-    return prefill_hopper_kernel, tuning.COMPILER_OPTIONS | {"STAGES": shape.stages, "num_warps": 8}
 
 
 def paged_attention(

@@ -89,29 +89,11 @@ ATTENTION_16_BIT = {
     },
 }
 
+HOPPER_PREFILL_HEAD_DIMS = (64, 128)
+"""Head sizes whose prefill is `paged_prefill_hopper` on sm_90, in 16 bits and without a window."""
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HopperPrefill:
-    """The shape of a Gluon prefill kernel: `tile` context tokens an iteration, `stages` tiles of K in shared memory.
-
-    `split`: four warps copy for eight that compute (`paged_prefill_split`), instead of eight doing both (`paged_prefill_hopper`).
-    The rest is for `split` alone. `q_in_registers`: queries are there instead of in shared memory. `persistent`: a program for each
-    multiprocessor takes one item after another, instead of one for each item. `turns`: the groups start their products in turn.
-    """
-
-    tile: int
-    stages: int
-    split: bool
-    q_in_registers: bool = False
-    persistent: bool = False
-    turns: bool = False
-
-
-# head size -> shape on sm_90 for 16-bit inputs; head sizes that are not here take the Triton kernel
-HOPPER_PREFILL = {
-    64: HopperPrefill(tile=128, stages=2, split=True),
-    128: HopperPrefill(tile=128, stages=2, split=True),
-}
+HOPPER_PREFILL_TILE, HOPPER_PREFILL_STAGES = 128, 2
+"""Context tokens that it takes at once, and tiles of K and of V in shared memory."""
 
 # 32-bit inputs multiply on the plain arithmetic units, for exactness: small tiles, whatever the architecture.
 ATTENTION_32_BIT = {

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
@@ -98,10 +99,10 @@ def sampled(name: str, case: Case, device: torch.device) -> Iterator[Check]:
 
 def attention_checks(dtype: torch.dtype, device: torch.device, long: int) -> Iterator[Check]:
     """Mixed batches over head sizes, block sizes and windows, and independence from batch mates."""
-    chunks = [(1, 1), (63, 1), (long, 1), (100, 37), (long // 2, 100), (130, 2)]
+    chunks = [(1, 1), (63, 1), (long, 1), (100, 37), (long // 2, 100), (130, 2), (128, 128), (long, long // 3)]
     for heads, head_dim, block_size, window in (
         ((9, 3), 64, 16, 0), ((32, 8), 128, 16, 0), ((32, 8), 128, 64, 0), ((32, 8), 128, 16, 300), ((8, 8), 80, 32, 0),
-        ((8, 1), 96, 16, 64), ((16, 2), 256, 16, 0),
+        ((8, 1), 96, 16, 64), ((16, 2), 256, 16, 0), ((4, 4), 64, 64, 0), ((16, 2), 128, 256, 0),
     ):  # fmt: skip
         case = paged_case(chunks, heads=heads, head_dim=head_dim, block_size=block_size, dtype=dtype)
         names = ("q", "k_cache", "v_cache", "block_tables", "seq_lens", "query_start_loc")
@@ -109,7 +110,7 @@ def attention_checks(dtype: torch.dtype, device: torch.device, long: int) -> Ite
             "scale": case.scale,
             "sliding_window": window,
         }
-        actual = paged_attention(**inputs)
+        actual = poisoned(partial(paged_attention, **inputs))
         exact = reference.paged_attention(**inputs | {name: inputs[name].float() for name in names[:3]})
         yield compare(f"attention d{head_dim} b{block_size} w{window}", actual, reference.paged_attention(**inputs), exact)
         alone = {name: inputs[name][2:3] for name in ("q", "block_tables", "seq_lens")}
@@ -117,6 +118,18 @@ def attention_checks(dtype: torch.dtype, device: torch.device, long: int) -> Ite
         same = torch.equal(one[0], actual[2])
         name = f"attention d{head_dim} b{block_size} w{window}, alone and in a batch"
         yield {"check": name, "dtype": str(dtype).removeprefix("torch."), "ok": same}
+
+
+def poisoned(call: Callable[[], Tensor]) -> Tensor:
+    """The result of a call to which all new memory holds NaN."""
+    empty = torch.empty
+
+    def bad(*arguments: Any, **settings: Any) -> Tensor:
+        made = empty(*arguments, **settings)
+        return made.fill_(float("nan")) if made.is_floating_point() else made
+
+    with mock.patch.object(torch, "empty", bad):
+        return call()
 
 
 def on_device(x: Tensor, device: torch.device) -> Tensor:
@@ -220,7 +233,13 @@ def figures(device: torch.device) -> dict[str, Any]:
         ([(512, 512)] * 16, "16 x 512"),
     ):
         time = time_attention(chunks, device)
-        found[f"prefill {name}"] = {"us": time * 1e6, "of_matmul": prefill_flops(chunks) / time / matmul}
+        with mock.patch.object(tuning, "HOPPER_PREFILL_HEAD_DIMS", ()):
+            triton_us = time_attention(chunks, device) * 1e6
+        found[f"prefill {name}"] = {
+            "us": time * 1e6,
+            "of_matmul": prefill_flops(chunks) / time / matmul,
+            "triton_us": triton_us,
+        }
     decodes, chunk = [(2048, 1)] * 64, [(2048, 2048)]
     both, one, other = (time_attention(c, device) for c in (decodes + chunk, decodes, chunk))
     found["mixed 64 decodes + 2k chunk"] = {"us": both * 1e6, "over_the_sum_of_parts": both / (one + other)}
@@ -273,8 +292,9 @@ def timed(batches: dict[str, list[tuple[int, int]]], device: torch.device, block
     return found
 
 
+@mock.patch.object(tuning, "HOPPER_PREFILL_HEAD_DIMS", ())
 def sweep(device: torch.device) -> dict[str, Any]:
-    """Microseconds of other shapes of the kernels, head size 128, in the order tried."""
+    """Microseconds of other shapes of the Triton kernels, head size 128, in the order tried."""
     table, row = tuning.ATTENTION_16_BIT[tuning.architecture(device)], 256
     kept, found = table[row], {}
     decodes = ((64, 4, 3), (64, 4, 5), (128, 4, 2), (128, 4, 3), (128, 4, 5), (256, 4, 2), (256, 8, 2), (256, 8, 3))

@@ -14,9 +14,7 @@ launches, in turns), `kernels` (with `decode`: device time by kernel), `sampled`
 """
 
 import argparse
-import itertools
 import json
-import random
 import statistics
 import sys
 import tempfile
@@ -32,40 +30,12 @@ import transformers
 import triton
 from torch.nn import functional
 
-from engine import Engine, EngineConfig, Request, SamplingParams
-from engine.execution.captured_steps import CapturedSteps
 from kernels.triton import tuning
+from tests.bench.gpu_bench import LLAMA_3_8B, Bench, Figures, median_ms, times_of, without_graphs
 from tests.bench.gpu_check import limits, seconds
+from tests.bench.gpu_short import arrivals, little, short
 
-Figures = dict[str, Any]
-LLAMA_3_8B = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "max_position_embeddings": 16384,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "tie_word_embeddings": False,
-    "hidden_act": "silu",
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "dtype": "bfloat16",
-}
-LLAMA_3_2_1B = LLAMA_3_8B | {
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 16,
-    "head_dim": 64,
-    "tie_word_embeddings": True,
-}
 PARTS = ("linears", "decode", "kernels", "prefill", "mixed", "short", "arrivals", "prefix", "little")
-STEPS = 48
 KV_TOKEN_BYTES = 32 * 8 * 128 * 2 * 2
 LAYER_WEIGHTS = {"qkv": (6144, 4096), "out": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
 HEAD = (128256, 4096)
@@ -74,62 +44,6 @@ READ_BYTES = 2 * (32 * sum(n * k for n, k in LAYER_WEIGHTS.values()) + HEAD[0] *
 
 TOKEN_FLOPS = READ_BYTES - 2 * HEAD[0] * HEAD[1]
 """Of a prompt token's linears without the head, which only a prompt's last token needs: 2 a weight of 2 bytes."""
-
-
-class Bench:
-    """One engine, and prompts that share nothing."""
-
-    def __init__(self, model_dir: str, kv_cache_bytes: int, **settings: Any) -> None:
-        began = time.perf_counter()
-        self.engine = Engine(
-            EngineConfig(
-                model_dir=model_dir,
-                load_format="dummy",
-                dtype="bfloat16",
-                device="cuda:0",
-                kv_cache_bytes=kv_cache_bytes,
-                max_num_seqs=256,
-                max_num_batched_tokens=8192,
-                **{"enable_prefix_cache": False} | settings,
-            )
-        )
-        self.load_s = time.perf_counter() - began
-        self._ids = itertools.count()
-        self._draw = random.Random(0)
-
-    def prompt(self, length: int) -> tuple[int, ...]:
-        return tuple(self._draw.randrange(3, 128_000) for _ in range(length))
-
-    def add(self, prompt: tuple[int, ...], max_tokens: int, **how: Any) -> str:
-        name = str(next(self._ids))
-        sampling = SamplingParams(**{"max_tokens": max_tokens, "seed": 1, "temperature": 0.0, "ignore_eos": True} | how)
-        self.engine.add(Request(request_id=name, prompt_token_ids=prompt, sampling=sampling))
-        return name
-
-    def step(self) -> tuple[float, Any]:
-        """(seconds, stats) of one step."""
-        began = time.perf_counter()
-        output = self.engine.step()
-        return time.perf_counter() - began, output.stats
-
-    def fill(self, batch: int, context: int, max_tokens: int, **how: Any) -> list[str]:
-        """`batch` sequences of `context` tokens, prefilled; returns when all of them decode."""
-        names = [self.add(self.prompt(context), max_tokens, **how) for _ in range(batch)]
-        for _ in range(100_000):
-            _, stats = self.step()
-            if stats.num_decode_tokens == batch:
-                return names
-        raise RuntimeError("the batch never came to decode whole")
-
-    def empty(self, names: list[str]) -> None:
-        for name in names:
-            self.engine.abort(name)
-        while self.engine.has_work:
-            self.engine.step()
-
-
-def median_ms(values: list[float]) -> float:
-    return 1e3 * statistics.median(values)
 
 
 def multiply_all(x: torch.Tensor, weights: list[torch.Tensor]) -> None:
@@ -147,16 +61,6 @@ def linears(device: torch.device, copy: float) -> Figures:
             took = seconds(partial(multiply_all, x, weights)) / len(weights)
             found[f"{name} {rows}"] = round(2 * n * k / took / copy, 3)
     return found
-
-
-@contextmanager
-def without_graphs() -> Iterator[None]:
-    logits, hidden = CapturedSteps.logits, CapturedSteps.hidden
-    CapturedSteps.logits = CapturedSteps.hidden = lambda self, batch: None  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        CapturedSteps.logits, CapturedSteps.hidden = logits, hidden  # type: ignore[method-assign]
 
 
 @contextmanager
@@ -186,20 +90,18 @@ def launch_dependents(bench: Bench, on: bool) -> None:
     bench.engine._loop._executor._captured.clear()  # type: ignore[attr-defined]
 
 
-def times_of(bench: Bench, steps: int, settle: int = 2) -> list[float]:
-    """Seconds of each of so many steps, after some that do not count."""
-    return [bench.step()[0] for _ in range(settle + steps)][settle:]
-
-
 def decode(bench: Bench, batch: int, context: int, copy: float, matmul: float, kernels: bool = False, **how: Any) -> Figures:
     """One batch's decode step as it is, without CUDA graphs, and without overlap, in turns; then what the device did in it."""
-    names = bench.fill(batch, context, 10 * STEPS, **how)
+    decoded = bench.decoded
+    names = bench.fill(batch, context, 500, **how)
     first_s = sum(times_of(bench, 3, settle=0))
     ways: dict[str, list[float]] = {
         name: [] for name in ("step_ms", "without_graphs_ms", "without_overlap_ms", "without_dependent_launch_ms")
     }
+    contexts = []
     for _ in range(4):
         ways["step_ms"] += times_of(bench, 12, settle=4)
+        contexts.append(batch * context + bench.decoded - decoded - 6 * batch)
         with without_graphs():
             ways["without_graphs_ms"] += times_of(bench, 4)
         with without_overlap(bench):
@@ -207,7 +109,8 @@ def decode(bench: Bench, batch: int, context: int, copy: float, matmul: float, k
         with without_dependent_launch(bench):
             ways["without_dependent_launch_ms"] += times_of(bench, 6)
     # An operation a byte of weights and row.
-    limit = max(READ_BYTES / copy, batch * READ_BYTES / matmul) + batch * (context + STEPS) * KV_TOKEN_BYTES / copy
+    kv_bytes = statistics.mean(contexts) * KV_TOKEN_BYTES
+    limit = max(READ_BYTES / copy, batch * READ_BYTES / matmul) + kv_bytes / copy
     median = statistics.median(ways["step_ms"])
     profile = kernel_times(bench, median) if kernels else {}
     bench.empty(names)
@@ -215,6 +118,7 @@ def decode(bench: Bench, batch: int, context: int, copy: float, matmul: float, k
         **{name: median_ms(values) for name, values in ways.items()},
         "p90_ms": 1e3 * statistics.quantiles(ways["step_ms"], n=10)[8],
         "first_three_steps_s": first_s,
+        "mean_context": statistics.mean(contexts) / batch,
         "limit_ms": limit * 1e3,
         "of_limit": limit / median,
         "tokens_per_s": batch / median,
@@ -274,59 +178,6 @@ def mixed(bench: Bench, matmul: float) -> Figures:
         "median_over_explained": statistics.median(beside[1:]) / explained,
         "worst_over_explained": worst / explained,
     }
-
-
-def short(bench: Bench) -> Figures:
-    """Milliseconds to the token of a lone short prompt, from CUDA graphs and launched by Python, in turns."""
-    found: Figures = {}
-    for length in (64, 256, 512, 1000):
-        ways: dict[str, list[float]] = {"graph": [], "python": []}
-        for _ in range(8):
-            ways["graph"].append(to_the_end(bench, length))
-            with without_graphs():
-                ways["python"].append(to_the_end(bench, length))
-        found[str(length)] = {way: round(median_ms(times[3:]), 3) for way, times in ways.items()}
-    return found
-
-
-def to_the_end(bench: Bench, length: int) -> float:
-    """Seconds of the steps of a prompt that says one token."""
-    bench.add(bench.prompt(length), 1)
-    took = 0.0
-    while bench.engine.has_work:
-        took += bench.step()[0]
-    return took
-
-
-def arrivals(bench: Bench, batch: int, context: int, prompt: int) -> Figures:
-    """Milliseconds of a step of `batch` decodes, alone and with a new prompt in each, from CUDA graphs and launched by Python, in turns."""
-    names = bench.fill(batch, context, 4000)
-    ways: dict[str, list[float]] = {"alone": [], "graph": [], "python": []}
-    for _ in range(6):
-        ways["alone"] += times_of(bench, 8)
-        ways["graph"] += with_arrivals(bench, prompt, 12)
-        with without_graphs():
-            ways["python"] += with_arrivals(bench, prompt, 12)
-    bench.empty(names)
-    return {way: round(median_ms(times[len(times) // 3 :]), 3) for way, times in ways.items()}
-
-
-def with_arrivals(bench: Bench, prompt: int, steps: int) -> list[float]:
-    times = []
-    for _ in range(steps):
-        bench.add(bench.prompt(prompt), 1)
-        times.append(bench.step()[0])
-    return times[3:]
-
-
-def little(kv_cache_bytes: int) -> Figures:
-    """`short` and `arrivals` of a model whose arithmetic takes less than Python's launches."""
-    with tempfile.TemporaryDirectory() as model_dir:
-        (Path(model_dir) / "config.json").write_text(json.dumps(LLAMA_3_2_1B), encoding="utf-8")
-        bench = Bench(model_dir, kv_cache_bytes)
-        found = {"short": short(bench)} | {f"{n} x 512, prompts of 128": arrivals(bench, n, 512, 128) for n in (8, 64)}
-        bench.engine.close()
-    return found
 
 
 def prefix(model_dir: str) -> Figures:

@@ -39,7 +39,7 @@ from service.contract import Delta, PromptRequest, SamplingFields
 from service.rpc.client import SluiceClient
 from service.tokenization import Tokenization
 from tests.bench import report
-from tests.bench.gpu_engine import LLAMA_3_8B
+from tests.bench.gpu_bench import LLAMA_3_8B
 from tests.bench.load_run import fixed, plan, run_load
 from tests.bench.parts import Document, Figures, ending_within
 from tests.bench.served import Served, resident_bytes, serving

@@ -16,10 +16,12 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from kernels.triton import tuning
 from kernels.triton.paged_decode import decode_kernel, merge_kernel
 from kernels.triton.paged_prefill import prefill_kernel
+from kernels.triton.paged_prefill_hopper import LAUNCH, prefill_hopper_kernel
 from kernels.triton.rms_norm import rms_norm_kernel
 from kernels.triton.rotary_kv_write import rotary_kv_write_kernel
 from kernels.triton.sampling import chunk_best_kernel, draw_kernel, limit_kernel, mass_kernel, row_best_kernel
@@ -48,6 +50,7 @@ class Case:
     constants: dict[str, Any]
     num_warps: int
     num_stages: int = 3
+    maxnreg: int | None = None
 
     @property
     def name(self) -> str:
@@ -67,7 +70,8 @@ class Case:
             if argument not in _ANY_VALUE:
                 attributes[(i,)] = [["tt.divisibility", 16]]
         constants = {(self.kernel.arg_names.index(name),): value for name, value in self.constants.items()}
-        return ASTSource(self.kernel, signature, constants, attributes)
+        kind = GluonASTSource if self.kernel.is_gluon() else ASTSource
+        return kind(self.kernel, signature, constants, attributes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +93,8 @@ def target(architecture: str) -> GPUTarget:
 def compile_case(case: Case, architecture: str) -> Compiled:
     """Compiles for an architecture that need not be here. Raises what Triton raises when it cannot."""
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages} | tuning.COMPILER_OPTIONS
+    if case.maxnreg:
+        options["maxnreg"] = case.maxnreg
     if "DEPENDENT" in case.kernel.arg_names:
         dependent = tuning.dependent(architecture)
         case = replace(case, constants=case.constants | {"DEPENDENT": dependent})
@@ -140,8 +146,23 @@ def _attention(architecture: str, element: str, head_dim: int, block_size: int, 
         )
 
 
+def _hopper() -> Iterator[Case]:
+    shape = {"TILE": tuning.HOPPER_PREFILL_TILE, "STAGES": tuning.HOPPER_PREFILL_STAGES}
+    for element, head_dim, block_size, group in (("bf16", 128, 16, 4), ("fp16", 128, 64, 8), ("bf16", 64, 16, 3)):
+        yield Case(
+            kernel=prefill_hopper_kernel,
+            label=f"{element} d{head_dim} block {block_size} group {group}",
+            element=element,
+            constants=shape | {"NUM_KV_HEADS": 8, "GROUP": group, "D": head_dim, "BLOCK_SIZE": block_size},
+            num_warps=LAUNCH["num_warps"],
+            maxnreg=LAUNCH["maxnreg"],
+        )
+
+
 def cases(architecture: str) -> Iterator[Case]:
     """Every row of the tuning tables for an architecture, with the variants that change a kernel's code."""
+    if architecture == "sm_90":
+        yield from _hopper()
     yield from _attention(architecture, "bf16", 64, 16, 0, 3)
     yield from _attention(architecture, "fp16", 80, 32, 0, 1)
     yield from _attention(architecture, "bf16", 128, 16, 0, 4)

@@ -32,6 +32,12 @@ def test_prefill_uses_the_warp_group_matrix_unit_on_hopper() -> None:
     assert "wgmma.mma_async" in _assembly("prefill_kernel")
 
 
+def test_the_prefill_of_hopper_uses_it_from_warp_groups_that_trade_registers() -> None:
+    assembly = _assembly("prefill_hopper_kernel")
+    assert "wgmma.mma_async" in assembly
+    assert "setmaxnreg" in assembly
+
+
 def test_decode_copies_tiles_asynchronously_in_16_bytes() -> None:
     assembly = _assembly("decode_kernel")
     assert "cp.async.cg.shared.global [ %r" in assembly

@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 def test_its_correctness_checks_hold_in_the_interpreter() -> None:
     checks = gpu_check.correctness(CPU, long=200, dtypes=(torch.float16,))
     assert [check for check in checks if not check["ok"]] == []
-    assert len(checks) == 21
+    assert len(checks) == 25
 
 
 def test_a_wrong_or_missing_value_fails_a_check() -> None:
