@@ -142,14 +142,18 @@ inline bool pack_fixed_row(const float* row, int64_t in_features, int output, ui
 }
 
 inline void pack_int8_row(const float* row, int64_t in_features, int output, uint8_t* panel, int64_t inputs) {
-    float largest = 0.0f;
-    for (int64_t k = 0; k < in_features; ++k) largest = std::fmax(largest, std::fabs(row[k]));
+    float largest = 0.0f, wrong = 0.0f;
+    for (int64_t k = 0; k < in_features; ++k) {
+        largest = std::fmax(largest, std::fabs(row[k]));
+        wrong += row[k] * 0.0f;
+    }
     const float limit = (float)Simd::byte_limit;
-    float scale = largest / limit, inverse = largest > 0.0f ? limit / largest : 0.0f;
+    // An output with a weight that is infinite or no number is no number.
+    float scale = largest / limit + wrong, inverse = largest > 0.0f && wrong == 0.0f ? limit / largest : 0.0f;
     int32_t sum = 0;
     int8_t* q = (int8_t*)panel;
     for (int64_t k = 0; k < in_features; ++k) {
-        int value = (int)std::nearbyint(row[k] * inverse);
+        int value = wrong == 0.0f ? (int)std::nearbyint(row[k] * inverse) : 0;
         sum += value;
         q[(k / 4 * panel_outputs + output) * 4 + k % 4] = (int8_t)value;
     }
@@ -168,9 +172,9 @@ inline void pack_int4_row(const float* row, int64_t in_features, int output, int
         float scale = half_to_float(half), inverse = scale != 0.0f ? 1.0f / scale : 0.0f;
         ((uint16_t*)(panel + (int64_t)group / 2 * panel_outputs))[output] = half;
         for (int64_t k = 0; k < group; ++k) {
-            int value = 0;
-            if (start + k < end) value = (int)std::nearbyint(row[start + k] * inverse);
-            uint8_t nibble = (uint8_t)((value > 7 ? 7 : value < -8 ? -8 : value) + 8);
+            float value = 0.0f;
+            if (start + k < end) value = std::fmax(-8.0f, std::fmin(std::nearbyint(row[start + k] * inverse), 7.0f));
+            uint8_t nibble = (uint8_t)((int)value + 8);
             uint8_t& both = panel[(k / 8 * panel_outputs + output) * 4 + k % 4];
             both = k % 8 >= 4 ? (uint8_t)(both | nibble << 4) : nibble;
         }

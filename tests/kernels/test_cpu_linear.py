@@ -243,6 +243,17 @@ def test_a_weight_of_an_infinite_or_no_number_spoils_its_output_alone(native, dt
     assert torch.equal(spoilt[:, others], wanted[:, others])
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_so_it_does_in_8_bits(native, value):
+    case = make_case(4, 40, 300, around=0)
+    wanted = case.run(native, "int8")
+    case.weight[17, 123] = value
+    spoilt = case.run(native, "int8")
+    assert not torch.isfinite(spoilt[:, 17]).any()
+    others = torch.arange(40) != 17
+    assert torch.equal(spoilt[:, others], wanted[:, others])
+
+
 def test_no_rows_give_no_rows(native):
     assert make_case(0, 32, 16).run(native, "float32").shape == (0, 32)
 
