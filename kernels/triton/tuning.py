@@ -172,13 +172,8 @@ def layer_options(device: torch.device) -> dict[str, Any]:
 
 
 @functools.cache
-def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@functools.cache
 def persistent_programs(device: torch.device) -> int:
     """Programs of a persistent grid on a device. Three in the interpreter, so that each takes several items."""
     if INTERPRETING:
         return 3
-    return PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(device)
+    return PROGRAMS_PER_MULTIPROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count

@@ -20,7 +20,7 @@ TRANSACTION_TIMEOUT_MS = 15_000
 """An owner that vanished with a transaction open holds its partition's readers for this long at most."""
 _REBALANCE_TIMEOUT_MS = 30_000
 _FETCH_WAIT_MS = 100
-_EMBEDDED_FETCH_WAIT_MS = 20
+_EMBEDDED_FETCH_WAIT_MS = 50
 """The in-process broker answers an empty fetch after the whole wait, whatever has come meanwhile: a prompt waits as long."""
 _REQUEST_TIMEOUT_MS = 10_000
 _RETRY_BACKOFF_MS = 20

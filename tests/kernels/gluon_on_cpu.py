@@ -126,10 +126,6 @@ def _nothing(*_arguments: Any, **_settings: Any) -> None:
     return None
 
 
-def _int32(x: int) -> Tensor:
-    return torch.tensor(x, dtype=torch.int32)
-
-
 def _allocate(dtype: torch.dtype, shape: list[int], layout: Any) -> Shared | Barriers:
     """Memory that holds NaN, as memory may; of 64 bits, barriers."""
     return Barriers(shape[0]) if dtype == torch.int64 else Shared(torch.full(shape, float("nan"), dtype=dtype))

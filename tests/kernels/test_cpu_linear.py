@@ -2,7 +2,6 @@
 
 import itertools
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -12,20 +11,12 @@ from torch import Tensor
 from kernels import reference
 from kernels.cpu import choose
 from kernels.cpu.build import runnable
+from tests.kernels.native import native
 from tests.kernels.tolerance import assert_as_exact_as_torch
 
+__all__ = ["native"]
 FORMATS = {torch.float32: ("float32", "int8", "int4"), torch.bfloat16: ("bfloat16", "int8", "int4")}
 EPS = 1e-5
-
-
-@pytest.fixture(params=runnable())
-def native(request: pytest.FixtureRequest) -> Iterator[object]:
-    """The operators of one instruction set; what they leave unwritten is NaN."""
-    choose(request.param)
-    torch.use_deterministic_algorithms(True)
-    yield torch.ops.sluice_cpu
-    torch.use_deterministic_algorithms(False)
-    choose("auto")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

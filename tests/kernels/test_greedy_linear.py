@@ -1,29 +1,18 @@
 """`greedy_linear` and `pack_screen`: the tokens that `greedy` finds among `linear`'s outputs, for every instruction set of this machine."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
 
 from kernels import reference
-from kernels.cpu import choose
-from kernels.cpu.build import runnable
+from tests.kernels.native import native
+
+__all__ = ["native"]
 
 EPS = 1e-5
 PLAIN = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 SHAPES = [(1000, 64), (193, 63), (1, 5), (17, 300), (16, 1), (640, 577), (100, 1033)]
 """(outputs, inputs): panels and blocks that are not full, several blocks, fewer outputs than a panel has."""
-
-
-@pytest.fixture(params=runnable())
-def native(request: pytest.FixtureRequest) -> Iterator[object]:
-    """The operators of one instruction set; what they leave unwritten is no token."""
-    choose(request.param)
-    torch.use_deterministic_algorithms(True)
-    yield torch.ops.sluice_cpu
-    torch.use_deterministic_algorithms(False)
-    choose("auto")
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
