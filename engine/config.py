@@ -14,7 +14,7 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 Policy = Literal["fcfs", "priority"]
 Overlap = Literal["auto", "on", "off"]
 Quantize = Literal["", "int8", "int4"]
-CpuIsa = Literal["auto", "torch", "scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16"]
+CpuIsa = Literal["auto", "torch", "scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

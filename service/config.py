@@ -61,7 +61,7 @@ class EngineSection(Section):
     screen_head: bool = True
     """Keep a plain head in 8 bits as well, on a CPU: greedy tokens, the very same ones, come sooner. A byte for each of its weights."""
 
-    cpu_isa: Literal["auto", "torch", "scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16"] = "auto"
+    cpu_isa: Literal["auto", "torch", "scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx"] = "auto"
     """What computes on a CPU. `auto`: C++ operators with the best instruction set, built once; `torch`: plain torch, nothing built."""
 
     attention_backend: str = "auto"

@@ -30,11 +30,13 @@ class Worker {
     using Stored = typename Cache::Stored;
     using Factor = typename Cache::Factor;
     static constexpr int pair = Cache::pair;
+    static constexpr bool matrices = Simd::matrices && pair == 2;
+    static constexpr int highest = matrices ? 16 : highest_tile;
     static constexpr int64_t weights_stride = attention_chunk * (int64_t)(sizeof(float) / sizeof(Factor));
 
 public:
     static int64_t scratch_bytes(int64_t dim) {
-        return max_item_rows * 4 * (attention_chunk + 2 * result_size(dim) + dim) + dim * 4;
+        return max_item_rows * 4 * (attention_chunk + 2 * result_size(dim) + dim) + dim * 4 + 2 * line_bytes(dim);
     }
     Worker(const Attention& call, float* partials, int32_t* unfinished, uint8_t* memory)
         : call_(call), dim_(call.dim), group_(call.q_heads / call.kv_heads), partials_(partials), unfinished_(unfinished) {
@@ -42,7 +44,8 @@ public:
         sums_ = scores_ + max_item_rows * attention_chunk;
         state_ = sums_ + max_item_rows * result_size(dim_);
         queries_ = (Factor*)(state_ + max_item_rows * result_size(dim_));
-        half_pair_ = (Stored*)(queries_ + max_item_rows * dim_);
+        part_lines_ = (Stored*)(queries_ + max_item_rows * dim_);
+        half_pair_ = part_lines_ + 2 * line_bytes(dim_) / (int64_t)sizeof(Stored);
     }
 
     // `next`: what this thread will be given after `item`, or null.
@@ -64,9 +67,13 @@ public:
             }
             const bool starts = chunk == item.chunk_first;
             float* sums = item.unit >= 0 ? partial(chunk, 0) : starts ? state_ : sums_;
-            score(here);
-            weigh(here, chunk, sums);
-            add_values(here, chunk, sums, after_keys ? &after : nullptr, after_keys);
+            // So many at once that their scores stay in the nearest cache.
+            const int64_t at_once = matrices ? 1 : tiles();
+            for (int64_t tile = 0; tile < tiles(); tile += at_once) {
+                score(here, tile, tile + at_once);
+                weigh(here, chunk, sums, tile, tile + at_once);
+                add_values(here, chunk, sums, after_keys ? &after : nullptr, after_keys, tile, tile + at_once);
+            }
             if (sums == sums_) {
                 for (int64_t row = 0; row < rows_; ++row) combine(sums + row * result_size(dim_), dim_, call_.scale, state(row));
             }
@@ -77,6 +84,7 @@ public:
     }
 
 private:
+    static int64_t line_bytes(int64_t dim) { return matrices ? line_lanes * dim * (int64_t)sizeof(Stored) : 0; }
     float* state(int64_t row) { return state_ + row * result_size(dim_); }
     float* partial(int chunk, int64_t row) {
         const int64_t place = item_->partial + (chunk - item_->unit_chunk_first) * rows_ + row;
@@ -130,15 +138,15 @@ private:
         }
     }
 
-    int64_t tiles() const { return (item_->row_count + highest_tile - 1) / highest_tile; }
+    int64_t tiles() const { return (item_->row_count + highest - 1) / highest; }
     // Tiles of nearly equal height.
     int64_t tile_start(int64_t tile) const { return item_->row_count * tile / tiles(); }
 
-    void score(const Lines& lines) {
+    void score(const Lines& lines, int64_t tile_first, int64_t tile_last) {
         constexpr int step = widest_tile(1);
         for (int line = lines.first; line < lines.last; line += step) {
             for (int64_t head = 0; head < heads_; ++head) {
-                for (int64_t tile = 0; tile < tiles(); ++tile) {
+                for (int64_t tile = tile_first; tile < tile_last; ++tile) {
                     const int64_t row = tile_start(tile);
                     score_rows<1>((int)(tile_start(tile + 1) - row), head, row, lines, line, std::min(line + step, lines.last), tile == 0);
                 }
@@ -148,7 +156,10 @@ private:
 
     template <int R>
     void score_rows(int rows, int64_t head, int64_t row, const Lines& lines, int line, int end, bool ask) {
-        if constexpr (R <= highest_tile) {
+        if constexpr (matrices) {
+            shape_.set(rows);
+            each_lines(end - line, [&](auto count, int first) { score_lines<R, count>(head, row, lines, line + first, ask); });
+        } else if constexpr (R <= highest_tile) {
             if (rows != R) return score_rows<R + 1>(rows, head, row, lines, line, end, ask);
             while (line < end) {
                 const int count = end - line;
@@ -174,15 +185,18 @@ private:
             else if (ask) ahead[l] = (const char*)(values(kv_head) + lines.values[std::min(lines.first + next - lines.last, lines.last - 1)]);
         }
         const int64_t at = head * item_->row_count + row;
-        score_tile<Cache, R, L>(queries_ + at * dim_, dim_, k, call_.block_size * pair, dim_, ahead,
-                                scores_ + at * attention_chunk + line * line_lanes, attention_chunk);
+        float* to = scores_ + at * attention_chunk + line * line_lanes;
+        if constexpr (matrices) score_matrix<L>(queries_ + at * dim_, dim_, k, call_.block_size * pair, dim_, ahead, to, attention_chunk);
+        else score_tile<Cache, R, L>(queries_ + at * dim_, dim_, k, call_.block_size * pair, dim_, ahead, to, attention_chunk);
         return L;
     }
 
     // Scores to weights e^(scale (score - peak)), 0 where a row does not see; peak and total into the chunk's results.
-    void weigh(const Lines& lines, int chunk, float* sums) {
+    void weigh(const Lines& lines, int chunk, float* sums, int64_t tile_first, int64_t tile_last) {
         const int64_t from = lines.first * line_lanes, to = lines.last * line_lanes;
-        for (int64_t row = 0; row < rows_; ++row) {
+        const int64_t top = tile_start(tile_first), count = tile_start(tile_last) - top;
+        for (int64_t i = 0; i < heads_ * count; ++i) {
+            const int64_t row = i / count * item_->row_count + top + i % count;
             float* scores = scores_ + row * attention_chunk;
             Factor* weights = (Factor*)scores;
             float* result = sums + row * result_size(dim_);
@@ -199,12 +213,13 @@ private:
     }
 
     // One tile of rows a head: block after block, as memory has them, sums kept in the cache. More: each tile's sums in registers.
-    void add_values(const Lines& lines, int chunk, float* sums, const Lines* after, const Stored* after_keys) {
+    void add_values(const Lines& lines, int chunk, float* sums, const Lines* after, const Stored* after_keys, int64_t tile_first,
+                    int64_t tile_last) {
         const int step = tiles() == 1 ? 2 : chunk_lines;
         for (int line = lines.first; line < lines.last; line += step) {
             const int end = std::min(line + step, lines.last);
             for (int64_t head = 0; head < heads_; ++head) {
-                for (int64_t tile = 0; tile < tiles(); ++tile) {
+                for (int64_t tile = tile_first; tile < tile_last; ++tile) {
                     const int64_t row = tile_start(tile), bottom = tile_start(tile + 1);
                     const Range range = seen_by_any(*item_, row, bottom, chunk);
                     Stretch<Stored> stretches[chunk_lines + 1];
@@ -245,11 +260,42 @@ private:
         return half_pair_;
     }
 
+    // The stretches as lines: parts of one with 0 around them.
+    int whole_lines(const Stretch<Stored>* stretches, int count, ValueLine* out) {
+        const int64_t row = pair * dim_;
+        Stored* part = part_lines_;
+        int lines = 0, parts = 0;
+        for (int i = 0; i < count; ++i) {
+            const Stretch<Stored>& from = stretches[i];
+            const int64_t start = from.first / line_lanes * line_lanes;
+            if (from.last - from.first == line_lanes) {
+                out[lines++] = {from.values, start, from.ahead};
+                continue;
+            }
+            if (lines == 0 || out[lines - 1].first != start) {
+                part = part_lines_ + parts++ * line_lanes * dim_;
+                std::memset(part, 0, (size_t)line_bytes(dim_));
+                out[lines++] = {part, start, (const char*)from.values + from.ahead - (const char*)part};
+            }
+            const int64_t pairs = (from.last - from.first + pair - 1) / pair;
+            std::memcpy(part + (from.first - start) / pair * row, from.values, sizeof(Stored) * (size_t)(pairs * row));
+        }
+        return lines;
+    }
+
     template <int R>
     void add_rows(int rows, int64_t head, int64_t row, const Stretch<Stored>* stretches, int count, bool first, float* to) {
-        if constexpr (R <= highest_tile) {
+        const int lines = (int)(dim_ / line_lanes);
+        if constexpr (matrices) {
+            ValueLine whole[chunk_lines];
+            const int found = whole_lines(stretches, count, whole);
+            const Factor* weights = (const Factor*)(scores_ + (head * item_->row_count + row) * attention_chunk);
+            shape_.set(rows);
+            each_lines(lines, [&](auto at_once, int line) {
+                value_matrix<at_once>(weights, weights_stride, whole, found, line * line_lanes, dim_, first, to, result_size(dim_));
+            });
+        } else if constexpr (R <= highest_tile) {
             if (rows != R) return add_rows<R + 1>(rows, head, row, stretches, count, first, to);
-            const int lines = (int)(dim_ / line_lanes);
             int line = 0;
             constexpr int wide = widest_tile(R), middle = std::min(wide, 2);
             for (; line + wide <= lines; line += wide) add_lines<R, wide>(head, row, line, stretches, count, first, to);
@@ -300,7 +346,9 @@ private:
     float* sums_;           // [rows][result_size]: weighted sum of values, peak, total of one chunk
     float* state_;          // the same of the chunks so far
     Factor* queries_;       // [rows][dim], rotated
+    Stored* part_lines_;    // of matrices: two of [line_lanes / pair][dim][pair]
     Stored* half_pair_;     // [dim][pair]
+    [[no_unique_address]] AttentionShape shape_;
 };
 
 template <class Cache>

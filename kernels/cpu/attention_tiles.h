@@ -19,7 +19,7 @@ struct PlainCache {
 
 struct PairedCache {
     using Stored = uint16_t;
-    using Factor = std::conditional_t<Simd::bf16_dot, uint16_t, float>;
+    using Factor = std::conditional_t<bf16_rows, uint16_t, float>;
     static constexpr int pair = 2;
     static constexpr Type type = Type::bf16;
 };

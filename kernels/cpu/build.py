@@ -20,8 +20,8 @@ from pathlib import Path
 
 import torch
 
-NATIVE = ("avx512_bf16", "avx512_vnni", "avx512", "avx2", "scalar")
-"""Instruction sets, best first."""
+NATIVE = ("amx", "avx512_bf16", "avx512_vnni", "avx512", "avx2", "scalar")
+"""Instruction sets that the operators are written for."""
 
 _SOURCES = Path(__file__).resolve().parent
 _NEEDS = {
@@ -30,6 +30,7 @@ _NEEDS = {
 }
 _NEEDS["avx512_vnni"] = _NEEDS["avx512"] | {"avx512_vnni"}
 _NEEDS["avx512_bf16"] = _NEEDS["avx512_vnni"] | {"avx512_bf16"}
+_NEEDS["amx"] = _NEEDS["avx512_vnni"] | {"amx_tile", "amx_bf16", "amx_int8"}
 # No contraction: where a product and a sum are one rounding is written in the sources, or inlining and the compiler would decide it,
 # place by place, and with it the bits of a row.
 _FLAGS = ["-O2", "-std=c++20", "-fopenmp", "-fno-math-errno", "-ffp-contract=off", "-Wno-psabi", "-Wno-unknown-pragmas"]
@@ -70,14 +71,19 @@ def choose(wanted: str, tell: Callable[[str], None] = lambda what: None) -> Choi
 
 
 def runnable() -> tuple[str, ...]:
-    """The instruction sets of `NATIVE` that this processor has, best first."""
+    """Those of `NATIVE` that this processor has, best first, as dispatch.cpp has them."""
     flags: set[str] = set()
+    names = list(NATIVE)
     if platform.machine() in ("x86_64", "AMD64"):
         for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
-            if line.startswith("flags"):
-                flags = set(line.partition(":")[2].split())
+            name, _, value = line.partition(":")
+            if name.strip() == "vendor_id" and value.strip() == "GenuineIntel":
+                names.remove("avx512_bf16")
+                names.insert(names.index("avx512_vnni") + 1, "avx512_bf16")
+            elif name.strip() == "flags":
+                flags = set(value.split())
                 break
-    return tuple(name for name in NATIVE if name == "scalar" or (flags and _NEEDS[name] <= flags))
+    return tuple(name for name in names if name == "scalar" or (flags and _NEEDS[name] <= flags))
 
 
 def library_path() -> Path:

@@ -14,6 +14,9 @@ constexpr int64_t unanswered = -2;
 constexpr int64_t panels_looked_at = 16;  // one in so many at most before a row has the product itself,
 constexpr int64_t panels_at_least = 8;    // or so many
 
+// Where matrices are multiplied, more rows than this take longer with the screen's pairs than with twice the bytes.
+constexpr int64_t rows_screened = Simd::matrices ? 16 : INT64_MAX;
+
 // Each panel's greatest output; infinite where it holds NaN or +inf, which both mean that the row has no answer.
 struct PanelMaxima {
     float* maxima;  // [rows, panels]
@@ -120,7 +123,7 @@ inline void best_outputs(const Linear& call, const void* screen, int64_t* tokens
     const PackedHeader& header = *(const PackedHeader*)call.packed;
     const int64_t panels = num_panels(header.out_features, false);
     float* maxima = (float*)scratch(2, call.rows * panels * (int64_t)sizeof(float));
-    if (!screen) {
+    if (!screen || call.rows > rows_screened) {
         run_product<Tile>(call, PanelMaxima{maxima, panels});
         return search_rows<Tile>(call, maxima, panels, false, tokens);
     }

@@ -9,7 +9,7 @@ namespace SLUICE_ISA {
 constexpr int64_t rows_prepared_apart = 2;
 constexpr int64_t inputs_prepared_at_once = 8192;
 constexpr int64_t products_at_once = 49152;  // an output; of few rows some 20 us of a thread
-constexpr int64_t row_block_bytes = 192 << 10, row_block = 240;  // a block's rows: at most
+constexpr int64_t row_block_bytes = (Simd::matrices ? 1024 : 192) << 10, row_block = Simd::matrices ? 512 : 240;  // a block's rows: at most
 
 // As much as is asked for and no more, where a sanitizer watches what lies behind.
 #ifdef __SANITIZE_ADDRESS__
@@ -57,8 +57,9 @@ struct Product {
     }
 
     static int64_t sum_bytes(const Linear& call, const PackedHeader& header) {
-        int64_t count = std::min(call.rows, rows_at_once(header.inputs)) * (header.gated ? 2 : 1);
-        return round_up(std::max<int64_t>(count, Tile::max_rows) * panel_outputs * (int64_t)sizeof(float), 64);
+        int64_t most = multiplies_matrices<Tile> ? Tile::max_rows : rows_at_once(header.inputs);
+        int64_t count = std::min(call.rows, most) * (header.gated ? 2 : 1);
+        return round_up(std::max<int64_t>(count, Tile::max_rows * (multiplies_matrices<Tile> ? 2 : 1)) * panel_outputs * (int64_t)sizeof(float), 64);
     }
 
     static int64_t row_elements(int64_t inputs) {
@@ -116,8 +117,12 @@ struct Product {
 
     // One row's outputs of one panel before bias and all that follows, [panel_outputs].
     void values(int64_t row, int64_t panel, float* to) {
-        std::memset(sums, 0, sizeof(float) * panel_outputs);
-        multiply(row, 1, 1, panel, 1, sums);
+        if constexpr (multiplies_matrices<Tile>) {
+            multiply_matrices(row, 1, panel, sums);
+        } else {
+            std::memset(sums, 0, sizeof(float) * panel_outputs);
+            multiply(row, 1, 1, panel, 1, sums);
+        }
         for (int v = 0; v < panel_vectors; ++v) Simd::store(to + v * width, value(row, panel, sums, v));
     }
 
@@ -142,6 +147,7 @@ private:
 
     template <class Out>
     void run_block(int64_t row, int64_t row_end, int64_t first, int64_t last, const Out& out) {
+        if constexpr (multiplies_matrices<Tile>) return run_matrices(row, row_end, first, last, out);
         int64_t per_unit = header.gated ? 2 : 1;
         int64_t panel = first * per_unit, end = last * per_unit;
         int64_t count = row_end - row, tiles = (count + Tile::max_rows - 1) / Tile::max_rows;
@@ -160,6 +166,29 @@ private:
             }
             panel += side_by_side;
         }
+    }
+
+    // Panel after panel, and of each as many rows as the registers take, whose sums are still in the nearest cache when they are finished.
+    template <class Out>
+    void run_matrices(int64_t row, int64_t row_end, int64_t first, int64_t last, const Out& out) {
+        const int64_t per_unit = header.gated ? 2 : 1, most = Tile::max_rows * panel_outputs;
+        for (int64_t panel = first * per_unit; panel < last * per_unit; panel += per_unit) {
+            ahead_.begin(panels + (panel + per_unit) * header.panel_bytes, per_unit * header.panel_bytes, row_end - row,
+                         per_unit * Tile::steps(inputs));
+            for (int64_t top = row, count; top < row_end; top += count) {
+                count = Tile::rows_of_next(row_end - top);
+                for (int64_t i = 0; i < per_unit; ++i) multiply_matrices(top, count, panel + i, sums + i * most);
+                for (int64_t r = 0; r < count; ++r) {
+                    const float* mine = sums + r * panel_outputs;
+                    out.finish(*this, top + r, panel, mine, header.gated ? mine + most : nullptr);
+                    ahead_.finish();
+                }
+            }
+        }
+    }
+
+    void multiply_matrices(int64_t row, int64_t count, int64_t panel, float* to) {
+        Tile::multiply(shape_, ahead_, count, rows + row * stride, stride, panels + panel * header.panel_bytes, inputs, to);
     }
 
     // Blocks of inputs outermost, so that their weights are in the nearest cache for all rows but the first.
@@ -194,6 +223,9 @@ private:
     [[gnu::noinline]] void tile(const Row* a, const uint8_t* w, int64_t size, Ahead ahead, float* to) {
         Tile::template add<R, C, shared>(a, stride, w, header.panel_bytes, size, header.group, ahead, to);
     }
+
+    [[no_unique_address]] MatrixShape shape_;
+    [[no_unique_address]] WeightsAhead ahead_;
 };
 
 // Where a linear's sums go: into its outputs.
@@ -205,20 +237,28 @@ struct Outputs {
     // Sums of one row and the unit that begins with `panel`; `up`: null where it is the whole unit.
     template <class Tile>
     void finish(const Product<Tile>& product, int64_t row, int64_t panel, const float* gate, const float* up) const {
-        int64_t outputs = product.outputs, first = (up ? panel / 2 : panel) * panel_outputs;
+        const int64_t outputs = product.outputs, first = (up ? panel / 2 : panel) * panel_outputs;
+        if (first + panel_outputs <= outputs) {
+            each<panel_vectors>([&](auto v) SLUICE_HERE { finish_vector(product, row, panel, gate, up, v, first + v * width, width); });
+            return;
+        }
         for (int v = 0; v < panel_vectors; ++v) {
-            int64_t output = first + v * width;
+            const int64_t output = first + v * width;
             if (output >= outputs) return;
-            int n = lanes_left(output, outputs);
-            F x = with_bias(product.value(row, panel, gate, v), output, n);
-            if (up) x = Simd::mul(silu(x), with_bias(product.value(row, panel + 1, up, v), outputs + output, n));
-            int64_t place = row * outputs + output;
-            if (call.residual) x = Simd::add(x, load_typed(call.residual, place, n, call.type));
-            store_typed(call.out, place, x, n, call.out_type);
+            finish_vector(product, row, panel, gate, up, v, output, lanes_left(output, outputs));
         }
     }
 
 private:
+    template <class Tile>
+    SLUICE_INLINE void finish_vector(const Product<Tile>& product, int64_t row, int64_t panel, const float* gate, const float* up, int v,
+                                     int64_t output, int n) const {
+        F x = with_bias(product.value(row, panel, gate, v), output, n);
+        if (up) x = Simd::mul(silu(x), with_bias(product.value(row, panel + 1, up, v), product.outputs + output, n));
+        const int64_t place = row * product.outputs + output;
+        if (call.residual) x = Simd::add(x, load_typed(call.residual, place, n, call.type));
+        store_typed(call.out, place, x, n, call.out_type);
+    }
     F with_bias(F x, int64_t output, int n) const { return call.bias ? Simd::add(x, load_typed(call.bias, output, n, call.type)) : x; }
 };
 
@@ -252,9 +292,9 @@ template <class Body>
 inline void with_tile(Format format, const Body& body) {
     switch (format) {
         case Format::f32: return body(FloatTile());
-        case Format::bf16: return body(Bf16Tile());
+        case Format::bf16: return body(Bf16Matrix());
         case Format::fixed: return body(FixedTile());
-        case Format::int8: return body(Int8Tile());
+        case Format::int8: return body(Int8Matrix());
         case Format::int4: return body(Int4Tile());
         case Format::coarse: return;  // stands for no weight of its own
     }

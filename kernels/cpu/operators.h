@@ -110,6 +110,7 @@ const Operators& operators_avx2();
 const Operators& operators_avx512();
 const Operators& operators_avx512_vnni();
 const Operators& operators_avx512_bf16();
+const Operators& operators_amx();
 #endif
 
 }  // namespace sluice

@@ -45,7 +45,7 @@ inline float bound_of(const PackedHeader& header, double difference, double weig
     const double row_step = 0.502 * std::sqrt(in) / fixed_row_limit + 0x1p-22;
     double share = 4.0 * (in + 32.0) * unit;  // of |y| |w|: each product and each sum of the two may be rounded, and their scales
     if (header.format != Format::fixed) share += row_step;
-    if (header.format == Format::bf16 && Simd::bf16_dot) share += 1.01 * 0x1p-8;  // the row is rounded to bf16
+    if (header.format == Format::bf16 && bf16_rows) share += 1.01 * 0x1p-8;  // the row is rounded to bf16
     return (float)((difference * (1.0 + row_step) + weight * share) * (1.0 + 0x1p-10) + 0x1p-40);
 }
 

@@ -12,6 +12,7 @@ struct Simd {
     static constexpr int panel_vectors = 2;   // of outputs that a linear's weights are kept in
     static constexpr int tile_rows = 6;       // rows x panel_vectors sums, the weights and what they are made of fill the registers
     static constexpr bool bf16_dot = false;   // one instruction multiplies and adds bf16 pairs into float lanes
+    static constexpr bool matrices = false;   // whole matrices are multiplied, matrix_tiles.h
     static constexpr bool fixed_point = true; // sums of products of 16-bit numbers take fewer instructions than bf16's in floats
     static constexpr int byte_limit = 64;     // magnitude of an int8 weight up to which add_byte_products is exact
     static constexpr bool screens = true;     // products with a screen (screen.h) take no longer than those with the weight itself

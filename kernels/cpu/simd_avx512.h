@@ -1,4 +1,4 @@
-// Sixteen float lanes of AVX-512 (F, BW, DQ, VL); SLUICE_VNNI and SLUICE_BF16 add those extensions. Meanings: simd_avx2.h.
+// Sixteen float lanes of AVX-512 (F, BW, DQ, VL); SLUICE_VNNI, SLUICE_BF16 and SLUICE_AMX add those extensions. Meanings: simd_avx2.h.
 #pragma once
 
 namespace SLUICE_ISA {
@@ -13,8 +13,13 @@ struct Simd {
 #else
     static constexpr bool bf16_dot = false;
 #endif
+#ifdef SLUICE_AMX
+    static constexpr bool matrices = true;
+#else
+    static constexpr bool matrices = false;
+#endif
 #ifdef SLUICE_VNNI
-    static constexpr bool fixed_point = !bf16_dot;
+    static constexpr bool fixed_point = !bf16_dot && !matrices;
     static constexpr int byte_limit = 127;
 #else
     static constexpr bool fixed_point = false;  // a product and a sum take as long as two products in floats

@@ -9,6 +9,7 @@ struct Simd {
     static constexpr int panel_vectors = 2;
     static constexpr int tile_rows = 2;
     static constexpr bool bf16_dot = false;
+    static constexpr bool matrices = false;
     static constexpr bool fixed_point = false;
     static constexpr int byte_limit = 127;
     static constexpr bool screens = false;

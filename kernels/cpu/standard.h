@@ -10,6 +10,8 @@
 #include <utility>
 #if defined(__x86_64__)
 #include <immintrin.h>
+
+#include "amx.h"
 #endif
 
 #include "attention_call.h"

@@ -172,7 +172,7 @@ struct FloatTile : FloatSums {
 };
 
 struct Bf16Tile : FloatSums {
-    using Row = std::conditional_t<Simd::bf16_dot, uint16_t, float>;
+    using Row = std::conditional_t<bf16_rows, uint16_t, float>;
     static constexpr int max_rows = Simd::tile_rows;
 
     static constexpr int64_t block_inputs(int64_t inputs) { return inputs; }

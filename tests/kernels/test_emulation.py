@@ -14,7 +14,7 @@ SUITES = ("test_cpu_linear.py", "test_greedy_linear.py", "test_cpu_attention.py"
 
 
 @pytest.mark.skipif(
-    "avx512_bf16" in runnable(),
+    {"amx", "avx512_bf16"} <= set(runnable()),
     reason="nothing to emulate: the suites run every instruction set on this processor",
 )
 @pytest.mark.skipif(
@@ -22,7 +22,7 @@ SUITES = ("test_cpu_linear.py", "test_greedy_linear.py", "test_cpu_attention.py"
     reason=f"{SIMDE} is missing (libsimde-dev): it runs where that is, as on Debian as root, where `make test` installs it",
 )
 @pytest.mark.timeout(900)
-def test_the_operators_with_avx512_emulated_are_their_twins() -> None:
+def test_the_operators_with_avx512_and_amx_emulated_are_their_twins() -> None:
     arguments = [
         "-p",
         "tests.kernels.emulation.plugin",

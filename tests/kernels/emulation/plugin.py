@@ -1,4 +1,4 @@
-"""A pytest plugin: the C++ operators with AVX-512 emulated by SIMDe stand in for those that this machine would build.
+"""A pytest plugin: the C++ operators with AVX-512 emulated by SIMDe, and AMX by amx.h, stand in for those that this machine would build.
 
 `pytest -p tests.kernels.emulation.plugin tests/kernels/test_cpu_linear.py` then runs each test for the instruction sets of `EMULATED`.
 """
@@ -15,13 +15,18 @@ from torch.utils import cpp_extension
 
 from kernels.cpu import build
 
-EMULATED = ("avx512_bf16", "avx512_vnni", "avx512")
+EMULATED = ("amx", "avx512_bf16", "avx512_vnni", "avx512")
 HERE = Path(__file__).resolve().parent
+
+
+def _order(source: Path) -> tuple[str, bool]:
+    # What is emulated comes last and replaces a file of its name.
+    return source.name, source.parent == HERE
 
 
 def library() -> Path:
     """Builds what is emulated, once for these sources; scalar is in it, as in every build."""
-    sources = sorted([*build._SOURCES.glob("*.cpp"), *build._SOURCES.glob("*.h"), HERE / "immintrin.h"])
+    sources = sorted([*build._SOURCES.glob("*.cpp"), *build._SOURCES.glob("*.h"), *HERE.glob("*.h")], key=_order)
     told = hashlib.sha256(torch.__version__.encode())
     for source in sources:
         told.update(source.name.encode() + source.read_bytes())
@@ -40,13 +45,18 @@ def _build(sources: list[Path], built: Path) -> None:
         for source in sources:
             lines = source.read_text("utf-8").splitlines(keepends=True)
             # With the target named, the compiler would use the instructions that are to be emulated.
-            kept = [line for line in lines if not (source.name.startswith("isa_avx512") and "#pragma GCC target" in line)]
+            kept = [
+                line
+                for line in lines
+                if not (source.name.startswith(("isa_avx512", "isa_amx")) and "#pragma GCC target" in line)
+            ]
             if source.name == "dispatch.cpp":
                 kept.insert(0, "#define __builtin_cpu_supports(name) 1\n")
             (place / source.name).write_text("".join(kept), "utf-8")
         names = (
             "bindings.cpp",
             "attention_bindings.cpp",
+            "program.cpp",
             "weight_memory.cpp",
             "thread_pool.cpp",
             "dispatch.cpp",
