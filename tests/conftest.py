@@ -17,8 +17,15 @@ settings.register_profile("sluice", deadline=None, suppress_health_check=[Health
 settings.load_profile("sluice")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _imports_are_not_collected() -> None:
+    """What collection made (a million objects of libraries and tests) stays: no later look for garbage goes through it again."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="module", autouse=True)
-def _collected_between_modules() -> Iterator[None]:
+def _collected_between_modules(_imports_are_not_collected: None) -> Iterator[None]:
     """Destructors run here and nowhere else.
 
     A destructor that warns formats a traceback, which parses source; inside another parse (an assertion that is being explained)

@@ -88,7 +88,7 @@ class PromptConsumer(ConsumerRebalanceListener):
         self._wall_ns = wall_ns
         self._backlog = Backlog()
         self._on_state, self._on_deleted = on_state, on_deleted
-        self._watch_topics = TopicWatch(topics, lambda: self._admin, refresh_s=section.topic_refresh_ms / 1_000)
+        self._watch_topics = TopicWatch(topics, lambda: self._admin, partitions, refresh_s=section.topic_refresh_ms / 1_000)
         self._commits: Commits | None = None
         self._handler: PromptHandler | None = None
         self._consumer: AIOKafkaConsumer | None = None

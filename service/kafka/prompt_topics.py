@@ -1,10 +1,11 @@
 """Which topics of prompts a cluster has, looked at again and again: one of a class may come, go, or be made anew while replicas run.
 
 Guarantee: a topic counts as come only once each of its partitions has a leader and there are as many as `prompts` has; nothing counts
-as changed before two looks in a row have found the same. One that was made anew is another topic: the old one goes, the new one comes.
+as changed before two looks in a row have found the same. One that was made anew is another topic: the old one goes, the new one comes,
+also when no look ever saw the old one.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Set
 
 import structlog
 
@@ -23,16 +24,20 @@ class PromptTopics:
         self._read = self._found = dict(read)
         self._told: frozenset[str] = frozenset()
 
-    def changed(self, seen: Mapping[str, TopicLook]) -> Mapping[str, str] | None:
+    def changed(self, seen: Mapping[str, TopicLook], held: Iterable[tuple[str, str]] = ()) -> Mapping[str, str] | None:
         """The topics to read from now on, with their identities, when they are others than until now.
 
+        `held`: topics whose partitions are worked on, with the identities that those were opened under.
         Raises `SetupError` when `prompts` itself is gone.
         """
-        found = self._readable(seen)
+        # One that was opened and made anew before the first look: only what is held tells.
+        before = (*self._read.items(), *held)
+        anew = {name for name, was in before if name in seen and is_another(was, seen[name].topic_id)}
+        found = self._readable(seen, anew)
         settled, self._found = found == self._found, found
         if not settled:
             return None
-        if found.keys() == self._read.keys() and not any(is_another(self._read[name], found[name]) for name in found):
+        if found.keys() == self._read.keys() and not anew:
             self._read = found
             return None
         if self._topics.prompts not in found:
@@ -40,10 +45,10 @@ class PromptTopics:
         self._read = found
         return found
 
-    def _readable(self, seen: Mapping[str, TopicLook]) -> dict[str, str]:
+    def _readable(self, seen: Mapping[str, TopicLook], anew: Set[str]) -> dict[str, str]:
         # One that is read already stays for as long as it is there: its leaders may be away for a moment.
         there = {name: seen[name] for name in self._topics.classes if name in seen}
-        new = {name for name, look in there.items() if not self._reads(name, look)}
+        new = {name for name in there if name not in self._read or name in anew}
         wanted = there[self._topics.prompts].num_partitions if self._topics.prompts in there else 0
         unequal = frozenset(name for name in new if there[name].led and there[name].num_partitions != wanted)
         for name in sorted(unequal - self._told):
@@ -55,9 +60,6 @@ class PromptTopics:
             for name, look in there.items()
             if name not in new or (look.led and name not in unequal)
         }
-
-    def _reads(self, name: str, look: TopicLook) -> bool:
-        return name in self._read and not is_another(self._read[name], look.topic_id)
 
 
 def is_another(topic_id: str, other: str) -> bool:

@@ -10,7 +10,7 @@ import structlog
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaConnectionError, KafkaError, UnknownTopicOrPartitionError
 
-from service.kafka.ownership import OwnedPartition
+from service.kafka.ownership import OwnedPartition, Partitions
 from service.kafka.prompt_topics import PromptTopics, is_another
 from service.kafka.topic_look import TopicLook, look
 from service.kafka.topics import Topics
@@ -21,10 +21,12 @@ _LOOK_S = 5.0
 
 
 class TopicWatch:
-    """`admin` gives the connection of now, if there is one."""
+    """`admin` gives the connection of now, if there is one; `partitions` are those worked on."""
 
-    def __init__(self, topics: Topics, admin: Callable[[], AIOKafkaAdminClient | None], *, refresh_s: float) -> None:
-        self._topics, self._admin, self._refresh_s = topics, admin, refresh_s
+    def __init__(
+        self, topics: Topics, admin: Callable[[], AIOKafkaAdminClient | None], partitions: Partitions, *, refresh_s: float
+    ) -> None:
+        self._topics, self._admin, self._partitions, self._refresh_s = topics, admin, partitions, refresh_s
 
     async def topic_id(self, topic: str) -> str:
         """The identity of a topic that is there, "" when the broker tells none. Raises `KafkaError`, `TimeoutError`."""
@@ -47,8 +49,10 @@ class TopicWatch:
         topics = PromptTopics(self._topics, names)
         while True:
             await asyncio.sleep(self._refresh_s)
+            # Before the look: what it finds to be another is the newer one.
+            held = tuple((owned.partition.topic, owned.tracker.topic_id) for owned in self._partitions)
             try:
-                found = topics.changed(await self._look())
+                found = topics.changed(await self._look(), held)
             except (KafkaError, TimeoutError) as error:
                 _log.info("the topics could not be looked at", error=type(error).__name__)
                 continue

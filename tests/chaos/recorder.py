@@ -17,8 +17,8 @@ READ_TIMEOUT_S = 60.0
 _OFFSETS_TOPIC = "__consumer_offsets"
 
 
-def consumer(bootstrap: str, *, isolation: str) -> Consumer:
-    """A reader that belongs to no group and starts where it is told."""
+def consumer(bootstrap: str, *, isolation: str, fetch_wait_ms: int = 500) -> Consumer:
+    """A reader that belongs to no group and starts where it is told; it hears so late that a partition has no more."""
     return Consumer(
         {
             "bootstrap.servers": bootstrap,
@@ -28,6 +28,7 @@ def consumer(bootstrap: str, *, isolation: str) -> Consumer:
             "isolation.level": isolation,
             "log_level": 0,
             "reconnect.backoff.max.ms": 1000,
+            "fetch.wait.max.ms": fetch_wait_ms,
             "check.crcs": True,
         }
     )
@@ -41,9 +42,10 @@ def partitions_of(bootstrap: str, topic: str) -> list[int]:
 
 def read_all(bootstrap: str, topic: str, *, isolation: str, timeout_s: float = READ_TIMEOUT_S) -> list[Message]:
     """Every record from the start of each partition to its end as it is now. Raises TimeoutError."""
-    reader = consumer(bootstrap, isolation=isolation)
+    reader = consumer(bootstrap, isolation=isolation, fetch_wait_ms=10)
     try:
-        left = set(partitions_of(bootstrap, topic))
+        # Asked of the reader itself: one that does not know the leaders yet looks for a beginning half a second later.
+        left = set(reader.list_topics(topic, timeout=20).topics[topic].partitions)
         reader.assign([TopicPartition(topic, partition, OFFSET_BEGINNING) for partition in left])
         # Where records keep coming, the end is never met.
         ends = {partition: reader.get_watermark_offsets(TopicPartition(topic, partition))[1] for partition in left}
@@ -54,7 +56,7 @@ def read_all(bootstrap: str, topic: str, *, isolation: str, timeout_s: float = R
                 raise TimeoutError(
                     f"{topic} was not read to its end within {timeout_s:g} s; partitions {sorted(left)} are left"
                 )
-            for message in reader.consume(5_000, 1.0):
+            for message in reader.consume(5_000, 0.05):
                 error = message.error()
                 if error is None:
                     found.append(message)

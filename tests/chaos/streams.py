@@ -14,6 +14,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,9 @@ async def run(bootstrap: str, model: Path, *, streams: int, tokens: int) -> Outc
     between_s = time.monotonic()
     broker = Broker(bootstrap)
     config = replica(model, broker)
-    async with serve(config) as first, serve(config) as second:
+    async with AsyncExitStack() as stack:
+        # Side by side: each loads the model.
+        first, second = await asyncio.gather(*(stack.enter_async_context(serve(config)) for _ in range(2)))
         targets = [first.facts["grpc"], second.facts["grpc"]]
         ids, said = await read_all(targets, asked, first.process.kill)
         records = [json.loads(record.value()) for record in await broker.read(broker.topics.results, count=streams)]

@@ -77,12 +77,16 @@ class Broker:
                 "enable.auto.commit": False,
                 "isolation.level": "read_committed",
                 "enable.partition.eof": True,
+                # That a partition is at its end is the answer to a fetch that found nothing.
+                "fetch.wait.max.ms": 10,
                 "log_level": 0,
             }
         )
         found: list[Any] = []
         unread = set(range(self.partitions))
         try:
+            # Where it does not know the leaders yet, librdkafka looks for a partition's beginning half a second later.
+            consumer.list_topics(topic, timeout=20)
             consumer.assign([TopicPartition(topic, partition, OFFSET_BEGINNING) for partition in unread])
             while unread:
                 record = consumer.poll(5.0)

@@ -1,13 +1,14 @@
 """A class's topic that is deleted, or made anew, under a running replica on a real broker: nothing taken is lost, no other class waits."""
 
 import asyncio
+from collections.abc import Mapping
 
 import pytest
 from aiokafka.admin import AIOKafkaAdminClient
 from confluent_kafka import TopicCollection
 from confluent_kafka.admin import AdminClient
 
-from service.kafka.topic_look import look
+from service.kafka.topic_look import TopicLook, look
 from service.telemetry.metrics import Metrics
 from tests.integration.kafka_harness import Broker, eventually, make_class_topics, serving
 from tests.integration.test_kafka_classes import QUICK, publish, serves
@@ -22,6 +23,20 @@ def broker(kafka_server: str) -> Broker:
     broker = Broker(kafka_server, partitions=1)
     make_class_topics(broker, "batch")
     return broker
+
+
+async def led(broker: Broker) -> Mapping[str, TopicLook]:
+    """A look once every topic has its leaders: one this young may not be there yet."""
+    names = {*broker.topics.required, f"{broker.topics.prompts}.batch"}
+    admin = AIOKafkaAdminClient(bootstrap_servers=broker.bootstrap)
+    await admin.start()
+    try:
+        async with asyncio.timeout(30):
+            while not names <= (seen := await look(admin)).keys() or not all(seen[name].led for name in names):  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+    finally:
+        await admin.close()
+    return {name: seen[name] for name in names}
 
 
 def delete_batch(broker: Broker) -> None:
@@ -87,7 +102,9 @@ async def test_a_topic_made_anew_is_read_from_its_start_once_the_old_ones_prompt
 
 async def test_of_a_topic_made_anew_before_anybody_looked_no_prompt_is_lost(broker: Broker) -> None:
     generation = FakeGeneration()
-    async with serving(broker.section(**QUICK), generation) as transport:
+    # There when the replica comes: it reads the topic before its first look at the topics, a second later.
+    await led(broker)
+    async with serving(broker.section(topic_refresh_ms=1_000), generation) as transport:
         await serves(transport, 2)
         publish(broker, "batch", "old 0", "old 1")
         assert await texts(broker, 2) == ["old 0", "old 1"]
@@ -115,16 +132,8 @@ async def test_a_topic_made_anew_while_no_replica_ran_is_read_from_its_start(bro
 
 
 async def test_a_look_tells_the_identities_that_the_broker_gave(broker: Broker) -> None:
-    names = sorted([*broker.topics.required, f"{broker.topics.prompts}.batch"])
-    admin = AIOKafkaAdminClient(bootstrap_servers=broker.bootstrap)
-    await admin.start()
-    try:
-        # A topic this young may not be there yet.
-        async with asyncio.timeout(30):
-            while not set(names) <= (seen := await look(admin)).keys() or not all(seen[name].led for name in names):  # noqa: ASYNC110
-                await asyncio.sleep(0.05)
-    finally:
-        await admin.close()
+    seen = await led(broker)
+    names = sorted(seen)
     other = AdminClient({"bootstrap.servers": broker.bootstrap})
     asked = other.describe_topics(TopicCollection(names))
     uuids = {name: future.result(30).topic_id for name, future in asked.items()}

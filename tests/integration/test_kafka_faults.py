@@ -202,9 +202,9 @@ async def test_missing_topics_are_reported_until_they_exist(kafka_server: str) -
         await eventually(lambda: transport.status().partitions == 3)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def own_server(kafka_server: str) -> Iterator[kafka.KafkaServer]:
-    """A broker that a test may stop; a cluster elsewhere is not ours to stop."""
+    """A broker that a test may stop, and starts again; a cluster elsewhere is not ours to stop."""
     with kafka.running("kafka-faults", kafka.SHORT_LIVED) as server:
         yield server
 

@@ -1,4 +1,4 @@
-"""Each operator's Triton kernel against the reference, in Triton's interpreter: one child process, reported here file by file."""
+"""Each operator's Triton kernel against the reference, in Triton's interpreter: one child run, reported here file by file."""
 
 import os
 import subprocess
@@ -19,7 +19,9 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Cases:
     """The child's test cases by file. Fails with the child's words when it does not come to its end."""
     report = tmp_path_factory.mktemp("interpreter") / "report.xml"
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    options = ["-q", "--tb=short", "-p", "no:cacheprovider", f"--junitxml={report}"]
+    # An interpreted kernel keeps one core busy. Two workers at least: who reads the report has one way to read it.
+    workers = str(max(2, os.cpu_count() or 1))
+    options = ["-q", "--tb=short", "-p", "no:cacheprovider", "-n", workers, "--dist", "worksteal", f"--junitxml={report}"]
     child = subprocess.run(
         [sys.executable, "-m", "pytest", *options, str(FOLDER)],
         cwd=ROOT,

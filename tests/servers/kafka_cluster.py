@@ -6,13 +6,12 @@ move within about three seconds.
 """
 
 import shutil
-import subprocess
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.servers.kafka import LOGS, SHORT_LIVED, KafkaServer, free_port, libraries, new_id
+from tests.servers.kafka import LOGS, SHORT_LIVED, KafkaServer, format_as, free_port, new_id
 from tests.servers.tied import tied_directory
 
 
@@ -73,16 +72,8 @@ class ClusterBroker(KafkaServer):
         )
 
     def format(self, cluster_id: str) -> None:
-        """Formats its log directory with Kafka's own tool."""
-        tool = ["java", *self.jvm_flags, "-cp", f"{libraries()}/*", "kafka.tools.StorageTool"]
-        subprocess.run([*tool, "format", "-t", cluster_id, "-c", str(self._properties)], capture_output=True, check=True)
-
-    def format_as(self, other: "ClusterBroker") -> None:
-        """Formats its log directory as `other`'s: one virtual machine less to start. Only the two ids differ."""
-        shutil.copytree(other._data, self._data)
-        file = self._data / "meta.properties"
-        lines = [line for line in file.read_text("utf-8").splitlines() if not line.startswith(("node.id=", "directory.id="))]
-        file.write_text("\n".join([*lines, f"node.id={self.node_id}", f"directory.id={new_id()}", ""]), "utf-8")
+        """Makes its log directory."""
+        format_as(self._data, node_id=self.node_id, cluster_id=cluster_id)
 
 
 class KafkaCluster:
@@ -99,12 +90,10 @@ class KafkaCluster:
     def start(self) -> None:
         """Returns once every broker serves. Raises `ServerError`."""
         voters = ",".join(f"{broker.node_id}@127.0.0.1:{broker.controller_port}" for broker in self.brokers)
-        first, *others = self.brokers
+        cluster_id = new_id()
         for broker in self.brokers:
             broker.prepare(voters, len(self.brokers))
-        first.format(new_id())
-        for broker in others:
-            broker.format_as(first)
+            broker.format(cluster_id)
         with ThreadPoolExecutor(len(self.brokers)) as pool:
             list(pool.map(lambda broker: broker.start(), self.brokers))
 

@@ -31,7 +31,7 @@ def main() -> int:
     with ThreadPoolExecutor() as pool:
         jobs = [pool.submit(_told, "the model", ensure_demo_model), pool.submit(_told, "the C++ operators", _operators)]
         if not kafka.external():
-            jobs.append(pool.submit(_told, f"Apache Kafka {kafka.VERSION}", kafka.libraries))
+            jobs.append(pool.submit(_told, f"Apache Kafka {kafka.VERSION}", kafka.prepare))
         if not os.environ.get(jaeger.ENVIRONMENT):
             jobs.append(pool.submit(_told, f"Jaeger {jaeger.VERSION}", jaeger.binary))
         failed = [

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.servers.kafka import SHORT_LIVED, KafkaServer, ServerError, free_port, new_id, started
+from tests.servers.kafka import SHORT_LIVED, KafkaServer, ServerError, free_port, libraries, new_id, started
 from tests.servers.tied import tied_directory
 
 USER, PASSWORD = "sluice", "correct horse battery=staple"
@@ -66,7 +66,7 @@ class SecureKafka(KafkaServer):
         self.sasl_bootstrap = f"127.0.0.1:{self._sasl_port}"
         self.tls_bootstrap = f"127.0.0.1:{self._tls_port}"
 
-    def _format(self, libs: Path) -> None:
+    def _format(self) -> None:
         modules = "org.apache.kafka.common.security"
         sasl = "listener.name.sasl_ssl"
         self._properties.write_text(
@@ -111,7 +111,7 @@ class SecureKafka(KafkaServer):
             ),
             encoding="utf-8",
         )
-        tool = ["java", *self.jvm_flags, "-cp", f"{libs}/*", "kafka.tools.StorageTool"]
+        tool = ["java", *self.jvm_flags, "-cp", f"{libraries()}/*", "kafka.tools.StorageTool"]
         users = [
             argument
             for mechanism in ("SCRAM-SHA-256", "SCRAM-SHA-512")

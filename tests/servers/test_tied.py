@@ -91,7 +91,7 @@ def command_lines(process: psutil.Process) -> dict[int, str]:
 @pytest.mark.kafka
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_killed_benchmark_takes_its_broker_and_its_service_along(number: signal.Signals, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.bench.kafka_path", "--prompts", "20000", "--modes", "at-least-once"]
+    command = [sys.executable, "-m", "tests.bench.kafka_path", "--prompts", "2000", "--modes", "at-least-once"]
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen([*command, "--sample-ratio", "0"], stdout=log, stderr=log)
     try:

@@ -36,26 +36,26 @@ def streamed(pieces: TokenPieces, ids: list[int]) -> list[str]:
     return [*(detokenizer.push(token_id) for token_id in ids), detokenizer.finish()]
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(st.lists(st.integers(0, TINY.get_vocab_size() - 1), max_size=80))
 def test_streamed_text_equals_the_whole_for_any_tokens(ids: list[int]) -> None:
     assert "".join(streamed(PIECES, ids)) == TINY.decode(ids, skip_special_tokens=True)
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(st.text(max_size=60))
 def test_any_text_comes_back_through_its_tokens(text: str) -> None:
     assert "".join(streamed(PIECES, TINY.encode(text).ids)) == text
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(st.text(max_size=20))
 def test_byte_fallback_text_equals_the_whole(text: str) -> None:
     ids = [FALLBACK.token_to_id(f"<0x{byte:02X}>") for byte in text.encode()]
     assert "".join(streamed(FALLBACK_PIECES, ids)) == FALLBACK.decode(ids, skip_special_tokens=True)
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(st.lists(st.sampled_from([1, *range(258, len(FALLBACK_NAMES))]), max_size=20))
 def test_metaspace_text_equals_the_whole(ids: list[int]) -> None:
     assert "".join(streamed(FALLBACK_PIECES, ids)) == FALLBACK.decode(ids, skip_special_tokens=True)
@@ -76,7 +76,7 @@ def test_a_decoder_that_cannot_stream_is_refused() -> None:
 
 
 @pytest.mark.model
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(data=st.data())
 def test_streamed_text_equals_the_whole_with_the_real_tokenizer(data: st.DataObject) -> None:
     tokenizer, pieces = _real()
@@ -107,7 +107,7 @@ def naive(text: str, stops: list[str]) -> tuple[str, str | None]:
     return text, None
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(
     st.lists(st.text("ab", max_size=4), max_size=12),
     st.lists(st.text("ab", min_size=1, max_size=5), min_size=1, max_size=4),

@@ -70,6 +70,12 @@ def test_identities_that_were_not_known_change_nothing() -> None:
     assert seen(topics, BATCH_ANEW, BATCH_ANEW) == [None, {PROMPTS: "p1", BATCH: "b2"}]
 
 
+def test_one_made_anew_before_the_first_look_is_another_than_what_is_held() -> None:
+    topics, held = PromptTopics(TOPICS, {PROMPTS: "", BATCH: ""}), [(PROMPTS, "p1"), (BATCH, "b1")]
+    assert [topics.changed(BATCH_ANEW, held) for _ in range(2)] == [None, {PROMPTS: "p1", BATCH: "b2"}]
+    assert topics.changed(BATCH_ANEW, [(PROMPTS, "p1"), (BATCH, "b2"), (BATCH, "")]) is None
+
+
 def test_without_the_main_topic_the_connection_ends() -> None:
     topics = PromptTopics(TOPICS, {PROMPTS: "p1"})
     assert seen(topics, {}) == [None]

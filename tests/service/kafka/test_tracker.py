@@ -68,7 +68,7 @@ class TrackerMachine(RuleBasedStateMachine):
 
 
 TestTracker = TrackerMachine.TestCase
-TestTracker.settings = settings(max_examples=500, stateful_step_count=100, deadline=None)
+TestTracker.settings = settings(max_examples=200, stateful_step_count=100, deadline=None)
 
 
 @given(

@@ -1,5 +1,7 @@
 """The provider, contexts in and out of headers, stamps, and what costs nothing."""
 
+import threading
+
 import pytest
 from opentelemetry import trace
 from opentelemetry.context import Context
@@ -127,12 +129,18 @@ def test_tenants_are_told_apart_and_not_named():
     assert tracing.hashed("") == ""
 
 
-def test_shutdown_is_bounded_when_the_collector_does_not_answer(unused_tcp_port):
+def test_shutdown_is_bounded_when_the_collector_does_not_answer(unused_tcp_port, monkeypatch):
+    # Shorter than the exporter's first pause: it would go on, and draw its pauses at random, beside the tests that follow.
+    monkeypatch.setattr(tracing, "_EXPORT_TIMEOUT_S", 0.5)
     spans = Tracing(TracingSection(otlp_endpoint=f"127.0.0.1:{unused_tcp_port}"))
     spans.end(spans.start("x"))
     spans.shutdown(timeout_s=0.05)
     assert not spans.enabled
     assert spans.shutdown()
+    for thread in threading.enumerate():
+        if thread.name == "tracing-shutdown":
+            thread.join(30)
+            assert not thread.is_alive()
 
 
 def test_every_name_is_given_once():
