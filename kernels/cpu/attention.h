@@ -157,7 +157,7 @@ private:
     template <int R>
     void score_rows(int rows, int64_t head, int64_t row, const Lines& lines, int line, int end, bool ask) {
         if constexpr (matrices) {
-            shape_.set(rows);
+            shape_rows(shape_, rows);
             each_lines(end - line, [&](auto count, int first) { score_lines<R, count>(head, row, lines, line + first, ask); });
         } else if constexpr (R <= highest_tile) {
             if (rows != R) return score_rows<R + 1>(rows, head, row, lines, line, end, ask);
@@ -290,7 +290,7 @@ private:
             ValueLine whole[chunk_lines];
             const int found = whole_lines(stretches, count, whole);
             const Factor* weights = (const Factor*)(scores_ + (head * item_->row_count + row) * attention_chunk);
-            shape_.set(rows);
+            shape_rows(shape_, rows);
             each_lines(lines, [&](auto at_once, int line) {
                 value_matrix<at_once>(weights, weights_stride, whole, found, line * line_lanes, dim_, first, to, result_size(dim_));
             });
@@ -348,7 +348,7 @@ private:
     Factor* queries_;       // [rows][dim], rotated
     Stored* part_lines_;    // of matrices: two of [line_lanes / pair][dim][pair]
     Stored* half_pair_;     // [dim][pair]
-    [[no_unique_address]] AttentionShape shape_;
+    [[no_unique_address]] RowShape shape_;
 };
 
 template <class Cache>

@@ -16,27 +16,11 @@ struct ValueLine {
 
 constexpr int lines_at_once = 4;
 
-// The rows that a thread's registers are shaped for.
-class AttentionShape {
-public:
-    ~AttentionShape() {
-        if (rows_) amx::release();
-    }
-
-    void set(int64_t rows) {
-        if (rows == rows_) return;
-        rows_ = rows;
-        amx::Shapes shapes;
-        for (int t = 0; t < 8; ++t) {
-            shapes.bytes[t] = t == 6 ? amx::row_bytes / 2 : amx::row_bytes;
-            shapes.rows[t] = (uint8_t)(t == 5 ? amx::tile_rows : t == 7 ? amx::tile_rows / 2 : rows);
-        }
-        amx::configure(shapes);
-    }
-
-private:
-    int64_t rows_ = 0;
-};
+inline void shape_rows(RowShape& shape, int64_t rows) {
+    shape.set(rows, [rows](int t) {
+        return std::pair(t == 6 ? amx::row_bytes / 2 : amx::row_bytes, t == 5 ? amx::tile_rows : t == 7 ? amx::tile_rows / 2 : rows);
+    });
+}
 
 // scores[r][token] = q[r] . k[token] for `L` lines of tokens; arguments as score_tile's.
 template <int L>
@@ -101,9 +85,7 @@ inline void each_lines(int count, const Body& body) {
 
 #else
 
-struct AttentionShape {
-    void set(int64_t) {}
-};
+inline void shape_rows(RowShape&, int64_t) {}
 
 #endif
 

@@ -224,7 +224,7 @@ private:
         Tile::template add<R, C, shared>(a, stride, w, header.panel_bytes, size, header.group, ahead, to);
     }
 
-    [[no_unique_address]] MatrixShape shape_;
+    [[no_unique_address]] RowShape shape_;
     [[no_unique_address]] WeightsAhead ahead_;
 };
 

@@ -57,25 +57,24 @@ private:
 
 // The rows that the registers of a thread are shaped for; gives them back in the end, since all that they hold would be kept at every
 // change of threads.
-class MatrixShape {
+class RowShape {
 public:
-    ~MatrixShape() {
+    ~RowShape() {
         if (rows_) amx::release();
     }
 
-    void set(int rows) {
+    // shape(t): bytes of a row, and rows, of register t.
+    template <class Shape>
+    void set(int64_t rows, const Shape& shape) {
         if (rows == rows_) return;
         rows_ = rows;
         amx::Shapes shapes;
-        for (int t = 0; t < 8; ++t) {
-            shapes.bytes[t] = amx::row_bytes;
-            shapes.rows[t] = (uint8_t)(t == 7 ? amx::tile_rows : rows);
-        }
+        for (int t = 0; t < 8; ++t) std::tie(shapes.bytes[t], shapes.rows[t]) = shape(t);
         amx::configure(shapes);
     }
 
 private:
-    int rows_ = 0;
+    int64_t rows_ = 0;
 };
 
 // `Base`: Bf16Tile or Int8Tile.
@@ -95,9 +94,10 @@ struct MatrixTile : Base {
     static constexpr int64_t rows_of_next(int64_t rows) { return rows >= max_rows ? max_rows : std::min<int64_t>(rows, amx::tile_rows); }
 
     // `count` rows, as many as rows_of_next gave, by the panel at `w`: `sums` [count][panel_outputs].
-    static void multiply(MatrixShape& shape, WeightsAhead& ahead, int64_t count, const Row* a, int64_t stride, const uint8_t* w, int64_t inputs,
+    static void multiply(RowShape& shape, WeightsAhead& ahead, int64_t count, const Row* a, int64_t stride, const uint8_t* w, int64_t inputs,
                          float* sums) {
-        shape.set((int)std::min<int64_t>(count, amx::tile_rows));
+        const int64_t rows = std::min<int64_t>(count, amx::tile_rows);
+        shape.set(rows, [rows](int t) { return std::pair(amx::row_bytes, t == 7 ? amx::tile_rows : rows); });
         if (count == max_rows) multiply_group<2>(ahead, a, stride, w, steps(inputs), sums);
         else multiply_group<1>(ahead, a, stride, w, steps(inputs), sums);
     }
@@ -129,7 +129,7 @@ using Int8Matrix = MatrixTile<Int8Tile, true>;
 
 #else
 
-struct MatrixShape {};
+struct RowShape {};
 struct WeightsAhead {
     void begin(const uint8_t*, int64_t, int64_t, int64_t) {}
     void finish() {}
