@@ -30,10 +30,10 @@ constexpr int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple -
 // Whether a row of a product with bf16 weights is rounded to bf16.
 constexpr bool bf16_rows = Simd::bf16_dot || Simd::matrices;
 
-// Inputs of one of the fewest equal blocks of at most `most`.
-constexpr int64_t equal_blocks(int64_t inputs, int64_t most, int64_t multiple = 16) {
+// Inputs of one of the fewest equal blocks of at most `most`; a whole number of vectors.
+constexpr int64_t equal_blocks(int64_t inputs, int64_t most) {
     int64_t blocks = (inputs + most - 1) / most;
-    return round_up((inputs + blocks - 1) / blocks, multiple);
+    return round_up((inputs + blocks - 1) / blocks, 16);
 }
 
 // Inputs of two of a tile's steps, which it makes at once; or of 16, which a product of matrices does.

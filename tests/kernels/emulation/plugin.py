@@ -27,7 +27,7 @@ def _order(source: Path) -> tuple[str, bool]:
 def library() -> Path:
     """Builds what is emulated, once for these sources; scalar is in it, as in every build."""
     sources = sorted([*build._SOURCES.glob("*.cpp"), *build._SOURCES.glob("*.h"), *HERE.glob("*.h")], key=_order)
-    told = hashlib.sha256(torch.__version__.encode())
+    told = hashlib.sha256(repr((torch.__version__, EMULATED)).encode())
     for source in sources:
         told.update(source.name.encode() + source.read_bytes())
     directory = build.library_path().parent.parent / f"emulated-{told.hexdigest()[:16]}"
