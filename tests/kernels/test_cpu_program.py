@@ -1,5 +1,7 @@
 """A recorded function gives what the function gives, for other inputs too, and refuses what it cannot record."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -82,3 +84,17 @@ def test_another_number_of_inputs_is_refused() -> None:
     _, program = record(torch.neg, [torch.zeros(4)])
     with pytest.raises(RuntimeError, match="run takes 1 inputs"):
         program([torch.zeros(4), torch.zeros(4)])
+
+
+def test_recording_does_not_import_torchs_compiler() -> None:
+    recorded = """
+import sys, torch
+from kernels.cpu import choose
+from kernels.cpu.program import record
+assert choose("auto").instruction_set
+with torch.inference_mode():
+    record(torch.neg, [torch.zeros(4)])
+print("torch._dynamo" in sys.modules)
+"""
+    found = subprocess.run([sys.executable, "-c", recorded], capture_output=True, text=True, timeout=120, check=True)
+    assert found.stdout.strip() == "False"
