@@ -4,6 +4,7 @@ An `AttentionMetadata` describes one step's flat batch and is shared by all laye
 (`num_single_token_chunks` of them); only a backend may look at chunk lengths.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -68,6 +69,10 @@ class AttentionBackend(Protocol):
 
     def allocate(self, spec: KVCacheSpec, num_blocks: int, on: device) -> tuple[LayerCache, ...]:
         """One cache a layer, zeroed."""
+        ...
+
+    def will_write(self, block_ids: Sequence[int]) -> None:
+        """Hears of blocks that a sequence is given, before a step writes them. Not empty."""
         ...
 
     def prepare(self, metadata: AttentionMetadata) -> AttentionMetadata:

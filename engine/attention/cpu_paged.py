@@ -3,6 +3,7 @@
 Knows caches and lengths; arithmetic and layout are `kernels.cpu.attention`'s.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor, device
@@ -27,11 +28,20 @@ class CpuPagedAttention:
     name = "cpu_paged"
     recordable = True
 
+    def __init__(self) -> None:
+        self._memory: attention.CacheMemory | None = None
+
     def allocate(self, spec: KVCacheSpec, num_blocks: int, on: device) -> tuple[LayerCache, ...]:
         """One cache a layer, zeroed; `on` is the CPU."""
         shape = (num_blocks, spec.num_kv_heads, spec.head_dim, spec.block_size, spec.dtype)
         pairs = [attention.new_cache(*shape) for _ in range(spec.num_layers)]
+        self._memory = attention.CacheMemory([k for k, _ in pairs])
         return tuple(LayerCache(k=k, v=v) for k, v in pairs)
+
+    def will_write(self, block_ids: Sequence[int]) -> None:
+        """Has their memory, and what comes behind it, taken from the system."""
+        if self._memory is not None:
+            self._memory.reach(max(block_ids))
 
     def prepare(self, metadata: AttentionMetadata) -> AttentionMetadata:
         """Adds an empty `Plan`: heads and window are the layers' to say."""

@@ -7,6 +7,7 @@ so nothing that an unwritten or stale slot holds can reach a result.
 Knows nothing of devices, and waits for the host lengths in `prepare`: the backend of the CPU, the fallback elsewhere.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -42,6 +43,9 @@ class TorchPagedAttention:
         shape = (num_blocks, spec.block_size, 2, spec.num_kv_heads, spec.head_dim)
         pairs = [torch.zeros(shape, dtype=spec.dtype, device=on) for _ in range(spec.num_layers)]
         return tuple(LayerCache(k=pair[:, :, 0], v=pair[:, :, 1]) for pair in pairs)
+
+    def will_write(self, block_ids: Sequence[int]) -> None:
+        """All of the memory is there."""
 
     def prepare(self, metadata: AttentionMetadata) -> AttentionMetadata:
         """Reads the lengths once; the index tensors follow when the first layer names its block size and window."""

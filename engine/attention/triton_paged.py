@@ -4,6 +4,7 @@ Each (block, KV head) holds its keys and its values as two contiguous runs, so t
 memory. Knows caches and lengths; arithmetic and tile sizes are the kernels'.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -33,6 +34,9 @@ class TritonPagedAttention:
             both = torch.zeros(storage, dtype=spec.dtype, device=on).permute(2, 0, 3, 1, 4)
             caches.append(LayerCache(k=both[0], v=both[1]))
         return tuple(caches)
+
+    def will_write(self, block_ids: Sequence[int]) -> None:
+        """All of the memory is there."""
 
     def prepare(self, metadata: AttentionMetadata) -> AttentionMetadata:
         """Adds the step's `PagedPlan`; its work lists are made on the device when the first layer needs them."""

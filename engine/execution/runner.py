@@ -128,6 +128,7 @@ class Runner:
             for chunk in chunks:
                 if chunk.new_block_ids:
                     self._slots.grow(chunk)
+                    self._backend.will_write(chunk.new_block_ids)
             if not chunks:
                 return _nothing(chunks)
             columns = np.array(

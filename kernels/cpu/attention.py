@@ -11,6 +11,7 @@ from torch import Tensor
 
 LANES = 16
 MAX_HEAD_DIM = 256
+PAGE_BYTES = 2 << 20
 
 
 def refusal(head_dim: int, block_size: int, dtype: torch.dtype) -> str:
@@ -37,6 +38,28 @@ def new_cache(num_blocks: int, num_kv_heads: int, head_dim: int, block_size: int
     keys = both[:, 0].view(num_blocks, num_kv_heads, head_dim // pair, block_size, pair)
     values = both[:, 1].view(num_blocks, num_kv_heads, block_size // pair, head_dim, pair)
     return keys, values
+
+
+class CacheMemory:
+    """Has the memory of one engine's caches taken from the system shortly before it is written, beside whatever else runs.
+
+    The system takes as long for one page as the engine for a layer, and layers begin their pages together: a step in which they do
+    would be several times as long (155 instead of 24 ms; 32 sequences of SmolLM2-135M).
+    """
+
+    def __init__(self, caches: list[Tensor]) -> None:
+        """Keys or values of each layer, as `new_cache` made them: either stands for both. The first blocks' memory is taken now."""
+        self._caches = caches
+        self._block_bytes = caches[0].stride(0) * caches[0].itemsize
+        self._pages = 0
+        self.reach(0)
+
+    def reach(self, block: int) -> None:
+        """Block number `block` is written now: memory up to the page behind it is taken, unless it has been."""
+        pages = (block + 1) * self._block_bytes // PAGE_BYTES + 2
+        if pages > self._pages:
+            torch.ops.sluice_cpu.take_ahead.default(self._caches, self._pages * PAGE_BYTES, pages * PAGE_BYTES)
+            self._pages = pages
 
 
 def plan(query_start_loc: Tensor, seq_lens: Tensor, num_q_heads: int, num_kv_heads: int, sliding_window: int) -> Tensor:

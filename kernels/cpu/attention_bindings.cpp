@@ -1,14 +1,11 @@
 // torch.ops.sluice_cpu.attention and attention_plan: checks everything that an address is made of, then calls the table in use.
 #include <ATen/ATen.h>
 #include <omp.h>
-#include <sys/mman.h>
 #include <torch/library.h>
-
-#include <cerrno>
-#include <cstring>
 
 #include "attention_plan.h"
 #include "dispatch.h"
+#include "memory.h"
 
 namespace {
 
@@ -168,25 +165,11 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
     return out;
 }
 
-// Zeros that take memory when they are first written, in huge pages where the system gives them: blocks are read in any order, and
-// there are more small pages in a cache than a processor remembers (32 sequences of 512 tokens: 12 % slower on small ones).
-Tensor zeroed_memory(int64_t bytes) {
-    constexpr int64_t page = 2 << 20;
-    TORCH_CHECK(bytes >= 0 && bytes < INT64_MAX - page, "bytes must not be negative, and some must be left");
-    const size_t mapped = (size_t)(bytes + page);
-    void* memory = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    TORCH_CHECK(memory != MAP_FAILED, bytes, " bytes cannot be had: ", std::strerror(errno));
-    void* aligned = (void*)(((uintptr_t)memory + page - 1) / page * page);
-#ifdef MADV_HUGEPAGE
-    madvise(aligned, (size_t)bytes, MADV_HUGEPAGE);  // a wish: small pages do as well
-#endif
-    return at::from_blob(aligned, {bytes}, [memory, mapped](void*) { munmap(memory, mapped); }, at::kByte);
-}
-
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(sluice_cpu, library) {
-    library.def("zeroed_memory(int bytes) -> Tensor", zeroed_memory);
+    library.def("zeroed_memory(int bytes) -> Tensor", sluice::zeroed_memory);
+    library.def("take_ahead(Tensor[] tensors, int first, int last) -> ()", sluice::take_ahead);
     library.def("attention_plan(Tensor query_start_loc, Tensor seq_lens, int q_heads, int kv_heads, int sliding_window) -> Tensor");
     library.def(
         "attention(Tensor q, Tensor k, Tensor v, Tensor cos_sin, Tensor positions, Tensor(a!) k_cache, Tensor(b!) v_cache, "

@@ -3,7 +3,7 @@
 #include <ATen/ATen.h>
 
 #include "dispatch.h"
-#include "weight_memory.h"
+#include "memory.h"
 
 namespace {
 

@@ -146,7 +146,7 @@ def _build(library: Path, tell: Callable[[str], None]) -> None:
             "bindings.cpp",
             "attention_bindings.cpp",
             "program.cpp",
-            "weight_memory.cpp",
+            "memory.cpp",
             "dispatch.cpp",
             "thread_pool.cpp",
             *(f"isa_{isa}.cpp" for isa in built),

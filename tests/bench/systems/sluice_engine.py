@@ -1,5 +1,6 @@
 """Sluice's `Engine`, stepped in this process: scheduler, sampler and all."""
 
+import gc
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -16,6 +17,9 @@ class Sluice:
         if unknown:
             raise LookupError(f"this engine has no setting {', '.join(sorted(unknown))}")
         self._engine = Engine(EngineConfig(**wanted))
+        # As the engine's child does (vLLM's does, too): what loading left behind is not looked through again.
+        gc.collect()
+        gc.freeze()
         self._runs = 0
 
     def facts(self) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The runner's flat batch, seen by a fake model and a fake backend."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -49,12 +50,18 @@ class NextIdModel:
 
 
 class NoAttention:
-    """A backend that adds nothing."""
+    """A backend that adds nothing; `given`: the blocks that it heard of."""
 
     name = "none"
 
+    def __init__(self) -> None:
+        self.given: list[int] = []
+
     def allocate(self, *_: Any) -> tuple[()]:
         return ()
+
+    def will_write(self, block_ids: Sequence[int]) -> None:
+        self.given += block_ids
 
     def prepare(self, metadata: AttentionMetadata) -> AttentionMetadata:
         return replace(metadata, plan="prepared")
@@ -117,6 +124,8 @@ def test_the_flat_batch_holds_each_chunk_in_plan_order() -> None:
     assert (metadata.num_single_token_chunks, metadata.max_query_len, metadata.max_seq_len) == (1, 5, 5)
     assert (metadata.query_start_loc.dtype, metadata.slot_mapping.dtype) == (torch.int32, torch.int64)
     assert (metadata.plan, seen.batch.logits_indices.tolist()) == ("prepared", [0, 3])
+    assert isinstance(seen.batch.backend, NoAttention)
+    assert seen.batch.backend.given == [9, 6, 1, 7, 3]
     assert result.chunks == (ChunkResult(token_ids=(10,)), ChunkResult(token_ids=(4,)), ChunkResult())
 
 

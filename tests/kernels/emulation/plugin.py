@@ -57,7 +57,7 @@ def _build(sources: list[Path], built: Path) -> None:
             "bindings.cpp",
             "attention_bindings.cpp",
             "program.cpp",
-            "weight_memory.cpp",
+            "memory.cpp",
             "thread_pool.cpp",
             "dispatch.cpp",
             "isa_scalar.cpp",
