@@ -115,7 +115,7 @@ inline void score_tile(const typename Cache::Factor* q, int64_t q_stride, const 
     for (int64_t d = 0; d < dim; d += Cache::pair) {
 #pragma GCC unroll 4
         for (int l = 0; l < L; ++l) {
-            __builtin_prefetch(next[l]);
+            if constexpr (!Simd::reads_ahead) __builtin_prefetch(next[l]);
             next[l] += 64;
         }
         sums.template step<Cache>(q + d, q_stride,
@@ -147,7 +147,9 @@ inline void value_tile(const typename Cache::Factor* weights, int64_t weights_st
         const int64_t ahead = stretches[i].ahead;
         for (int64_t token = stretches[i].first; token < stretches[i].last; token += Cache::pair) {
 #pragma GCC unroll 4
-            for (int l = 0; l < L; ++l) __builtin_prefetch((const char*)v + ahead + 64 * l);
+            for (int l = 0; l < L; ++l) {
+                if constexpr (!Simd::reads_ahead) __builtin_prefetch((const char*)v + ahead + 64 * l);
+            }
             sums.template step<Cache>(weights + token, weights_stride, [&](int u) { return v + u * width * Cache::pair; });
             v += dim * Cache::pair;
         }

@@ -12,6 +12,7 @@ struct Simd {
     static constexpr bool matrices = false;
     static constexpr bool fixed_point = false;
     static constexpr int byte_limit = 127;
+    static constexpr bool reads_ahead = false;
     static constexpr bool screens = false;
 
     struct F {

@@ -103,7 +103,7 @@ SLUICE_INLINE void prefetch(const uint8_t* at, int64_t panel_bytes, Ahead& ahead
         each<C>([&](auto c) SLUICE_HERE {
             for (int b = 0; b < steps * step_bytes; b += 64) __builtin_prefetch(at + c * panel_bytes + b + prefetch_bytes);
         });
-    } else {
+    } else if constexpr (shared || !Simd::reads_ahead) {
         for (int b = 0; b < steps * step_bytes; b += shared ? 128 : 64) {
             __builtin_prefetch(ahead.at);
             ahead.at += ahead.step;
