@@ -8,7 +8,7 @@ namespace SLUICE_ISA {
 
 constexpr int64_t rows_prepared_apart = 2;
 constexpr int64_t inputs_prepared_at_once = 8192;
-constexpr int64_t products_at_once = 49152;  // an output; of few rows some 20 us of a thread
+constexpr int64_t products_at_once = 786432;  // of few rows some 20 us of a thread
 constexpr int64_t row_block_bytes = (Simd::matrices ? 1024 : 192) << 10, row_block = Simd::matrices ? 512 : 240;  // a block's rows: at most
 
 // As much as is asked for and no more, where a sanitizer watches what lies behind.
@@ -97,8 +97,8 @@ struct Product {
     }
 
     static int64_t units_at_once(int64_t rows, const PackedHeader& header) {
-        int64_t inputs_of_unit = header.inputs * (header.gated ? 2 : 1);
-        int64_t count = std::clamp<int64_t>(products_at_once / (inputs_of_unit * std::clamp<int64_t>(rows, 8, row_block)), 1, 64);
+        int64_t weights_of_unit = header.inputs * panel_outputs * (header.gated ? 2 : 1);
+        int64_t count = std::clamp<int64_t>(products_at_once / (weights_of_unit * std::clamp<int64_t>(rows, 8, row_block)), 1, 64);
         // A whole number of what few rows take at once.
         int64_t group = rows <= Tile::max_rows ? std::max(panels_at_once((int)rows) / (header.gated ? 2 : 1), 1) : 1;
         return round_up(count, group);
