@@ -13,7 +13,7 @@ using sluice::attention_chunk;
 using sluice::max_item_rows;
 
 constexpr int chunk_lines = attention_chunk / line_lanes;
-constexpr int64_t tokens_written_at_once = 8;
+constexpr int64_t tokens_written_at_once = 2;
 
 // Where the lines [first, last) of one chunk lie: `keys` of the first step, `bytes in order` for asking ahead and for values.
 struct Lines {
