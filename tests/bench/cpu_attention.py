@@ -6,9 +6,12 @@ times: bytes of the context read a second, and the arithmetic of the visible pos
 
 import statistics
 import time
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 
 import torch
+from torch import Tensor
 
 from engine.attention.base import AttentionBackend, AttentionMetadata, KVCacheSpec
 from engine.attention.cpu_paged import CpuPagedAttention
@@ -35,9 +38,17 @@ ROUNDS = 9
 class Case:
     """One backend's caches and one step over them."""
 
-    def __init__(self, backend: AttentionBackend, batch: int, context: int, chunk: int) -> None:
+    def __init__(
+        self,
+        backend: AttentionBackend,
+        batch: int,
+        context: int,
+        chunk: int,
+        num_layers: int = LAYERS,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
         self.backend = backend
-        spec = KVCacheSpec(num_layers=LAYERS, num_kv_heads=KV_HEADS, head_dim=DIM, block_size=BLOCK, dtype=torch.bfloat16)
+        spec = KVCacheSpec(num_layers=num_layers, num_kv_heads=KV_HEADS, head_dim=DIM, block_size=BLOCK, dtype=dtype)
         width = -(-context // BLOCK)
         self.caches = backend.allocate(spec, batch * width, CPU)
         for cache in self.caches:
@@ -64,10 +75,17 @@ class Case:
     def layer_s(self) -> float:
         """Seconds a layer of one step, what is prepared once a step included."""
         began = time.perf_counter()
+        for layer in self.layers():
+            layer()
+        return (time.perf_counter() - began) / len(self.caches)
+
+    def layers(self) -> list[Callable[[], Tensor]]:
+        """A call a layer; they share what is prepared once a step."""
         step = self.backend.prepare(self.metadata)
-        for cache in self.caches:
-            self.backend.forward(*self.qkv, self.cos_sin, self.positions, cache, step, DIM**-0.5, 0)
-        return (time.perf_counter() - began) / LAYERS
+        return [
+            partial(self.backend.forward, *self.qkv, self.cos_sin, self.positions, cache, step, DIM**-0.5, 0)
+            for cache in self.caches
+        ]
 
 
 def read_bytes_s() -> float:

@@ -2,7 +2,7 @@
 
     python -m tests.bench.operators [--rows 1,8,32,512] [--dtype bfloat16]
 
-Operators come from `kernels.ops.for_device("cpu")`; a linear is theirs where they have a packed one, else torch's product. Weights
+Operators come from `kernels.ops.for_device("cpu")`; a linear or attention is theirs where they have one, else torch's. Weights
 and KV are taken in turn from as many copies as together exceed the last-level cache four times: in a step nothing is left in it
 from the step before. limit = the longer of bytes / measured bandwidth and operations / measured matmul rate; where the
 processor has no bfloat16 products, theirs are of whole numbers, which that rate does not bound.
@@ -19,12 +19,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from engine.attention.cpu_paged import CpuPagedAttention
+from engine.attention.torch_paged import TorchPagedAttention
 from engine.openmp import prefer_short_spin
 from kernels.ops import Operators, for_device
 from tests.bench import report
+from tests.bench.cpu_attention import DIM, KV_HEADS, Q_HEADS, Case
 from tests.bench.peers import machine
 from tests.bench.systems.probing import Probe
-from tests.kernels.paged_case import paged_case
 
 LINEARS = {
     "qkv": (576, 960, False),
@@ -43,7 +45,7 @@ ATTENTIONS = {
 }
 """Sequences, context, chunk."""
 
-HEADS, HEAD_DIM, HIDDEN = (9, 3), 64, 576
+HIDDEN = 576
 CACHES = 4
 
 Call = Callable[[], object]
@@ -89,12 +91,12 @@ def main() -> None:
     report.print_report(document)
 
 
-Case = tuple[str, list[Call], float, float]
+Measured = tuple[str, list[Call], float, float]
 """Name, calls to be made in turn, bytes moved and operations of one call."""
 
 
-def _linears(ops: Operators, row_counts: list[int], dtype: torch.dtype, cache_bytes: int) -> "itertools.chain[Case]":
-    def of_shape(name: str, inputs: int, outputs: int, gated: bool) -> list[Case]:
+def _linears(ops: Operators, row_counts: list[int], dtype: torch.dtype, cache_bytes: int) -> "itertools.chain[Measured]":
+    def of_shape(name: str, inputs: int, outputs: int, gated: bool) -> list[Measured]:
         num_bytes = inputs * outputs * dtype.itemsize
         one = torch.randn(outputs, inputs, dtype=dtype)
         weights = [one.clone() for _ in range(_copies(num_bytes, cache_bytes))]
@@ -121,22 +123,19 @@ def _linear(ops: Operators, weights: list[Tensor], gated: bool, form: str) -> li
     return [lambda x, one=one: functional.linear(x, one) for one in weights]
 
 
-def _attentions(ops: Operators, dtype: torch.dtype, cache_bytes: int) -> list[Case]:
+def _attentions(ops: Operators, dtype: torch.dtype, cache_bytes: int) -> list[Measured]:
+    """As the engine has it: over a layer's paged cache, rotary positions and the writing of keys and values included."""
+    backend = CpuPagedAttention() if ops.attends else TorchPagedAttention()
     found = []
     for name, (sequences, context, chunk) in ATTENTIONS.items():
-        num_bytes = 2 * sequences * context * HEADS[1] * HEAD_DIM * dtype.itemsize
+        num_bytes = 2 * sequences * context * KV_HEADS * DIM * dtype.itemsize
         pairs = sequences * (context * chunk - chunk * (chunk - 1) // 2)
-        case = paged_case([(context, chunk)] * sequences, heads=HEADS, head_dim=HEAD_DIM, dtype=dtype, by_head=False)
-        built = [
-            case.arguments() | {"k_cache": case.k_cache.clone(), "v_cache": case.v_cache.clone()}
-            for _ in range(_copies(num_bytes, cache_bytes))
-        ]
-        calls: list[Call] = [lambda one=one: ops.paged_attention(**one) for one in built]
-        found.append((f"attention {name}", calls, float(num_bytes), 4.0 * pairs * HEADS[0] * HEAD_DIM))
+        case = Case(backend, sequences, context, chunk, _copies(num_bytes, cache_bytes), dtype)
+        found.append((f"attention {name}", [*case.layers()], float(num_bytes), 4.0 * pairs * Q_HEADS * DIM))
     return found
 
 
-def _norms(ops: Operators, dtype: torch.dtype) -> list[Case]:
+def _norms(ops: Operators, dtype: torch.dtype) -> list[Measured]:
     dtype = ops.hidden_dtype or dtype
     weight = torch.ones(HIDDEN, dtype=dtype)
     found = []
