@@ -5,17 +5,20 @@ namespace SLUICE_ISA {
 
 using sluice::Linear;
 
-// One row of the input as floats [0, in): normed when the call says so, rounded nowhere.
-inline void read_row(const Linear& call, int64_t row, int64_t in, float* out) {
+// One row of the input, [0, in), rounded only to what `out` is of: normed when the call says so.
+template <Type to>
+inline void read_row_as(const Linear& call, int64_t row, int64_t in, void* out) {
     int64_t start = row * in;
     F scale = Simd::set1(call.norm_weight ? rms_scale(call.x, start, in, call.eps, call.type) : 1.0f);
     for (int64_t i = 0; i < in; i += width) {
         int n = lanes_left(i, in);
         F x = load_typed(call.x, start + i, n, call.type);
         if (call.norm_weight) x = Simd::mul(Simd::mul(x, scale), load_typed(call.norm_weight, i, n, call.type));
-        store_typed(out, i, x, n, Type::f32);
+        store_typed(out, i, x, n, to);
     }
 }
+
+inline void read_row(const Linear& call, int64_t row, int64_t in, float* out) { read_row_as<Type::f32>(call, row, in, out); }
 
 inline void prepare_row(const Linear& call, int64_t row, int64_t in, int64_t inputs, float* out, float*, float* scale) {
     read_row(call, row, in, out);
@@ -24,12 +27,8 @@ inline void prepare_row(const Linear& call, int64_t row, int64_t in, int64_t inp
 }
 
 // bf16 for dot products (uint16_t).
-inline void prepare_row(const Linear& call, int64_t row, int64_t in, int64_t inputs, uint16_t* out, float* floats, float* scale) {
-    read_row(call, row, in, floats);
-    for (int64_t i = 0; i < in; i += width) {
-        int n = lanes_left(i, in);
-        store_typed(out, i, load_typed(floats, i, n, Type::f32), n, Type::bf16);
-    }
+inline void prepare_row(const Linear& call, int64_t row, int64_t in, int64_t inputs, uint16_t* out, float*, float* scale) {
+    read_row_as<Type::bf16>(call, row, in, out);
     for (int64_t i = in; i < inputs; ++i) out[i] = 0;
     *scale = 1.0f;
 }
