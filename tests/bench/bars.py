@@ -25,6 +25,7 @@ def draw(summary: Json, target: Path) -> None:
         _panel(panel, name, case, summary["systems"])
     for panel in panels.flat[len(cases) :]:
         panel.set_axis_off()
+    figure.suptitle("Tokens a second; dashed: this machine's limit with 16-bit weights and float products", fontsize=10)
     figure.savefig(target, dpi=110)
     pyplot.close(figure)
 
@@ -46,7 +47,7 @@ def _panel(panel: Axes, name: str, case: Json, systems: Json) -> None:
     panel.invert_yaxis()
     if case["limit"]:
         panel.axvline(case["limit"]["tokens_per_s"], color="#a83232", linestyle="--", linewidth=1)
-    panel.set_title(f"{name}: tokens/s (dashed: this machine's limit, 16-bit weights, float products)", fontsize=9, loc="left")
+    panel.set_title(name, fontsize=9, loc="left")
     panel.tick_params(labelsize=8)
     panel.spines[["top", "right"]].set_visible(False)
     panel.margins(x=0.12)
