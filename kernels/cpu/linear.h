@@ -262,7 +262,8 @@ private:
     F with_bias(F x, int64_t output, int n) const { return call.bias ? Simd::add(x, load_typed(call.bias, output, n, call.type)) : x; }
 };
 
-// The whole product; `out.prepared` hears of each row's floats and may set its scale, `out.finish` of each unit's sums.
+// The whole product; `out.prepared` hears of each row's floats, which rows in bf16 do not have, and may set its scale; `out.finish` of each
+// unit's sums.
 template <class Tile, class Out>
 inline void run_product(const Linear& call, const Out& out) {
     using Parts = Product<Tile>;

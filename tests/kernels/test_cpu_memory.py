@@ -1,6 +1,7 @@
 """Memory of packed weights: many weights share a mapping, none reaches into another, and the mapping goes with the last of them.
 
-That of caches: taken from the system ahead of use, beside other work, and given back whether or not that is done."""
+That of caches: taken from the system ahead of use, beside other work, and given back whether or not that is done.
+"""
 
 import gc
 import itertools
@@ -105,7 +106,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.skipif(not takes_ahead(), reason="Linux takes memory ahead from 5.14 on")
+@pytest.mark.skipif(not takes_ahead(), reason="this kernel has no MADV_POPULATE_WRITE; runs on Linux 5.14 and later")
 def test_memory_of_caches_is_taken_a_page_ahead_of_what_is_written() -> None:
     made = caches(4, 4096)
     assert {keys.untyped_storage().nbytes() for keys in made} == {8 * PAGE_BYTES}
