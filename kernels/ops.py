@@ -19,8 +19,9 @@ from kernels import reference
 class Operators:
     """One implementation of every operator; each field has the signature of its namesake in `kernels/reference.py`.
 
-    `reason` says in one sentence why it is this one. `pack_weight`, `linear` and `greedy_linear` go together; None where linears are
-    composed of a library's product and the operators around it. `pack_screen`: None where a screen would gain nothing. `attends`:
+    `reason` says in one sentence why it is this one. `pack_weight`, `linear`, `greedy_linear` and `rounds_rows` (whether a product rounds
+    its rows to bfloat16 before it multiplies by this packed weight) go together; None where linears are composed of a library's
+    product and the operators around it. `pack_screen`: None where a screen would gain nothing. `attends`:
     `kernels.cpu.attention`, one call for a layer's attention, may be used. `record`: `kernels.cpu.program.record`, None where calls
     cannot be recorded. `hidden_dtype`: what `embedding` gives and everything between the products is kept in, None where it is the
     weights' dtype.
@@ -40,6 +41,7 @@ class Operators:
     logprobs: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
     pack_weight: Callable[[Tensor, str, bool, int], Any] | None = None
     linear: Callable[..., Tensor] | None = None
+    rounds_rows: Callable[[Any], bool] | None = None
     greedy_linear: Callable[..., Tensor] | None = None
     pack_screen: Callable[[Any], Any] | None = None
     attends: bool = False
@@ -106,6 +108,7 @@ def _native(instruction_set: str, reason: str) -> Operators:
         rms_norm=native.rms_norm.default,
         pack_weight=native.pack.default,
         linear=native.linear.default,
+        rounds_rows=native.rounds_rows.default,
         greedy_linear=native.greedy_linear.default,
         pack_screen=native.pack_screen.default if native.screens.default() else None,
         greedy=native.greedy.default,

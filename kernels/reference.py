@@ -72,12 +72,12 @@ def linear(
     eps: float,
     bias: Tensor | None,
     residual: Tensor | None,
-    float_out: bool,
+    out_dtype: torch.dtype | None,
 ) -> Tensor:
-    """epilogue(norm(x) W^T + bias) + residual in float32, rounded once to x's dtype (to none with `float_out`).
+    """epilogue(norm(x) W^T + bias) + residual in float32, rounded once to `out_dtype` (None: x's).
 
-    x: [T, in]; norm_weight: [in], RMSNorm before the product; bias: [out]; residual and out: [T, out], or [T, out / 2] when
-    the weight is gated: silu(gate) * up. By bytes, a row becomes q * scale with the largest magnitude 127 before the product.
+    x: [T, in]; norm_weight: [in] of x's dtype, RMSNorm before the product; bias: [out]; residual and out: [T, out], or [T, out / 2]
+    when the weight is gated: silu(gate) * up; bias and residual of one dtype. By bytes, a row becomes q * scale with the largest magnitude 127 before the product.
     """
     wide = x.float()
     if norm_weight is not None:
@@ -90,7 +90,7 @@ def linear(
         out = silu_mul(out)
     if residual is not None:
         out = out + residual.float()
-    return out if float_out else out.to(x.dtype)
+    return out.to(out_dtype or x.dtype)
 
 
 def pack_screen(packed: PackedWeight) -> PackedWeight:
@@ -101,12 +101,12 @@ def pack_screen(packed: PackedWeight) -> PackedWeight:
 def greedy_linear(
     x: Tensor, packed: PackedWeight, screen: PackedWeight | None, norm_weight: Tensor | None, eps: float
 ) -> Tensor:
-    """greedy(linear(...)) of the logits that `linear` gives with `float_out`, ties and odd numbers as there: [T] int64.
+    """greedy(linear(...)) of the logits that `linear` gives as float32, ties and odd numbers as there: [T] int64.
 
     x: [T, in], norm_weight: [in], as for `linear`; not gated. `screen`: None, or what `pack_screen` made of `packed`; it cannot change
     the result.
     """
-    return greedy(linear(x, packed, norm_weight, eps, None, None, True))
+    return greedy(linear(x, packed, norm_weight, eps, None, None, torch.float32))
 
 
 def float_product(x: Tensor, weight: Tensor) -> Tensor:

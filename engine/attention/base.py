@@ -90,6 +90,8 @@ class AttentionBackend(Protocol):
         metadata: AttentionMetadata,
         scale: float,
         sliding_window: int,
+        out_dtype: dtype | None = None,
     ) -> Tensor:
-        """q: [T, Hq, D], k and v: [T, Hkv, D], not yet rotated; returns [T, Hq, D]. Formula: kernels/reference.py."""
+        """q: [T, Hq, D], k and v: [T, Hkv, D], not yet rotated; returns [T, Hq, D] in `out_dtype`, None for q's. Formula:
+        kernels/reference.py."""
         ...

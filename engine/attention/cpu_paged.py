@@ -6,7 +6,7 @@ Knows caches and lengths; arithmetic and layout are `kernels.cpu.attention`'s.
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from torch import Tensor, device
+from torch import Tensor, device, dtype
 
 from engine.attention.base import AttentionMetadata, KVCacheSpec, LayerCache
 from kernels.cpu import attention
@@ -58,6 +58,7 @@ class CpuPagedAttention:
         metadata: AttentionMetadata,
         scale: float,
         sliding_window: int,
+        out_dtype: dtype | None = None,
     ) -> Tensor:
         """q: [T, Hq, D], k and v: [T, Hkv, D], not yet rotated; returns [T, Hq, D]. Formula: kernels/reference.py."""
         plan: Plan = metadata.plan
@@ -80,4 +81,5 @@ class CpuPagedAttention:
             work,
             scale,
             sliding_window,
+            out_dtype,
         )

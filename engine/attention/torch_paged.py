@@ -72,6 +72,7 @@ class TorchPagedAttention:
         metadata: AttentionMetadata,
         scale: float,
         sliding_window: int,
+        out_dtype: torch.dtype | None = None,
     ) -> Tensor:
         """q: [T, Hq, D], k and v: [T, Hkv, D], not yet rotated; returns [T, Hq, D]. Formula: kernels/reference.py."""
         plan: Plan = metadata.plan
@@ -79,7 +80,7 @@ class TorchPagedAttention:
         if q.dtype != kept:  # torch's product takes one dtype
             q_kept, k_kept, v_kept = q.to(kept), k.to(kept), v.to(kept)
             out = self.forward(q_kept, k_kept, v_kept, cos_sin, positions, cache, metadata, scale, sliding_window)
-            return out.to(q.dtype)
+            return out.to(out_dtype or q.dtype)
         cos, sin = _rotation(plan, cos_sin, positions, q.dtype)
         keys_values = _slots_of(cache)
         _write(plan, _rotate(k, cos, sin), v, keys_values)
@@ -91,7 +92,7 @@ class TorchPagedAttention:
             _attend_group(group, q, keys_values, scale, out)
         for long in longs:
             _attend_long(long, q, keys_values, scale, out)
-        return out
+        return out.to(out_dtype or q.dtype)
 
 
 def _slots_of(cache: LayerCache) -> Tensor:

@@ -61,7 +61,8 @@ class TritonPagedAttention:
         metadata: AttentionMetadata,
         scale: float,
         sliding_window: int,
+        out_dtype: torch.dtype | None = None,
     ) -> Tensor:
         """q: [T, Hq, D], k and v: [T, Hkv, D], not yet rotated; returns [T, Hq, D], contiguous."""
         rotated = rotary_kv_write(q, k, v, cos_sin, positions, cache.k, cache.v, metadata.slot_mapping)
-        return attend(rotated, cache.k, cache.v, metadata.plan, scale, sliding_window)
+        return attend(rotated, cache.k, cache.v, metadata.plan, scale, sliding_window).to(out_dtype or q.dtype)

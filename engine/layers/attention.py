@@ -1,6 +1,6 @@
 """The attention of a decoder layer: splits the fused projection, norms the heads where a model does, and asks the backend."""
 
-from torch import Tensor
+from torch import Tensor, dtype
 from torch.nn import Module
 
 from engine.attention.base import AttentionBackend, AttentionMetadata, LayerCache
@@ -12,7 +12,7 @@ class Attention(Module):
     """RoPE, KV write and paged attention of one layer.
 
     cos_sin: [max_positions, D] float32, shared by the layers. `sliding_window` in tokens, 0 = none. `q_norm` and `k_norm`
-    are over the head size (Qwen3).
+    are over the head size (Qwen3). `out_dtype`, which may be set later: the result's, None for the heads'.
     """
 
     def __init__(
@@ -35,6 +35,7 @@ class Attention(Module):
         self._scale = head_dim**-0.5
         self._sliding_window = sliding_window
         self.q_norm, self.k_norm = q_norm, k_norm
+        self.out_dtype: dtype | None = None
 
     def forward(
         self, qkv: Tensor, positions: Tensor, backend: AttentionBackend, cache: LayerCache, metadata: AttentionMetadata
@@ -42,7 +43,9 @@ class Attention(Module):
         """qkv: [T, (Hq + 2 Hkv) * D]; positions: [T] int64; out: [T, Hq * D]."""
         q, k, v = qkv.view(qkv.shape[0], -1, self._head_dim).split(self._num_heads, dim=1)
         q, k = self._normed(q, self.q_norm), self._normed(k, self.k_norm)
-        out = backend.forward(q, k, v, self._cos_sin, positions, cache, metadata, self._scale, self._sliding_window)
+        out = backend.forward(
+            q, k, v, self._cos_sin, positions, cache, metadata, self._scale, self._sliding_window, self.out_dtype
+        )
         return out.view(out.shape[0], -1)
 
     def _normed(self, heads: Tensor, norm: Norm | None) -> Tensor:

@@ -1,6 +1,6 @@
 """Token ids to hidden states, and hidden states to logits."""
 
-from torch import Tensor, device, dtype, empty
+from torch import Tensor, device, dtype, empty, float32
 from torch.nn import Module
 
 from engine.layers.linear import Linear
@@ -38,7 +38,7 @@ class Head(Module):
         weight = embedding.weight
         shared = weight if tied else None
         self.linear = Linear(
-            method, hidden_size, parts, dtype=weight.dtype, on=weight.device, norm=norm, float_out=True, shared=shared
+            method, hidden_size, parts, dtype=weight.dtype, on=weight.device, norm=norm, out_dtype=float32, shared=shared
         )
 
     def forward(self, hidden: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """A linear layer made of one or more parts that a checkpoint keeps apart (q, k and v; gate and up), multiplied as one."""
 
+from dataclasses import replace
+
 from torch import Tensor, device, dtype, empty
 from torch.nn import Module
 
@@ -10,8 +12,8 @@ class Linear(Module):
     """epilogue(norm(x) W^T + bias) + residual, computed by its `QuantMethod`.
 
     `parts`: output sizes by the name in the checkpoint, in the order in which they stand in the fused output. `shared`: a plain
-    weight [out, in] that another layer owns, multiplied by instead of one of its own. `hidden_dtype`: the inputs', which the bias
-    is added in; None for the weights'.
+    weight [out, in] that another layer owns, multiplied by instead of one of its own. `hidden_dtype`: of bias and residual, and of the
+    result unless `out_dtype` says otherwise; None for the weights'.
     """
 
     def __init__(
@@ -26,7 +28,7 @@ class Linear(Module):
         bias: bool = False,
         norm: Norm | None = None,
         silu_mul: bool = False,
-        float_out: bool = False,
+        out_dtype: dtype | None = None,
         shared: Tensor | None = None,
     ) -> None:
         super().__init__()
@@ -34,8 +36,9 @@ class Linear(Module):
         self._parts = parts
         out_features = sum(parts.values())
         self.weights = {"weight": shared} if shared is not None else method.create(in_features, out_features, dtype, on)
-        own_bias = empty(out_features, dtype=hidden_dtype or dtype, device=on) if bias else None
-        self.fusion = Fusion(norm=norm, bias=own_bias, silu_mul=silu_mul, float_out=float_out)
+        hidden_dtype = hidden_dtype or dtype
+        own_bias = empty(out_features, dtype=hidden_dtype, device=on) if bias else None
+        self.fusion = Fusion(norm=norm, bias=own_bias, silu_mul=silu_mul, out_dtype=out_dtype or hidden_dtype)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x: [T, in]; out and residual: [T, out], or [T, out / 2] after SiLU·mul. The residual may be overwritten."""
@@ -61,3 +64,13 @@ class Linear(Module):
     def finish(self) -> None:
         """Puts the loaded weights into the layout of the product; call it once, after loading."""
         self.weights = self._method.finish(self.weights, self.fusion)
+
+    @property
+    def row_dtype(self) -> dtype | None:
+        """What x is rounded to before the product, once finished: it may as well be given in it. None: to nothing."""
+        return self._method.row_dtype(self.weights)
+
+    def give(self, wanted: dtype | None) -> None:
+        """Has the result rounded to `wanted`, for a reader that would round it so; None leaves it as it is."""
+        if wanted is not None:
+            self.fusion = replace(self.fusion, out_dtype=wanted)

@@ -58,9 +58,9 @@ class Llama(Module):
 
     def finish(self) -> None:
         """Puts the weights into the layout of their products, once all of them are loaded."""
-        for module in self.modules():
-            if isinstance(module, Linear):
-                module.finish()
+        for layer in self.layers:
+            layer.finish()
+        self.head.linear.finish()
 
 
 class DecoderLayer(Module):
@@ -122,6 +122,13 @@ class DecoderLayer(Module):
         wide = self.gate_up(x)
         down: Tensor = self.down(wide, x)
         return down
+
+    def finish(self) -> None:
+        """Finishes the linears; what a product would only round is given to it rounded."""
+        for linear in (self.qkv, self.out, self.gate_up, self.down):
+            linear.finish()
+        self.attention.out_dtype = self.out.row_dtype
+        self.gate_up.give(self.down.row_dtype)
 
     def targets(self, prefix: str) -> dict[str, Tensor]:
         """Every tensor of this layer by its name in a checkpoint."""

@@ -21,13 +21,13 @@ class Norm:
 class Fusion:
     """What stands around a product: an optional norm before it, then bias `[out]`, then SiLU(gate)·up of its two halves.
 
-    `float_out`: the result is given as float32, not rounded to the input's dtype (logits).
+    `out_dtype`: what the result is given in; None for the input's dtype.
     """
 
     norm: Norm | None = None
     bias: Tensor | None = None
     silu_mul: bool = False
-    float_out: bool = False
+    out_dtype: dtype | None = None
 
 
 class QuantMethod(Protocol):
@@ -52,6 +52,10 @@ class QuantMethod(Protocol):
 
         The residual is the method's to overwrite.
         """
+        ...
+
+    def row_dtype(self, weights: dict[str, Tensor]) -> dtype | None:
+        """What `apply` rounds each number of x to before it multiplies, of finished weights: x may as well be given in it. None: to nothing."""
         ...
 
     def best(self, x: Tensor, weights: dict[str, Tensor], fusion: Fusion) -> Tensor:

@@ -3,7 +3,7 @@
 A checkpoint's tensors are read into a plain `[out, in]` weight; `finish` packs it and lets it go.
 """
 
-from torch import Tensor, device, dtype, empty
+from torch import Tensor, bfloat16, device, dtype, empty
 
 from engine.quantization.base import Fusion
 from kernels.ops import Operators
@@ -19,9 +19,10 @@ class Packed:
     name = "packed"
 
     def __init__(self, ops: Operators) -> None:
-        if ops.pack_weight is None or ops.linear is None or ops.greedy_linear is None:
+        if ops.pack_weight is None or ops.linear is None or ops.greedy_linear is None or ops.rounds_rows is None:
             raise ValueError(f"the operators {ops.name!r} have no packed linears")
         self._pack, self._linear, self._greedy_linear = ops.pack_weight, ops.linear, ops.greedy_linear
+        self._rounds_rows = ops.rounds_rows
 
     def create(self, in_features: int, out_features: int, dtype: dtype, on: device) -> dict[str, Tensor]:
         return {"weight": empty(out_features, in_features, dtype=dtype, device=on)}
@@ -37,8 +38,11 @@ class Packed:
     def apply(self, x: Tensor, weights: dict[str, Tensor], fusion: Fusion, residual: Tensor | None) -> Tensor:
         norm = fusion.norm
         if norm is None:
-            return self._linear(x, weights["packed"], None, 0.0, fusion.bias, residual, fusion.float_out)
-        return self._linear(x, weights["packed"], norm.weight, norm.eps, fusion.bias, residual, fusion.float_out)
+            return self._linear(x, weights["packed"], None, 0.0, fusion.bias, residual, fusion.out_dtype)
+        return self._linear(x, weights["packed"], norm.weight, norm.eps, fusion.bias, residual, fusion.out_dtype)
+
+    def row_dtype(self, weights: dict[str, Tensor]) -> dtype | None:
+        return bfloat16 if self._rounds_rows(weights["packed"]) else None
 
     def best(self, x: Tensor, weights: dict[str, Tensor], fusion: Fusion) -> Tensor:
         norm = fusion.norm

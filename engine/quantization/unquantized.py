@@ -30,17 +30,21 @@ class Unquantized:
         if fusion.norm is not None:
             x = self._ops.rms_norm(x, fusion.norm.weight, fusion.norm.eps)
         plain = fusion.bias is None and not fusion.silu_mul
-        if plain and residual is not None and not fusion.float_out:
+        wanted = fusion.out_dtype or x.dtype
+        if plain and residual is not None and wanted == x.dtype:
             # In place: out of place, torch copies the residual first.
             return residual.addmm_(x, weight.t())
-        if plain and residual is None and fusion.float_out:
+        if plain and residual is None and wanted == torch.float32:
             return self._ops.float_product(x, weight)
         out = functional.linear(x, weight, fusion.bias)
         if fusion.silu_mul:
             out = self._ops.silu_mul(out)
         if residual is not None:
             out = out + residual
-        return out.float() if fusion.float_out else out
+        return out.to(wanted)
+
+    def row_dtype(self, weights: dict[str, Tensor]) -> dtype | None:
+        return None
 
     def best(self, x: Tensor, weights: dict[str, Tensor], fusion: Fusion) -> Tensor:
         return self._ops.greedy(self.apply(x, weights, fusion, None))

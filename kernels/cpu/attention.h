@@ -329,7 +329,7 @@ private:
             float* result = state(row);
             const F share = Simd::div(Simd::set1(1.0f), Simd::set1(total_of(result, dim_)));
             for (int64_t d = 0; d < dim_; d += width) {
-                store_typed(call_.out, start + d, Simd::mul(Simd::load(result + d), share), width, call_.rows);
+                store_typed(call_.out, start + d, Simd::mul(Simd::load(result + d), share), width, call_.out_type);
             }
         }
     }

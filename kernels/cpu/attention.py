@@ -85,11 +85,12 @@ def attend(
     work: Tensor,
     scale: float,
     sliding_window: int,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """`attend` of kernels/reference.py; arithmetic in float32, rounded where k and v are written and at the end.
 
     q: [T, Hq, D]; k, v: [T, Hkv, D], all in the caches' dtype or all in float32, each may be a part of wider rows; the caches as
-    `new_cache` made them; `work`: of `plan` for the same sequences, heads and window. out: [T, Hq, D], contiguous, in q's dtype. On a
+    `new_cache` made them; `work`: of `plan` for the same sequences, heads and window. out: [T, Hq, D], contiguous, in `out_dtype` (None: q's). On a
     processor with bf16 products, q and the weights of the values are rounded to bf16 too.
     """
     return cast(
@@ -109,5 +110,6 @@ def attend(
             work,
             scale,
             sliding_window,
+            out_dtype,
         ),
     )

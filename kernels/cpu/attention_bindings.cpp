@@ -100,7 +100,8 @@ void check_places(const Attention& call, int64_t num_seqs, int64_t num_blocks, i
 
 Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos_sin, const Tensor& positions, const Tensor& k_cache,
                  const Tensor& v_cache, const Tensor& block_tables, const Tensor& seq_lens, const Tensor& query_start_loc,
-                 const Tensor& slot_mapping, const Tensor& plan, double scale, int64_t window) {
+                 const Tensor& slot_mapping, const Tensor& plan, double scale, int64_t window,
+                 std::optional<at::ScalarType> out_dtype) {
     const at::ScalarType type = k_cache.scalar_type();
     TORCH_CHECK(type == at::kFloat || type == at::kBFloat16, "the caches must be float32 or bfloat16, not ", type);
     TORCH_CHECK(k_cache.dim() == 5 && v_cache.dim() == 5 && v_cache.scalar_type() == type, "the caches must be [blocks, heads, ...], of one dtype");
@@ -159,8 +160,11 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
                     header->q_heads == q_heads && header->kv_heads == kv_heads && header->window == window,
                 "plan was made for other sequences, heads or another window");
     check_places(call, num_seqs, num_blocks, cos_sin.size(0));
-    Tensor out = at::empty({tokens, q_heads, dim}, q.options());
+    Tensor out = at::empty({tokens, q_heads, dim}, q.options().dtype(out_dtype.value_or(rows)));
+    TORCH_CHECK(out.scalar_type() == at::kFloat || out.scalar_type() == at::kBFloat16, "out_dtype must be float32 or bfloat16, not ",
+                out.scalar_type());
     call.out = out.data_ptr();
+    call.out_type = out.scalar_type() == at::kFloat ? Type::f32 : Type::bf16;
     sluice::operators().attention(call);
     return out;
 }
@@ -174,7 +178,7 @@ TORCH_LIBRARY_FRAGMENT(sluice_cpu, library) {
     library.def(
         "attention(Tensor q, Tensor k, Tensor v, Tensor cos_sin, Tensor positions, Tensor(a!) k_cache, Tensor(b!) v_cache, "
         "Tensor block_tables, Tensor seq_lens, Tensor query_start_loc, Tensor slot_mapping, Tensor plan, float scale, "
-        "int sliding_window) -> Tensor");
+        "int sliding_window, ScalarType? out_dtype) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(sluice_cpu, CPU, library) {

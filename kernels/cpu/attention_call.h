@@ -32,7 +32,7 @@ static_assert(sizeof(AttentionItem) == 12 * sizeof(int32_t));
 
 struct Attention {
     Type type;             // of the caches
-    Type rows;             // of q, k, v, out: the caches', or f32
+    Type rows;             // of q, k, v: the caches', or f32
     const void* q;         // [tokens, q_heads, dim], q_stride numbers from token to token; not rotated
     const void* k;         // [tokens, kv_heads, dim]
     const void* v;
@@ -60,7 +60,8 @@ struct Attention {
     int64_t partial_rows;
     float scale;
     int64_t window;  // 0 = none
-    void* out;       // [tokens, q_heads, dim]
+    void* out;       // [tokens, q_heads, dim] of out_type
+    Type out_type;
 };
 
 }  // namespace sluice

@@ -20,10 +20,11 @@ Type type_of(const Tensor& x, const char* name) {
     return Type::f32;
 }
 
-const void* checked_vector(const std::optional<Tensor>& x, const char* name, int64_t size, Type type) {
+// Of the dtype of what `like` names.
+const void* checked_vector(const std::optional<Tensor>& x, const char* name, int64_t size, Type type, const char* like) {
     if (!x.has_value()) return nullptr;
     TORCH_CHECK(x->dim() == 1 && x->size(0) == size, name, " must be [", size, "]");
-    TORCH_CHECK(type_of(*x, name) == type, name, " must have x's dtype");
+    TORCH_CHECK(type_of(*x, name) == type, name, " must have the dtype of ", like);
     return x->const_data_ptr();
 }
 
@@ -86,32 +87,37 @@ Tensor pack_screen(const Tensor& packed) {
 }
 
 Tensor linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& norm_weight, double eps,
-              const std::optional<Tensor>& bias, const std::optional<Tensor>& residual, bool float_out) {
+              const std::optional<Tensor>& bias, const std::optional<Tensor>& residual, std::optional<at::ScalarType> out_dtype) {
     const PackedHeader& header = weight_header_of(packed);
-    Type type = type_of(x, "x");
+    const Type x_type = type_of(x, "x");
     TORCH_CHECK(x.dim() == 2 && x.size(1) == header.in_features, "x must be [rows, ", header.in_features, "]");
     int64_t rows = x.size(0), outputs = header.gated ? header.out_features / 2 : header.out_features;
+    Type type = bias.has_value() ? type_of(*bias, "bias") : x_type;
     if (residual.has_value()) {
-        TORCH_CHECK(type_of(*residual, "residual") == type, "residual must have x's dtype");
+        type = type_of(*residual, "residual");
         TORCH_CHECK(residual->dim() == 2 && residual->size(0) == rows && residual->size(1) == outputs, "residual must be [", rows,
                     ", ", outputs, "]");
     }
-    Type out_type = float_out ? Type::f32 : type;
-    Tensor out = at::empty({rows, outputs}, x.options().dtype(out_type == Type::f32 ? at::kFloat : at::kBFloat16));
+    Tensor out = at::empty({rows, outputs}, x.options().dtype(out_dtype.value_or(x.scalar_type())));
+    const Type out_type = type_of(out, "out_dtype");
     sluice::operators().linear({
         x.const_data_ptr(),
         rows,
-        type,
+        x_type,
         packed.const_data_ptr(),
-        checked_vector(norm_weight, "norm_weight", header.in_features, type),
+        checked_vector(norm_weight, "norm_weight", header.in_features, x_type, "x"),
         (float)eps,
-        checked_vector(bias, "bias", header.out_features, type),
+        checked_vector(bias, "bias", header.out_features, type, "residual"),
         residual.has_value() ? residual->const_data_ptr() : nullptr,
+        type,
         out.data_ptr(),
         out_type,
     });
     return out;
 }
+
+// Whether each number of a row is rounded to bfloat16 before it is multiplied by this weight.
+bool rounds_rows(const Tensor& packed) { return weight_header_of(packed).format == Format::bf16 && sluice::operators().bf16_rows; }
 
 Tensor greedy_linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& screen, const std::optional<Tensor>& norm_weight,
                      double eps) {
@@ -131,7 +137,7 @@ Tensor greedy_linear(const Tensor& x, const Tensor& packed, const std::optional<
         type,
         packed.const_data_ptr(),
         screen.has_value() ? screen->const_data_ptr() : nullptr,
-        checked_vector(norm_weight, "norm_weight", header.in_features, type),
+        checked_vector(norm_weight, "norm_weight", header.in_features, type, "x"),
         (float)eps,
         tokens.data_ptr<int64_t>(),
     });
@@ -155,7 +161,7 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
     Type type = type_of(x, "x");
     TORCH_CHECK(x.dim() == 2, "x must be [rows, size]");
     Tensor out = at::empty_like(x);
-    const void* scale = checked_vector(weight, "weight", x.size(1), type);
+    const void* scale = checked_vector(weight, "weight", x.size(1), type, "x");
     sluice::operators().rms_norm(x.const_data_ptr(), scale, (float)eps, x.size(0), x.size(1), type, out.data_ptr());
     return out;
 }
@@ -219,7 +225,8 @@ TORCH_LIBRARY(sluice_cpu, library) {
     library.def("screens() -> bool", screens);
     library.def("pack(Tensor weight, str format, bool gated, int group) -> Tensor");
     library.def(
-        "linear(Tensor x, Tensor packed, Tensor? norm_weight, float eps, Tensor? bias, Tensor? residual, bool float_out) -> Tensor");
+        "linear(Tensor x, Tensor packed, Tensor? norm_weight, float eps, Tensor? bias, Tensor? residual, ScalarType? out_dtype) -> Tensor");
+    library.def("rounds_rows(Tensor packed) -> bool");
     library.def("pack_screen(Tensor packed) -> Tensor");
     library.def("greedy_linear(Tensor x, Tensor packed, Tensor? screen, Tensor? norm_weight, float eps) -> Tensor");
     library.def("embedding(Tensor table, Tensor ids) -> Tensor");
@@ -232,6 +239,7 @@ TORCH_LIBRARY(sluice_cpu, library) {
 TORCH_LIBRARY_IMPL(sluice_cpu, CPU, library) {
     library.impl("pack", pack);
     library.impl("linear", linear);
+    library.impl("rounds_rows", rounds_rows);
     library.impl("pack_screen", pack_screen);
     library.impl("greedy_linear", greedy_linear);
     library.impl("embedding", embedding);

@@ -104,7 +104,7 @@ inline void search_rows(const Linear& call, float* maxima, int64_t panels, bool 
             for (int64_t row = first; row < last; ++row) {
                 Linear one = call;
                 one.rows = 1;
-                one.x = (const uint8_t*)call.x + row * header.in_features * (call.type == Type::f32 ? 4 : 2);
+                one.x = (const uint8_t*)call.x + row * header.in_features * (call.x_type == Type::f32 ? 4 : 2);
                 if (screened) {
                     read_row(one, 0, header.in_features, floats);
                     tokens[row] = unanswered;
@@ -135,7 +135,7 @@ inline void best_outputs(const Linear& call, const void* screen, int64_t* tokens
     Linear others = call;
     others.rows = std::count(tokens, tokens + call.rows, unanswered);
     if (others.rows == 0) return;
-    const int64_t bytes = header.in_features * (call.type == Type::f32 ? 4 : 2);
+    const int64_t bytes = header.in_features * (call.x_type == Type::f32 ? 4 : 2);
     uint8_t* x = scratch(3, others.rows * (bytes + (int64_t)sizeof(int64_t)) + 64);
     int64_t* found = (int64_t*)(x + round_up(others.rows * bytes, 8));
     others.x = x;
@@ -152,7 +152,7 @@ inline void best_outputs(const Linear& call, const void* screen, int64_t* tokens
 
 inline void greedy_linear(const GreedyLinear& call) {
     if (call.rows == 0) return;
-    const Linear linear{call.x, call.rows, call.type, call.packed, call.norm_weight, call.eps, nullptr, nullptr, nullptr, Type::f32};
+    const Linear linear{call.x, call.rows, call.type, call.packed, call.norm_weight, call.eps, nullptr, nullptr, Type::f32, nullptr, Type::f32};
     with_tile(((const PackedHeader*)call.packed)->format,
               [&](auto tile) { best_outputs<decltype(tile)>(linear, call.screen, call.tokens); });
 }

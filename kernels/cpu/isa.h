@@ -22,9 +22,10 @@ namespace SLUICE_ISA {
 inline const sluice::Operators& table(const char* name) {
     static const sluice::Operators operators{
         name,           panel_outputs,  Simd::byte_limit, Simd::fixed_point ? Format::fixed : Format::bf16,
-        Simd::screens,  packed_bytes,   pack,             pack_screen,
-        linear,         greedy_linear,  embedding_rows,   rms_norm_rows,
-        greedy,         sample,         logprobs,         attention,
+        bf16_rows,      Simd::screens,  packed_bytes,     pack,
+        pack_screen,    linear,         greedy_linear,    embedding_rows,
+        rms_norm_rows,  greedy,         sample,           logprobs,
+        attention,
     };
     return operators;
 }

@@ -82,6 +82,12 @@ struct Product {
           row_scales((float*)(memory + round_up(call.rows * stride * (int64_t)sizeof(Row), 64))),
           sums(sums) {}
 
+    // Whether x holds the rows just as they are multiplied.
+    static bool takes_as_it_is(const Linear& call, const PackedHeader& header) {
+        const bool same = std::is_same_v<Row, float> ? call.x_type == Type::f32 : std::is_same_v<Row, uint16_t> && call.x_type == Type::bf16;
+        return same && !call.norm_weight && header.in_features == header.inputs;
+    }
+
     template <class Out>
     void prepare(int64_t first, int64_t last, float* floats, const Out& out) {
         for (int64_t row = first; row < last; ++row) {
@@ -128,7 +134,9 @@ struct Product {
 
     // Vector v of them, of their sums.
     F value(int64_t row, int64_t panel, const float* of, int v) const {
-        return Simd::mul(Tile::total(of, after(panel), v), Simd::set1(row_scales[row]));
+        const F total = Tile::total(of, after(panel), v);
+        if constexpr (!std::is_same_v<Row, uint8_t>) return total;  // others' rows have no scale beside them
+        return Simd::mul(total, Simd::set1(row_scales[row]));
     }
 
     // What follows a panel's inputs.
@@ -270,9 +278,9 @@ inline void run_product(const Linear& call, const Out& out) {
     const PackedHeader& header = *(const PackedHeader*)call.packed;
     int64_t bytes = Parts::shared_bytes(call.rows, header.inputs), float_bytes = round_up(header.inputs * 4, 64);
     int64_t sum_bytes = Parts::sum_bytes(call, header);
-    bool apart = call.rows <= rows_prepared_apart;
-    uint8_t* shared = apart ? nullptr : scratch(0, bytes);
-    if (!apart) {
+    bool as_it_is = Parts::takes_as_it_is(call, header), apart = !as_it_is && call.rows <= rows_prepared_apart;
+    uint8_t* shared = as_it_is ? (uint8_t*)call.x : apart ? nullptr : scratch(0, bytes);
+    if (!as_it_is && !apart) {
         sluice::parallel(call.rows, std::max<int64_t>(inputs_prepared_at_once / header.inputs, 1), [&](sluice::Share& share) {
             uint8_t* own = scratch(1, float_bytes);
             Parts parts(call, shared, nullptr);

@@ -32,14 +32,15 @@ constexpr uint32_t packed_magic = 0x4b505553;
 
 // out = epilogue(norm(x) W^T + bias) + residual
 struct Linear {
-    const void* x;           // [rows, in] of `type`
+    const void* x;           // [rows, in] of `x_type`
     int64_t rows;
-    Type type;               // of x, norm_weight, bias, residual
+    Type x_type;             // of x and norm_weight
     const void* packed;      // PackedHeader and its panels
     const void* norm_weight; // [in], or null: RMSNorm before the product
     float eps;
     const void* bias;        // [out_features], or null
     const void* residual;    // [rows, outputs], or null; may be `out` itself
+    Type type;               // of bias and residual
     void* out;               // [rows, outputs] of out_type
     Type out_type;
 };
@@ -85,6 +86,7 @@ struct Operators {
     int32_t panel;  // of the weights that it packs and multiplies by: outputs a panel,
     int32_t byte_limit;  // the magnitude to which it rounds an output's largest INT8 weight,
     Format bf16;         // and the format that it multiplies bf16 weights in;
+    bool bf16_rows;      // whether a product with weights in Format::bf16 rounds its rows to bf16
     bool screens;        // whether greedy_linear is faster with a screen
     int64_t (*packed_bytes)(Format format, int64_t out_features, int64_t in_features, bool gated, int group);
     // weight: [out_features, in_features] of `type`; packed: packed_bytes() bytes, 64-byte aligned. False where the format is `fixed` and

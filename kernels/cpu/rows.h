@@ -9,33 +9,31 @@ using sluice::Linear;
 template <Type to>
 inline void read_row_as(const Linear& call, int64_t row, int64_t in, void* out) {
     int64_t start = row * in;
-    F scale = Simd::set1(call.norm_weight ? rms_scale(call.x, start, in, call.eps, call.type) : 1.0f);
+    F scale = Simd::set1(call.norm_weight ? rms_scale(call.x, start, in, call.eps, call.x_type) : 1.0f);
     for (int64_t i = 0; i < in; i += width) {
         int n = lanes_left(i, in);
-        F x = load_typed(call.x, start + i, n, call.type);
-        if (call.norm_weight) x = Simd::mul(Simd::mul(x, scale), load_typed(call.norm_weight, i, n, call.type));
+        F x = load_typed(call.x, start + i, n, call.x_type);
+        if (call.norm_weight) x = Simd::mul(Simd::mul(x, scale), load_typed(call.norm_weight, i, n, call.x_type));
         store_typed(out, i, x, n, to);
     }
 }
 
 inline void read_row(const Linear& call, int64_t row, int64_t in, float* out) { read_row_as<Type::f32>(call, row, in, out); }
 
-inline void prepare_row(const Linear& call, int64_t row, int64_t in, int64_t inputs, float* out, float*, float* scale) {
+inline void prepare_row(const Linear& call, int64_t row, int64_t in, int64_t inputs, float* out, float*, float*) {
     read_row(call, row, in, out);
     for (int64_t i = in; i < inputs; ++i) out[i] = 0.0f;
-    *scale = 1.0f;
 }
 
 // bf16 for dot products (uint16_t).
-inline void prepare_row(const Linear& call, int64_t row, int64_t in, int64_t inputs, uint16_t* out, float*, float* scale) {
+inline void prepare_row(const Linear& call, int64_t row, int64_t in, int64_t inputs, uint16_t* out, float*, float*) {
     read_row_as<Type::bf16>(call, row, in, out);
     for (int64_t i = in; i < inputs; ++i) out[i] = 0;
-    *scale = 1.0f;
 }
 
 // Fixed point (int16_t), block by block: the block's scale as a float, then round(x / scale). A block of an infinite or no number has no
 // number for its scale, so that its whole row has none.
-inline void prepare_row(const Linear& call, int64_t row, int64_t in, int64_t inputs, int16_t* out, float* floats, float* scale) {
+inline void prepare_row(const Linear& call, int64_t row, int64_t in, int64_t inputs, int16_t* out, float* floats, float*) {
     read_row(call, row, in, floats);
     const int64_t block = fixed_block(inputs), padded = round_up(in, width);
     for (int64_t i = in; i < padded; ++i) floats[i] = 0.0f;
@@ -56,7 +54,6 @@ inline void prepare_row(const Linear& call, int64_t row, int64_t in, int64_t inp
         const float row_scale = largest / fixed_row_limit + Simd::sum(wrong);
         std::memcpy(out, &row_scale, sizeof row_scale);
     }
-    *scale = 1.0f;
 }
 
 // Symmetric to 8 bits by the row's largest magnitude: floats [0, in) of whole numbers in [-127, 127]. Gives the scale.

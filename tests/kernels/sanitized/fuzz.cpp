@@ -26,11 +26,11 @@ void fuzz_linear(const Operators& operators, Chance& chance) {
     const int64_t rows = chance.one_in(20) ? 0 : chance.between(1, chance.one_in(4) ? 70 : 9);
     const int64_t outputs = chance.between(1, 150), out = outputs * (gated ? 2 : 1);
     const int64_t in = chance.between(1, chance.one_in(8) ? 1200 : 300);  // several blocks too
-    const Type type = type_of(chance), out_type = chance.one_in(4) ? Type::f32 : type;
+    const Type type = type_of(chance), x_type = chance.one_in(2) ? type_of(chance) : type, out_type = chance.one_in(4) ? type_of(chance) : type;
     const auto format = (Format)chance.between(0, 4);
     const int group = (int)chance.between(1, 8) * 16;
-    Numbers weight(chance, out * in, type), x(chance, rows * in, type);
-    Numbers norm(chance, in, type), bias(chance, out, type), residual(chance, rows * outputs, type);
+    Numbers weight(chance, out * in, type), x(chance, rows * in, x_type);
+    Numbers norm(chance, in, x_type), bias(chance, out, type), residual(chance, rows * outputs, type);
     Exact packed(operators.packed_bytes(format, out, in, gated, group));
     operators.pack(weight.data(), type, format, out, in, gated, group, packed.data());
     Exact apart(rows * outputs * bytes_of(out_type));
@@ -39,12 +39,13 @@ void fuzz_linear(const Operators& operators, Chance& chance) {
     operators.linear({
         x.data(),
         rows,
-        type,
+        x_type,
         packed.data(),
         chance.one_in(2) ? norm.data() : nullptr,
         1e-5f,
         chance.one_in(2) ? bias.data() : nullptr,
         in_place || chance.one_in(2) ? residual.data() : nullptr,
+        type,
         to.data(),
         out_type,
     });
@@ -71,7 +72,7 @@ void fuzz_greedy_linear(const Operators& operators, Chance& chance) {
     Exact screen(screened ? operators.packed_bytes(Format::coarse, out, in, false, 0) : 0), tokens(rows * 8), best(rows * 8), logits(rows * out * 4);
     if (screened) operators.pack_screen(packed.data(), screen.data());
     const void* normed = chance.one_in(2) ? norm.data() : nullptr;
-    operators.linear({x.data(), rows, type, packed.data(), normed, 1e-5f, nullptr, nullptr, logits.data(), Type::f32});
+    operators.linear({x.data(), rows, type, packed.data(), normed, 1e-5f, nullptr, nullptr, type, logits.data(), Type::f32});
     operators.greedy(logits.of<float>(), rows, out, best.of<int64_t>());
     operators.greedy_linear({x.data(), rows, type, packed.data(), screened ? screen.data() : nullptr, normed, 1e-5f, tokens.of<int64_t>()});
     for (int64_t row = 0; row < rows; ++row) {
@@ -125,7 +126,7 @@ void fuzz_sampling(const Operators& operators, Chance& chance) {
 }
 
 void fuzz_attention(const Operators& operators, Chance& chance) {
-    const Type type = type_of(chance), rows = chance.one_in(2) ? Type::f32 : type;
+    const Type type = type_of(chance), rows = chance.one_in(2) ? Type::f32 : type, out_type = type_of(chance);
     const int64_t number = bytes_of(type), row_number = bytes_of(rows);
     const int64_t dim = 16 * chance.between(1, chance.one_in(4) ? 16 : 4), kv_heads = chance.between(1, 4);
     const int64_t q_heads = kv_heads * chance.between(1, 5), block_size = 16 * chance.between(1, 3);
@@ -144,7 +145,7 @@ void fuzz_attention(const Operators& operators, Chance& chance) {
     std::vector<int32_t> blocks(needed);
     for (int64_t i = 0; i < needed; ++i) blocks[i] = (int32_t)i;
     std::shuffle(blocks.begin(), blocks.end(), std::mt19937(7));
-    Exact tables(num_seqs * stride * 4), positions(tokens * 8), slots(tokens * 8), out(tokens * q_heads * dim * row_number);
+    Exact tables(num_seqs * stride * 4), positions(tokens * 8), slots(tokens * 8), out(tokens * q_heads * dim * bytes_of(out_type));
     for (int64_t seq = 0, taken = 0; seq < num_seqs; ++seq) {
         int32_t* table = tables.of<int32_t>() + seq * stride;
         for (int64_t i = 0; i < sluice::divide_up(lens[seq], block_size); ++i) table[i] = blocks[taken++];
@@ -189,8 +190,9 @@ void fuzz_attention(const Operators& operators, Chance& chance) {
     call.scale = 1.0f / std::sqrt((float)dim);
     call.window = window;
     call.out = out.data();
+    call.out_type = out_type;
     operators.attention(call);
-    expect_written(out, tokens * q_heads * dim, rows, "attention");
+    expect_written(out, tokens * q_heads * dim, out_type, "attention");
 }
 
 void write_behind(const Operators& operators, Chance& chance) {
