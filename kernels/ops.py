@@ -43,7 +43,7 @@ class Operators:
     linear: Callable[..., Tensor] | None = None
     rounds_rows: Callable[[Any], bool] | None = None
     greedy_linear: Callable[..., Tensor] | None = None
-    pack_screen: Callable[[Any], Any] | None = None
+    pack_screen: Callable[[Any, Tensor | None], Any] | None = None
     attends: bool = False
     hidden_dtype: torch.dtype | None = None
     record: Callable[[Callable[..., Tensor], list[Tensor]], tuple[Tensor, Callable[[list[Tensor]], Tensor]]] | None = None

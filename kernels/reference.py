@@ -93,7 +93,7 @@ def linear(
     return out.to(out_dtype or x.dtype)
 
 
-def pack_screen(packed: PackedWeight) -> PackedWeight:
+def pack_screen(packed: PackedWeight, norm_weight: Tensor | None) -> PackedWeight:
     """What `greedy_linear` may look at first, of a weight in float32 or bfloat16, not gated; here the weight itself."""
     return packed
 

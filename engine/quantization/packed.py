@@ -64,7 +64,8 @@ class Screened(Packed):
 
     def finish(self, weights: dict[str, Tensor], fusion: Fusion) -> dict[str, Tensor]:
         finished = super().finish(weights, fusion)
-        return finished | {"screen": self._pack_screen(finished["packed"])}
+        norm_weight = fusion.norm.weight if fusion.norm is not None else None
+        return finished | {"screen": self._pack_screen(finished["packed"], norm_weight)}
 
 
 class Int8(Packed):

@@ -76,13 +76,15 @@ const PackedHeader& weight_header_of(const Tensor& packed) {
     return header;
 }
 
-Tensor pack_screen(const Tensor& packed) {
+Tensor pack_screen(const Tensor& packed, const std::optional<Tensor>& norm_weight) {
     const PackedHeader& header = weight_header_of(packed);
     TORCH_CHECK(header.format != Format::int8 && header.format != Format::int4 && !header.gated,
                 "a screen is made of weights in float32 or bfloat16, not gated");
     const sluice::Operators& operators = sluice::operators();
     Tensor screen = sluice::weight_memory(operators.packed_bytes(Format::coarse, header.out_features, header.in_features, false, 0));
-    operators.pack_screen(packed.const_data_ptr(), screen.data_ptr());
+    const Type type = norm_weight.has_value() ? type_of(*norm_weight, "norm_weight") : Type::f32;
+    const void* norm = checked_vector(norm_weight, "norm_weight", header.in_features, type, "itself");
+    operators.pack_screen(packed.const_data_ptr(), norm, type, screen.data_ptr());
     return screen;
 }
 
@@ -227,7 +229,7 @@ TORCH_LIBRARY(sluice_cpu, library) {
     library.def(
         "linear(Tensor x, Tensor packed, Tensor? norm_weight, float eps, Tensor? bias, Tensor? residual, ScalarType? out_dtype) -> Tensor");
     library.def("rounds_rows(Tensor packed) -> bool");
-    library.def("pack_screen(Tensor packed) -> Tensor");
+    library.def("pack_screen(Tensor packed, Tensor? norm_weight) -> Tensor");
     library.def("greedy_linear(Tensor x, Tensor packed, Tensor? screen, Tensor? norm_weight, float eps) -> Tensor");
     library.def("embedding(Tensor table, Tensor ids) -> Tensor");
     library.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");

@@ -57,10 +57,10 @@ struct PanelBounds {
     void finish(const Product<Tile>& product, int64_t row, int64_t panel, const float* sums, const float*) const {
         const F reach = Simd::set1(product.row_scales[row]);
         const uint8_t* after = product.after(panel);
+        const auto* prepared = product.rows + row * product.stride;
         F most = Simd::set1(-INFINITY);
         for (int v = 0; v < panel_vectors; ++v) {
-            const F bound = Simd::load((const float*)after + panel_outputs + v * width);
-            most = Simd::max(most, Simd::fma(reach, bound, Tile::total(sums, after, v)));
+            most = Simd::max(most, upper_bound<Tile>(prepared, reach, sums, after, v));
         }
         maxima[row * panels + panel] = Simd::largest(most);
     }

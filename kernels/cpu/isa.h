@@ -9,6 +9,7 @@
 #include "matrix_tiles.h"
 #include "linear.h"
 #include "sampling.h"
+#include "screen_tiles.h"
 #include "screen.h"
 #include "greedy_linear.h"
 #include "attention_tiles.h"

@@ -18,14 +18,14 @@ constexpr bool exact_scratch = true;
 constexpr bool exact_scratch = false;
 #endif
 
-// Memory that a thread keeps between calls: 0 the rows of a product, 1 what a thread needs for itself, 2 and 3 greedy_linear.h.
+// Memory that a thread keeps between calls: 0 the rows of a product, 1 what a thread needs for itself, 2 to 4 greedy_linear.h.
 inline uint8_t* scratch(int which, int64_t bytes) {
     struct Buffer {
         void* data = nullptr;
         int64_t size = 0;
         ~Buffer() { std::free(data); }
     };
-    static thread_local Buffer kept[4];
+    static thread_local Buffer kept[5];
     Buffer& buffer = kept[which];
     if (buffer.size < bytes || (exact_scratch && buffer.size != bytes)) {
         std::free(buffer.data);

@@ -18,7 +18,7 @@ struct PackedHeader {
     uint32_t magic;
     Format format;
     int32_t panel;         // outputs a panel, as the instruction set that packed it has them
-    int32_t group;         // int4: inputs that share a scale, else 0
+    int32_t group;         // int4: inputs that share a scale; coarse: 1 where the weight's own product rounds its rows to bf16; else 0
     int64_t out_features;  // of the layer as a checkpoint has it; twice the outputs when gated
     int64_t in_features;
     int64_t inputs;        // of a panel, padding included
@@ -94,7 +94,8 @@ struct Operators {
     bool (*pack)(const void* weight, Type type, Format format, int64_t out_features, int64_t in_features, bool gated, int group,
                  void* packed);
     // packed: f32, bf16 or fixed, not gated; screen: packed_bytes() bytes of a `coarse` weight, 64-byte aligned.
-    void (*pack_screen)(const void* packed, void* screen);
+    // norm_weight: [in_features] of `type`, what rows are multiplied by, or null.
+    void (*pack_screen)(const void* packed, const void* norm_weight, Type type, void* screen);
     void (*linear)(const Linear& call);
     void (*greedy_linear)(const GreedyLinear& call);
     // table: [num_rows, size] of `type`; ids within it; out: [rows, size].

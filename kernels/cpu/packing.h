@@ -5,7 +5,7 @@
 //   int8  step 4: bytes, then a panel's float scales, then int32 128 * sum(w)
 //   int4  per group of inputs: step 8, 4 bytes: input i in the low nibble of byte i, input 4 + i in the high one, biased by 8;
 //         then half-float scales
-//   coarse step 2: pairs of bytes, then a panel's float scales, then float bounds of what an output may differ by (screen.h)
+//   coarse screen.h
 //
 // Outputs and inputs are padded with zeros. Gated layers alternate a panel of gate and the panel of up that it multiplies.
 // INT8 is symmetric per output: w = scale * q, |q| at most 127, or what the processor's products of bytes are exact for. INT4 is symmetric per output and group, q in [-8, 7], the scale
@@ -63,6 +63,15 @@ inline int64_t padded_inputs(Format format, int64_t in_features, int group) {
 
 inline int64_t group_bytes(int group) { return (int64_t)group / 2 * panel_outputs + 2 * panel_outputs; }
 
+// Of weights of 8 bits beside which others stand: whether their rows have 8 bits too (screen.h).
+constexpr bool screens_by_bytes = Simd::byte_limit == 127;
+constexpr int64_t coarse_after_bytes = panel_outputs * 4 * (screens_by_bytes ? 5 : 2);
+
+// Bytes of the table that stands before a weight's panels.
+inline int64_t table_bytes(Format format, int64_t inputs) {
+    return format == Format::coarse && screens_by_bytes ? round_up(inputs * (int64_t)sizeof(int32_t), 64) : 0;
+}
+
 inline int64_t panel_size(Format format, int64_t in_features, int group) {
     int64_t inputs = padded_inputs(format, in_features, group);
     int64_t bytes = 0;
@@ -70,8 +79,8 @@ inline int64_t panel_size(Format format, int64_t in_features, int group) {
         case Format::f32: bytes = inputs * panel_outputs * 4; break;
         case Format::bf16: bytes = inputs * panel_outputs * 2; break;
         case Format::fixed: bytes = inputs * panel_outputs * 2 + panel_outputs * 4; break;
-        case Format::int8:
-        case Format::coarse: bytes = inputs * panel_outputs + panel_outputs * 8; break;
+        case Format::int8: bytes = inputs * panel_outputs + panel_outputs * 8; break;
+        case Format::coarse: bytes = inputs * panel_outputs + coarse_after_bytes; break;
         case Format::int4: bytes = inputs / group * group_bytes(group); break;
     }
     return round_up(bytes, 64);
@@ -83,7 +92,8 @@ inline int64_t num_panels(int64_t out_features, bool gated) {
 }
 
 inline int64_t packed_bytes(Format format, int64_t out_features, int64_t in_features, bool gated, int group) {
-    return (int64_t)sizeof(PackedHeader) + num_panels(out_features, gated) * panel_size(format, in_features, group);
+    return (int64_t)sizeof(PackedHeader) + table_bytes(format, padded_inputs(format, in_features, group)) +
+           num_panels(out_features, gated) * panel_size(format, in_features, group);
 }
 
 // The row of the checkpoint's weight behind an output of a panel, -1 for padding.

@@ -56,15 +56,20 @@ inline void prepare_row(const Linear& call, int64_t row, int64_t in, int64_t inp
     }
 }
 
+// The largest magnitude of floats [0, count).
+inline float largest_magnitude(const float* x, int64_t count) {
+    F found = Simd::zero();
+    for (int64_t i = 0; i < count; i += width) {
+        F lanes = load_typed(x, i, lanes_left(i, count), Type::f32);
+        found = Simd::max(Simd::max(lanes, Simd::sub(Simd::zero(), lanes)), found);
+    }
+    return Simd::largest(found);
+}
+
 // Symmetric to 8 bits by the row's largest magnitude: floats [0, in) of whole numbers in [-127, 127]. Gives the scale.
 inline float quantise_row(const Linear& call, int64_t row, int64_t in, float* floats) {
     read_row(call, row, in, floats);
-    F found = Simd::zero();
-    for (int64_t i = 0; i < in; i += width) {
-        F x = load_typed(floats, i, lanes_left(i, in), Type::f32);
-        found = Simd::max(Simd::max(x, Simd::sub(Simd::zero(), x)), found);
-    }
-    float largest = Simd::largest(found);
+    const float largest = largest_magnitude(floats, in);
     F inverse = Simd::set1(largest > 0.0f ? 127.0f / largest : 0.0f);
     for (int64_t i = 0; i < in; i += width) {
         int n = lanes_left(i, in);

@@ -83,6 +83,7 @@ struct Simd {
     static I zero_lanes() { return _mm256_setzero_si256(); }
     static F to_float(I lanes) { return _mm256_cvtepi32_ps(lanes); }
     static I sub_lanes(I a, I b) { return _mm256_sub_epi32(a, b); }
+    static I times_128(I x) { return _mm256_slli_epi32(x, 7); }
     // The low, or high, nibbles of the bytes, less 8.
     static I low_nibbles(I x) { return _mm256_sub_epi8(_mm256_and_si256(x, _mm256_set1_epi8(15)), _mm256_set1_epi8(8)); }
     static I high_nibbles(I x) { return low_nibbles(_mm256_srli_epi16(x, 4)); }

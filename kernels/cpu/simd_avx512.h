@@ -95,6 +95,7 @@ struct Simd {
     static I zero_lanes() { return _mm512_setzero_si512(); }
     static F to_float(I lanes) { return _mm512_cvtepi32_ps(lanes); }
     static I sub_lanes(I a, I b) { return _mm512_sub_epi32(a, b); }
+    static I times_128(I x) { return _mm512_slli_epi32(x, 7); }
     static I low_nibbles(I x) { return _mm512_sub_epi8(_mm512_and_si512(x, _mm512_set1_epi8(15)), _mm512_set1_epi8(8)); }
     static I high_nibbles(I x) { return low_nibbles(_mm512_srli_epi16(x, 4)); }
 #ifdef SLUICE_VNNI

@@ -102,6 +102,7 @@ struct Simd {
     static I zero_lanes() { return each_lane([](int) { return 0; }); }
     static F to_float(I lanes) { return each([&](int i) { return (float)lanes.lane[i]; }); }
     static I sub_lanes(I a, I b) { return each_lane([&](int i) { return a.lane[i] - b.lane[i]; }); }
+    static I times_128(I x) { return each_lane([&](int i) { return x.lane[i] * 128; }); }
     static I low_nibbles(I x) {
         return each_lane([&](int i) {
             uint32_t out = 0;

@@ -127,7 +127,7 @@ struct RowsAt {
 
 // step(k, w) for every `size` inputs, two at a time: what a loop does beside its products counts too.
 template <int R, int C, bool shared, int size, class Step>
-SLUICE_INLINE void each_step(const uint8_t* w, int64_t panel_bytes, int64_t inputs, Ahead ahead, Step step) {
+SLUICE_INLINE void each_step(const uint8_t* w, int64_t panel_bytes, int64_t inputs, Ahead& ahead, Step step) {
     for (int64_t k = 0; k < inputs; k += 2 * size, w += 2 * step_bytes) {
         prefetch<R, C, shared, 2>(w, panel_bytes, ahead);
         step(k, w);
@@ -249,7 +249,6 @@ struct PairTile {
 };
 
 using FixedTile = PairTile<2>;
-using CoarseTile = PairTile<1>;
 
 // Inputs whose products with 4-bit weights Simd::add_small_products may sum: 32 * 255 * 8 / 2 fits 16 bits.
 constexpr int nibbles_summed = 32;

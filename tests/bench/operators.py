@@ -117,7 +117,7 @@ def _linear(ops: Operators, weights: list[Tensor], gated: bool, form: str) -> li
     linear, pack = getattr(ops, "linear", None), getattr(ops, "pack_weight", None)
     if linear is not None and pack is not None:
         packed = [pack(weight, form, gated, 0) for weight in weights]
-        return [lambda x, one=one: linear(x, one, None, 0.0, None, None, False) for one in packed]
+        return [lambda x, one=one: linear(x, one, None, 0.0, None, None, None) for one in packed]
     if gated:
         return [lambda x, one=one: ops.silu_mul(functional.linear(x, one)) for one in weights]
     return [lambda x, one=one: functional.linear(x, one) for one in weights]

@@ -31,11 +31,11 @@ class Case:
     gated: bool
     group: int = 32
 
-    def run(self, operators: object, stored_as: str, *, float_out: bool = False) -> Tensor:
+    def run(self, operators: object, stored_as: str, *, out_dtype: torch.dtype | None = None) -> Tensor:
         """By the operators of `torch.ops.sluice_cpu`, or of `kernels.reference`."""
         pack = getattr(operators, "pack_weight", None) or operators.pack  # type: ignore[attr-defined]
         packed = pack(self.weight, stored_as, self.gated, self.group)
-        return operators.linear(self.x, packed, self.norm_weight, EPS, self.bias, self.residual, float_out)  # type: ignore[attr-defined]
+        return operators.linear(self.x, packed, self.norm_weight, EPS, self.bias, self.residual, out_dtype)  # type: ignore[attr-defined]
 
     def to(self, dtype: torch.dtype) -> "Case":
         def cast(tensor: Tensor | None) -> Tensor | None:
@@ -79,7 +79,7 @@ def assert_close(native: object, case: Case, dtype: torch.dtype, stored_as: str)
     mine = case.to(dtype)
     exact = mine.to(torch.float32)
     stored = reference.pack_weight(mine.weight, stored_as, mine.gated, mine.group, native.byte_limit())  # type: ignore[attr-defined]
-    wanted = reference.linear(exact.x, stored, exact.norm_weight, EPS, exact.bias, exact.residual, False)
+    wanted = reference.linear(exact.x, stored, exact.norm_weight, EPS, exact.bias, exact.residual, None)
     plain = wanted.to(dtype)
     if stored_as in ("float32", "bfloat16"):
         x = mine.x if mine.norm_weight is None else reference.rms_norm(mine.x, mine.norm_weight, EPS)
@@ -182,7 +182,7 @@ def test_a_row_of_an_infinite_or_no_number_leaves_the_others_alone(native):
 def test_the_largest_bytes_are_summed_exactly(native, sign, stored_as):
     """Sums of 16 bits would not hold them, were weights of 8 bits not limited and those of 4 not summed few at a time."""
     packed = native.pack(torch.full((33, 512), sign), stored_as, False, 64)
-    out = native.linear(torch.ones(5, 512), packed, None, EPS, None, None, False)
+    out = native.linear(torch.ones(5, 512), packed, None, EPS, None, None, None)
     torch.testing.assert_close(out, torch.full((5, 33), sign * 512), atol=0.0, rtol=1e-6)
 
 
@@ -192,7 +192,7 @@ def test_the_largest_numbers_in_fixed_point_are_summed_exactly(native, sign, inp
     """The largest weight below a power of two and equal inputs, the most that a sum of 32 bits has to hold."""
     weight = torch.full((33, inputs), 1.9921875 * sign, dtype=torch.bfloat16)
     packed = native.pack(weight, "bfloat16", False, 0)
-    out = native.linear(torch.ones(5, inputs), packed, None, EPS, None, None, False)
+    out = native.linear(torch.ones(5, inputs), packed, None, EPS, None, None, None)
     torch.testing.assert_close(out, torch.full((5, 33), 1.9921875 * sign * inputs), atol=0.0, rtol=1e-6)
 
 
@@ -207,7 +207,7 @@ def test_a_bf16_product_is_as_exact_beside_numbers_a_thousand_times_larger(nativ
     case = case.to(torch.bfloat16)
     exact = case.x.double() @ case.weight.double().T
     summed = case.x.double().abs() @ case.weight.double().abs().T
-    actual = case.run(native, "bfloat16", float_out=True).double()
+    actual = case.run(native, "bfloat16", out_dtype=torch.float32).double()
     assert ((actual - exact).abs() / summed).max().item() < 2.0**-9
 
 
@@ -218,7 +218,7 @@ def test_weights_and_inputs_of_any_magnitude_are_multiplied(native):
         case.x.mul_(input_scale)
         case = case.to(torch.bfloat16)
         wanted = case.x.double() @ case.weight.double().T
-        actual = case.run(native, "bfloat16", float_out=True).double()
+        actual = case.run(native, "bfloat16", out_dtype=torch.float32).double()
         torch.testing.assert_close(actual, wanted, rtol=0.0, atol=1e-35 + 0.02 * wanted.abs().max().item())
 
 
@@ -249,12 +249,45 @@ def test_no_rows_give_no_rows(native):
     assert make_case(0, 32, 16).run(native, "float32").shape == (0, 32)
 
 
+@pytest.mark.parametrize(("out", "inputs", "gated"), [(96, 64, False), (70, 63, False), (130, 608, True), (49, 1, False)])
+def test_rows_may_be_given_rounded_where_they_are_rounded_anyway(native, out, inputs, gated):
+    for rows in (1, 2, 3, 9, 70):
+        case = make_case(rows, out, inputs, around=0b110, gated=gated)
+        for stored_as in ("bfloat16", "float32", "int8", "int4"):
+            packed = native.pack(case.weight.bfloat16(), stored_as, gated, 32)
+            around = (packed, None, EPS, case.bias, case.residual, torch.float32)
+            rounded = case.x.bfloat16()
+            given = native.linear(rounded, *around)
+            assert torch.equal(given, native.linear(rounded.float(), *around)), (rows, stored_as)
+            if native.rounds_rows(packed):
+                assert torch.equal(given, native.linear(case.x, *around)), (rows, stored_as)
+
+
+def test_rows_of_bf16_weights_are_rounded_where_the_processor_multiplies_bf16(native, request):
+    packed = {name: native.pack(normal_weight(), name, False, 32) for name in ("bfloat16", "float32", "int8", "int4")}
+    rounding = {name for name, one in packed.items() if native.rounds_rows(one)}
+    assert rounding == ({"bfloat16"} if request.node.callspec.params["native"] in ("avx512_bf16", "amx") else set())
+
+
+def normal_weight() -> Tensor:
+    return torch.randn(40, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+
+
+@pytest.mark.parametrize("stored_as", ["bfloat16", "float32", "int8", "int4"])
+def test_a_result_is_rounded_to_what_is_asked_for(native, stored_as):
+    for dtype in FORMATS:
+        case = make_case(5, 130, 96, gated=True).to(dtype)
+        whole = case.run(native, stored_as, out_dtype=torch.float32)
+        assert torch.equal(case.run(native, stored_as, out_dtype=torch.bfloat16), whole.bfloat16())
+        assert torch.equal(case.run(native, stored_as), whole.to(dtype))
+
+
 def test_logits_come_unrounded(native):
     case = make_case(5, 300, 96, around=1).to(torch.bfloat16)
     exact = case.to(torch.float32)
     stored = reference.pack_weight(case.weight, "bfloat16", False, 32)
-    wanted = reference.linear(exact.x, stored, exact.norm_weight, EPS, None, None, True)
-    actual = case.run(native, "bfloat16", float_out=True)
+    wanted = reference.linear(exact.x, stored, exact.norm_weight, EPS, None, None, torch.float32)
+    actual = case.run(native, "bfloat16", out_dtype=torch.float32)
     assert actual.dtype == torch.float32
     # Rows may be rounded to bfloat16 before the product, sums are not after it.
     torch.testing.assert_close(actual, wanted, atol=0.02, rtol=0.0)
@@ -306,7 +339,12 @@ def wrong_calls() -> dict[str, tuple[str, dict[str, object]]]:
         "norm": (r"norm_weight must be \[48\]", {"norm_weight": torch.zeros(47)}),
         "bias": (r"bias must be \[64\]", {"bias": torch.zeros(63)}),
         "residual": (r"residual must be \[2, 64\]", {"residual": torch.zeros(2, 63)}),
-        "mixed": ("bias must have x's dtype", {"bias": torch.zeros(64, dtype=torch.bfloat16)}),
+        "norm of another dtype": ("norm_weight must have the dtype of x", {"norm_weight": torch.zeros(48, dtype=torch.bfloat16)}),
+        "mixed": (
+            "bias must have the dtype of residual",
+            {"bias": torch.zeros(64, dtype=torch.bfloat16), "residual": torch.zeros(2, 64)},
+        ),
+        "wanted": ("out_dtype must be float32 or bfloat16, not Half", {"out_dtype": torch.float16}),
         "unpacked": ("packed must be what `pack` made", {"packed": torch.zeros(999, dtype=torch.uint8)}),
     }
 
@@ -317,4 +355,4 @@ def test_arguments_that_do_not_fit_are_refused(native, wrong):
     packed = native.pack(torch.zeros(64, 48), "float32", False, 32)
     arguments = {"x": torch.zeros(2, 48), "packed": packed, "norm_weight": None, "bias": None, "residual": None} | differing
     with pytest.raises(RuntimeError, match=message):
-        native.linear(eps=EPS, float_out=False, **arguments)
+        native.linear(eps=EPS, **{"out_dtype": None} | arguments)

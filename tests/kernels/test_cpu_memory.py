@@ -38,7 +38,7 @@ def weights(pack: object) -> list[tuple[Tensor, Tensor]]:
 
 
 def times_ones(weight: Tensor, packed: Tensor) -> Tensor:
-    out: Tensor = torch.ops.sluice_cpu.linear(torch.ones(1, weight.shape[1]), packed, None, 0.0, None, None, False)
+    out: Tensor = torch.ops.sluice_cpu.linear(torch.ones(1, weight.shape[1]), packed, None, 0.0, None, None, None)
     return out
 
 

@@ -29,9 +29,9 @@ def _layer(memory: Tensor) -> object:
     narrow = torch.ops.sluice_cpu.pack.default(torch.randn(SIZE, SIZE), "float32", False, 0)
 
     def layer(x: Tensor, where: Tensor) -> Tensor:
-        q, _, v = linear(x, wide, None, 0, None, None, False).view(x.shape[0], 3, SIZE).split([1, 1, 1], dim=1)
+        q, _, v = linear(x, wide, None, 0, None, None, None).view(x.shape[0], 3, SIZE).split([1, 1, 1], dim=1)
         memory.index_copy_(0, where, v[:, 0])
-        return linear(q[:, 0].contiguous(), narrow, None, 0.0, None, memory.index_select(0, where), False).add(x, alpha=2)
+        return linear(q[:, 0].contiguous(), narrow, None, 0.0, None, memory.index_select(0, where), None).add(x, alpha=2)
 
     return layer
 

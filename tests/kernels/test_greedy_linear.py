@@ -22,10 +22,10 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 def tokens(native: object, x: Tensor, weight: Tensor, norm: Tensor | None = None) -> tuple[list[int], list[int], list[int]]:
     """By the whole product's outputs; by `greedy_linear` without a screen and with one."""
     packed = native.pack(weight, PLAIN[weight.dtype], False, 0)  # type: ignore[attr-defined]
-    logits = native.linear(x, packed, norm, EPS, None, None, True)  # type: ignore[attr-defined]
+    logits = native.linear(x, packed, norm, EPS, None, None, torch.float32)  # type: ignore[attr-defined]
     whole = native.greedy(logits)  # type: ignore[attr-defined]
     fused = native.greedy_linear(x, packed, None, norm, EPS)  # type: ignore[attr-defined]
-    screened = native.greedy_linear(x, packed, native.pack_screen(packed), norm, EPS)  # type: ignore[attr-defined]
+    screened = native.greedy_linear(x, packed, native.pack_screen(packed, norm), norm, EPS)  # type: ignore[attr-defined]
     return whole.tolist(), fused.tolist(), screened.tolist()
 
 
@@ -53,7 +53,7 @@ def test_the_tokens_are_those_of_the_outputs(native, dtype, out, inputs, rows):
 def test_the_tokens_are_its_twins(native):
     x, weight, norm = normal(9, 64), normal(500, 64, seed=1), normal(64, seed=2)
     packed = reference.pack_weight(weight, "float32", False, 0)
-    wanted = reference.greedy_linear(x, packed, reference.pack_screen(packed), norm, EPS)
+    wanted = reference.greedy_linear(x, packed, reference.pack_screen(packed, None), norm, EPS)
     assert expect_same(native, x, weight, norm) == wanted.tolist()
 
 
@@ -61,7 +61,7 @@ def test_the_tokens_are_its_twins(native):
 def test_quantised_weights_need_no_screen(native, stored_as):
     x, norm = normal(9, 100), normal(100, seed=2)
     packed = native.pack(normal(333, 100, seed=1), stored_as, False, 32)
-    wanted = native.greedy(native.linear(x, packed, norm, EPS, None, None, True))
+    wanted = native.greedy(native.linear(x, packed, norm, EPS, None, None, torch.float32))
     assert torch.equal(native.greedy_linear(x, packed, None, norm, EPS), wanted)
 
 
@@ -180,7 +180,7 @@ def test_rows_that_a_screen_tells_nothing_of_stand_beside_others(native, dtype):
 def test_a_rows_token_depends_on_nothing_else(native, dtype):
     x, weight, norm = normal(67, 300).to(dtype), normal(700, 300, seed=1).to(dtype), normal(300, seed=2).to(dtype)
     packed = native.pack(weight, PLAIN[dtype], False, 0)
-    screen = native.pack_screen(packed)
+    screen = native.pack_screen(packed, None)
     alone = torch.cat([native.greedy_linear(x[i : i + 1].contiguous(), packed, screen, norm, EPS) for i in range(67)])
     threads = torch.get_num_threads()
     for count in (1, 2, 3):
@@ -190,6 +190,30 @@ def test_a_rows_token_depends_on_nothing_else(native, dtype):
         assert torch.equal(alone, together), count
 
 
+@pytest.mark.parametrize("dtype", PLAIN)
+@pytest.mark.parametrize("inputs", [40, 576, 3300])
+def test_a_few_inputs_may_be_a_hundred_times_the_others(native, dtype, inputs):
+    """Which of them they are, norm weights and weights say; or nothing does."""
+    x, weight, norm = normal(20, inputs), normal(1500, inputs, seed=1), normal(inputs, seed=2)
+    norm[3::17] *= 100
+    weight[:, 5::19] *= 10
+    x[::2, 7::23] *= 100
+    expect_same(native, x.to(dtype), weight.to(dtype), norm.to(dtype))
+    expect_same(native, x.to(dtype), weight.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", PLAIN)
+def test_what_rounding_a_row_takes_from_an_output_it_may_have_had(native, dtype):
+    """All of a row's numbers but one lie just below the middle between two of 8 bits, and output 1234 has the same weight for each."""
+    weight = 1e-3 * normal(2000, 256, seed=1)
+    weight[0, :48] = 100.0  # inputs that are kept finely, and are 0
+    weight[1234] = 1.0
+    weight[5, 255] = 3.15
+    x = torch.full((3, 256), 1.49)
+    x[:, 255], x[:, :48] = 127.0, 0.0
+    assert expect_same(native, x.to(dtype), weight.to(dtype)) == [1234] * 3
+
+
 def test_no_rows_have_no_tokens(native):
     assert expect_same(native, torch.zeros(0, 16), torch.zeros(32, 16)) == []
 
@@ -197,7 +221,7 @@ def test_no_rows_have_no_tokens(native):
 def wrong_calls(native: object) -> dict[str, tuple[str, dict[str, object]]]:
     """What is wrong: (what the message says, the arguments that differ)."""
     pack, pack_screen = native.pack, native.pack_screen  # type: ignore[attr-defined]
-    other = pack_screen(pack(torch.zeros(65, 48), "float32", False, 32))
+    other = pack_screen(pack(torch.zeros(65, 48), "float32", False, 32), None)
     return {
         "inputs": (r"x must be \[rows, 48\]", {"x": torch.zeros(2, 47)}),
         "dtype": ("x must be float32 or bfloat16, not Half", {"x": torch.zeros(2, 48, dtype=torch.float16)}),
@@ -222,10 +246,10 @@ def test_arguments_that_do_not_fit_are_refused(native, wrong):
 def test_a_screen_is_made_of_plain_weights_alone(native, stored_as, gated):
     packed = native.pack(torch.zeros(64, 48), stored_as, gated, 32)
     with pytest.raises(RuntimeError, match="a screen is made of weights in float32 or bfloat16, not gated"):
-        native.pack_screen(packed)
+        native.pack_screen(packed, None)
 
 
 def test_a_screen_is_no_weight_of_a_linear(native):
-    screen = native.pack_screen(native.pack(torch.zeros(64, 48), "float32", False, 32))
+    screen = native.pack_screen(native.pack(torch.zeros(64, 48), "float32", False, 32), None)
     with pytest.raises(RuntimeError, match="packed must be what `pack` made, not a screen"):
-        native.linear(torch.zeros(2, 48), screen, None, EPS, None, None, True)
+        native.linear(torch.zeros(2, 48), screen, None, EPS, None, None, torch.float32)

@@ -70,7 +70,7 @@ void fuzz_greedy_linear(const Operators& operators, Chance& chance) {
     operators.pack(weight.data(), type, format, out, in, false, group, packed.data());
     const bool screened = plain && !chance.one_in(3);
     Exact screen(screened ? operators.packed_bytes(Format::coarse, out, in, false, 0) : 0), tokens(rows * 8), best(rows * 8), logits(rows * out * 4);
-    if (screened) operators.pack_screen(packed.data(), screen.data());
+    if (screened) operators.pack_screen(packed.data(), chance.one_in(2) ? norm.data() : nullptr, type, screen.data());
     const void* normed = chance.one_in(2) ? norm.data() : nullptr;
     operators.linear({x.data(), rows, type, packed.data(), normed, 1e-5f, nullptr, nullptr, type, logits.data(), Type::f32});
     operators.greedy(logits.of<float>(), rows, out, best.of<int64_t>());
