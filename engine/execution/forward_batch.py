@@ -11,10 +11,10 @@ from engine.attention.base import AttentionBackend, AttentionMetadata, LayerCach
 class ForwardBatch:
     """One step's flat batch. `input_ids` and `positions` ([num_tokens] int64) travel beside it.
 
-    `logits_indices`: [num_logits] int64, the rows of the hidden states whose logits are wanted, explicit for every step.
+    `logits_indices`: [num_logits] int64, the rows whose hidden states are wanted; None for all of them.
     """
 
     attention: AttentionMetadata
     backend: AttentionBackend
     caches: tuple[LayerCache, ...]
-    logits_indices: Tensor
+    logits_indices: Tensor | None

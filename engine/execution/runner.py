@@ -37,7 +37,7 @@ class Model(Protocol):
     """What the runner asks of a model."""
 
     def forward(self, input_ids: Tensor, positions: Tensor, batch: ForwardBatch) -> Tensor:
-        """[T] int64 ids and positions to [T, H] hidden states."""
+        """[T] int64 ids and positions to [num_logits, H] hidden states."""
         ...
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
@@ -194,8 +194,8 @@ class Runner:
         hidden = self._captured.hidden(batch) if self._captured is not None else None
         return hidden if hidden is not None else self._hidden(*self._to_device(batch))
 
-    def _states(self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata, rows: Tensor) -> Tensor:
-        """[T] ids and positions to [T, H] hidden states; `rows`: those whose logits are wanted."""
+    def _states(self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata, rows: Tensor | None) -> Tensor:
+        """[T] ids and positions to [N, H] hidden states of `rows`, [N] int64; None: of all."""
         batch = ForwardBatch(
             attention=self._backend.prepare(metadata), backend=self._backend, caches=self._caches, logits_indices=rows
         )
@@ -203,15 +203,15 @@ class Runner:
 
     def _hidden(self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata, rows: Tensor) -> Tensor:
         """[T] ids and positions to [N, H] hidden states of the rows wanted."""
-        return self._states(input_ids, positions, metadata, rows)[rows]
+        return self._states(input_ids, positions, metadata, rows)
 
     def _logits(self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata, rows: Tensor) -> Tensor:
         """[T] ids and positions to [T, vocab] float32: every row's."""
-        return self._model.compute_logits(self._states(input_ids, positions, metadata, rows))
+        return self._model.compute_logits(self._states(input_ids, positions, metadata, None))
 
     def _tokens(self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata, rows: Tensor) -> Tensor:
         """[T] ids and positions to [T] int64: every row's greedy token."""
-        return self._model.best_tokens(self._states(input_ids, positions, metadata, rows))
+        return self._model.best_tokens(self._states(input_ids, positions, metadata, None))
 
     def _batch(self, slots: Ints, starts: Ints, lengths: Ints, sampling: Ints, follows: Ints) -> HostBatch:
         """The flat batch of chunks, [num_seqs] each, in plan order; `sampling`: which of them sample. Only single tokens follow."""

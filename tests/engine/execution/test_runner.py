@@ -40,7 +40,8 @@ class NextIdModel:
         if self.error is not None:
             raise self.error
         self.seen.append(Seen(input_ids.tolist(), positions.tolist(), batch))
-        return input_ids.float().unsqueeze(1)
+        rows = batch.logits_indices
+        return input_ids.float().unsqueeze(1) if rows is None else input_ids[rows].float().unsqueeze(1)
 
     def compute_logits(self, hidden_rows: Tensor) -> Tensor:
         return torch.nn.functional.one_hot((hidden_rows[:, 0].long() + 1) % VOCAB, VOCAB).float()
@@ -123,7 +124,7 @@ def test_the_flat_batch_holds_each_chunk_in_plan_order() -> None:
     assert metadata.block_tables[2].tolist() == [7, 3]
     assert (metadata.num_single_token_chunks, metadata.max_query_len, metadata.max_seq_len) == (1, 5, 5)
     assert (metadata.query_start_loc.dtype, metadata.slot_mapping.dtype) == (torch.int32, torch.int64)
-    assert (metadata.plan, seen.batch.logits_indices.tolist()) == ("prepared", [0, 3])
+    assert (metadata.plan, seen.batch.logits_indices is not None and seen.batch.logits_indices.tolist()) == ("prepared", [0, 3])
     assert isinstance(seen.batch.backend, NoAttention)
     assert seen.batch.backend.given == [9, 6, 1, 7, 3]
     assert result.chunks == (ChunkResult(token_ids=(10,)), ChunkResult(token_ids=(4,)), ChunkResult())

@@ -58,11 +58,10 @@ class Sequences:
             max_query_len=max(len(chunk) for chunk in chunks.values()),
             max_seq_len=max(self.computed[i] for i in order),
         )
-        rows = torch.arange(starts[-1], device=self.on)
         batch = ForwardBatch(
-            attention=self.backend.prepare(metadata), backend=self.backend, caches=self.caches, logits_indices=rows
+            attention=self.backend.prepare(metadata), backend=self.backend, caches=self.caches, logits_indices=None
         )
         with torch.inference_mode():
             ids = torch.tensor([token for i in order for token in chunks[i]], device=self.on)
             hidden = self.model.forward(ids, torch.cat(positions).to(self.on), batch)
-            return self.model.compute_logits(hidden[batch.logits_indices]).cpu()
+            return self.model.compute_logits(hidden).cpu()
