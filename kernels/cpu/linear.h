@@ -50,14 +50,15 @@ struct Product {
     float* row_scales;
     float* sums;      // of the rows and panels under way: sum_bytes
 
-    // Rows of a block, a whole number of tiles.
-    static int64_t rows_at_once(int64_t inputs) {
-        int64_t fitting = std::min(row_block, row_block_bytes / (row_elements(inputs) * (int64_t)sizeof(Row)));
-        return std::max<int64_t>(fitting / Tile::max_rows, 1) * Tile::max_rows;
+    // Rows of one of the fewest nearly equal blocks, a whole number of tiles.
+    static int64_t rows_at_once(int64_t rows, int64_t inputs) {
+        const int64_t fitting = std::min(row_block, row_block_bytes / (row_elements(inputs) * (int64_t)sizeof(Row)));
+        const int64_t most = std::max<int64_t>(fitting / Tile::max_rows, 1) * Tile::max_rows, blocks = (rows + most - 1) / most;
+        return round_up((rows + blocks - 1) / blocks, Tile::max_rows);
     }
 
     static int64_t sum_bytes(const Linear& call, const PackedHeader& header) {
-        int64_t most = multiplies_matrices<Tile> ? Tile::max_rows : rows_at_once(header.inputs);
+        int64_t most = multiplies_matrices<Tile> ? Tile::max_rows : rows_at_once(call.rows, header.inputs);
         int64_t count = std::min(call.rows, most) * (header.gated ? 2 : 1);
         return round_up(std::max<int64_t>(count, Tile::max_rows * (multiplies_matrices<Tile> ? 2 : 1)) * panel_outputs * (int64_t)sizeof(float), 64);
     }
@@ -98,7 +99,7 @@ struct Product {
 
     // A unit: a panel, or a pair of gate and up, for one block of rows; block after block.
     static int64_t units(const Linear& call, const PackedHeader& header) {
-        int64_t block = rows_at_once(header.inputs);
+        int64_t block = rows_at_once(call.rows, header.inputs);
         return (call.rows + block - 1) / block * block_units(header);
     }
 
@@ -113,7 +114,7 @@ struct Product {
     // Units [first, last): `out` is given the sums of each with each row.
     template <class Out>
     void run(int64_t first, int64_t last, const Out& out) {
-        int64_t block = rows_at_once(inputs), of_block = block_units(header);
+        int64_t block = rows_at_once(call.rows, inputs), of_block = block_units(header);
         while (first < last) {
             int64_t row = first / of_block * block, unit = first % of_block, count = std::min(of_block - unit, last - first);
             run_block(row, std::min(call.rows, row + block), unit, unit + count, out);
