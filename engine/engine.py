@@ -103,7 +103,7 @@ class Engine:
             block_size=config.block_size,
             vocab_size=spec.vocab_size,
             operators=operators,
-            overlap=config.overlap == "on" or (config.overlap == "auto" and device.type == "cuda"),
+            overlap=config.overlap == "on" or (config.overlap == "auto" and (device.type == "cuda" or threads > 1)),
         )
         scheduler = Scheduler(
             SchedulerConfig(

@@ -13,7 +13,7 @@ from engine.output import StepOutput, StepStats
 from engine.request import Request
 from engine.scheduling.config import SchedulerStats
 from engine.scheduling.scheduler import Scheduler
-from engine.scheduling.step import StepPlan, StepResult
+from engine.scheduling.step import Follow, StepPlan, StepResult
 
 Plan = TypeVar("Plan", StepPlan, StepPlan | None)
 
@@ -24,13 +24,12 @@ CALM_STEPS = 256
 class Executor(Protocol):
     """What runs a plan; the `Runner` in production."""
 
-    @property
-    def overlaps(self) -> bool:
-        """Whether a step computes by itself once it is launched, so that the next should be launched before it is collected."""
-        ...
-
     def launch(self, plan: StepPlan) -> Any:
         """Starts the plan, behind those launched before. Raises `OutOfMemoryError`; the plan may then be retracted."""
+        ...
+
+    def may_follow(self, launched: Any) -> Follow:
+        """What should be launched before this step is collected, since it computes by itself."""
         ...
 
     def collect(self, launched: Any) -> StepResult:
@@ -81,8 +80,10 @@ class StepLoop:
         self._calm += 1
         (plan, launched), self._launched = self._launched or self._launch(), None
         refused: StepPlan | None = None
-        if plan.chunks and self._executor.overlaps and not self._num_alone:
-            ahead = self._decide(self._scheduler.schedule_ahead)
+        may_follow = self._executor.may_follow(launched) if plan.chunks and not self._num_alone else "nothing"
+        if may_follow != "nothing":
+            singles = may_follow == "single tokens"
+            ahead = self._decide(lambda now_ns: self._scheduler.schedule_ahead(now_ns, singles=singles))
             if ahead is not None:
                 try:
                     self._launched = (ahead, self._executor.launch(ahead))

@@ -46,7 +46,7 @@ class Operators:
     pack_screen: Callable[[Any, Tensor | None], Any] | None = None
     attends: bool = False
     hidden_dtype: torch.dtype | None = None
-    record: Callable[[Callable[..., Tensor], list[Tensor]], tuple[Tensor, Callable[[list[Tensor]], Tensor]]] | None = None
+    record: Callable[[Callable[..., Tensor], list[Tensor]], tuple[Tensor, Any]] | None = None
 
 
 def for_device(device_type: str, cpu_isa: str = "auto", tell: Callable[[str], None] = lambda what: None) -> Operators:

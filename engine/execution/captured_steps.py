@@ -74,7 +74,7 @@ def _grown(least: int, growth: int, needed: int) -> int:
 
 def known_ids(input_ids: Tensor, slots: Tensor, drawn: Tensor) -> Tensor:
     """input_ids with what was `drawn` in their slots wherever they are `ON_DEVICE`, [T] int64."""
-    return torch.where(input_ids == ON_DEVICE, drawn[slots], input_ids)
+    return torch.where(input_ids == ON_DEVICE, drawn.index_select(0, slots), input_ids)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

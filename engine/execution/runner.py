@@ -1,8 +1,9 @@
 """Runs a plan: makes the flat batch, calls the model, samples. Owner of slots' tokens, block tables and sampling state.
 
 `launch` does not wait for the device (but to capture a graph, once a shape), `collect` is where the host does, in the order of
-launches. Between the two the step after may be launched: what a step draws stays on the device for it. A captured graph may stand in
-for the model call. A plan that ran out of memory may be retracted: later plans then send its sequences anew. Knows nothing of
+launches. Between the two the step after may be launched: what a step draws stays on the device for it. On a CPU that is so of steps of
+greedy tokens alone, which run on threads of their own; others are done when they are launched. A captured graph may stand in for the
+model call. A plan that ran out of memory may be retracted: later plans then send its sequences anew. Knows nothing of
 requests, queues or block ownership.
 """
 
@@ -25,7 +26,7 @@ from engine.execution.memory import lacks_memory
 from engine.execution.sampler import PendingSample, Sampler
 from engine.execution.single_steps import SingleSteps
 from engine.execution.slot_table import Ints, SlotTable
-from engine.scheduling.step import Chunk, ChunkResult, StepPlan, StepResult
+from engine.scheduling.step import Chunk, ChunkResult, Follow, StepPlan, StepResult
 from kernels.ops import Operators
 from kernels.transfer import to_device
 
@@ -80,7 +81,7 @@ def _nothing(chunks: tuple[Chunk, ...]) -> Launched:
 class Runner:
     """Fixed request slots over one model, one attention backend and its caches.
 
-    `overlap`: whether the step after is to be launched before one is collected.
+    `overlap`: whether the step after is to be launched before one is collected, where it may be.
     """
 
     def __init__(
@@ -141,8 +142,12 @@ class Runner:
             # Then the model gives tokens in place of logits.
             best = self._finds_best and self._sampler.all_plain(slots)
             if sampling.size == len(batch.input_ids):
+                if best and self.overlaps and self._single_steps is not None:
+                    return self._launched(chunks, slots, self._begun(self._single_steps, batch))
+                self._settle()
                 found = self._every(batch, best)
             else:
+                self._settle()
                 hidden = self._some(batch)
                 if not sampling.size:
                     return _nothing(chunks)
@@ -154,7 +159,16 @@ class Runner:
                 pending = self._sampler.launch(found, slots, said)
             if self.overlaps:
                 self._drawn.index_copy_(0, self._sent(slots), pending.tokens.clamp(min=0))
-            return Launched(chunks=chunks, slots=slots, starts=self._slots.starts[slots], pending=pending)
+            return self._launched(chunks, slots, pending)
+
+    def may_follow(self, launched: Launched) -> Follow:
+        """What may be launched behind a step before it is collected."""
+        if not self.overlaps:
+            return "nothing"
+        if self._device.type == "cuda":
+            return "anything"
+        beside = launched.pending is not None and launched.pending.arrived is not None
+        return "single tokens" if beside else "nothing"
 
     def collect(self, launched: Launched) -> StepResult:
         """Waits for the step; remembers its tokens."""
@@ -179,6 +193,27 @@ class Runner:
         if self._captured is not None:
             self._captured.clear()
         torch.cuda.empty_cache()
+
+    def _launched(self, chunks: tuple[Chunk, ...], slots: Ints, pending: PendingSample) -> Launched:
+        return Launched(chunks=chunks, slots=slots, starts=self._slots.starts[slots], pending=pending)
+
+    def _begun(self, steps: SingleSteps, batch: HostBatch) -> PendingSample:
+        """A step of single greedy tokens that runs beside the caller."""
+        input_ids, positions, metadata, _ = self._sent_batch(batch)
+        tokens = torch.empty_like(input_ids)
+        return self._sampler.take(tokens, steps.start(self._draw, input_ids, positions, metadata, self._sent(batch.slots), tokens))
+
+    def _settle(self) -> None:
+        """Waits for steps that run beside the caller: what comes next computes on its own thread, and with what they draw."""
+        if self._single_steps is not None:
+            self._single_steps.settle()
+
+    def _draw(self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata, slots: Tensor, tokens: Tensor) -> Tensor:
+        """Every row's greedy token into `tokens`, [T] int64, and as what its slot drew last; an id may be what the slot drew before."""
+        input_ids = known_ids(input_ids, slots, self._drawn)
+        tokens.copy_(self._model.best_tokens(self._states(input_ids, positions, metadata, None)))
+        self._drawn.index_copy_(0, slots, tokens.clamp(min=0))
+        return tokens
 
     def _every(self, batch: HostBatch, best: bool) -> Tensor:
         """Logits of a step of single tokens that all sample, [T, vocab] float32; `best`: its greedy tokens, [T] int64."""
@@ -245,7 +280,13 @@ class Runner:
         )
 
     def _to_device(self, batch: HostBatch) -> tuple[Tensor, Tensor, AttentionMetadata, Tensor]:
-        """The batch's ids, positions, metadata and rows on the device."""
+        """The batch's ids, positions, metadata and rows on the device, once all ids are known there."""
+        input_ids, positions, metadata, rows = self._sent_batch(batch)
+        if (batch.input_ids == ON_DEVICE).any():
+            input_ids = known_ids(input_ids, self._sent(batch.slots), self._drawn)
+        return input_ids, positions, metadata, rows
+
+    def _sent_batch(self, batch: HostBatch) -> tuple[Tensor, Tensor, AttentionMetadata, Tensor]:
         metadata = AttentionMetadata(
             query_start_loc=self._sent(batch.query_start_loc),
             seq_lens=self._sent(batch.seq_lens),
@@ -255,10 +296,7 @@ class Runner:
             max_query_len=batch.max_query_len,
             max_seq_len=batch.max_seq_len,
         )
-        input_ids = self._sent(batch.input_ids)
-        if (batch.input_ids == ON_DEVICE).any():
-            input_ids = known_ids(input_ids, self._sent(batch.slots), self._drawn)
-        return input_ids, self._sent(batch.positions), metadata, self._sent(batch.rows)
+        return self._sent(batch.input_ids), self._sent(batch.positions), metadata, self._sent(batch.rows)
 
     def _sent(self, array: NDArray[np.generic]) -> Tensor:
         return to_device(torch.from_numpy(array), self._device)

@@ -7,6 +7,7 @@ A row without a finite best value (NaN, +inf, nothing left) is reported as not f
 """
 
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -42,13 +43,21 @@ class Drawn:
     logprobs: RawLogprobs | None = None
 
 
+class Arrival(Protocol):
+    """Something that comes to pass beside the caller: an event of a GPU, a step that runs on other threads."""
+
+    def synchronize(self) -> None:
+        """Waits for it."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PendingSample:
     """Tokens on the device, and all that was drawn as it will be on the host once `arrived` has come to pass (None: it is there)."""
 
     tokens: Tensor
     on_host: Drawn
-    arrived: torch.cuda.Event | None
+    arrived: Arrival | None
 
 
 class Sampler:
@@ -67,8 +76,11 @@ class Sampler:
         """Whether these slots want the greedy token and nothing else, so that it may be found without `launch`."""
         return bool(self._table.plain[slots].all())
 
-    def take(self, tokens: Tensor) -> PendingSample:
-        """Starts with tokens that are chosen. tokens: [N] int64, as `kernels.reference.greedy` gives them of plain slots."""
+    def take(self, tokens: Tensor, arrived: Arrival | None = None) -> PendingSample:
+        """Starts with tokens that are chosen, or on a CPU will be once they have `arrived`. tokens: [N] int64, as
+        `kernels.reference.greedy` gives them of plain slots."""
+        if arrived is not None:
+            return PendingSample(tokens=tokens, on_host=Drawn(tokens=tokens), arrived=arrived)
         return self._pending(tokens)
 
     def launch(self, logits: Tensor, slots: Rows, positions: Rows) -> PendingSample:

@@ -56,6 +56,14 @@ class Planner:
         chunks.extend(self._longer)
         return StepPlan(step=step, starts=tuple(self._starts), chunks=tuple(chunks))
 
+    @property
+    def singles_follow(self) -> bool:
+        """Whether the next plan can but hold single tokens of what runs."""
+        may_let_in = bool(self.waiting.items and self._free_slots)
+        return not may_let_in and all(
+            len(sequence.token_ids) - sequence.num_computed_tokens - sequence.num_scheduled_tokens <= 1 for sequence in self.running.items
+        )
+
     def retract(self, plan: StepPlan) -> None:
         """The plan was not computed, and none is under way: its sequences keep their blocks and are started anew in the next plan."""
         for chunk in plan.chunks:

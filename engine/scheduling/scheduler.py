@@ -113,15 +113,15 @@ class Scheduler:
             raise RuntimeError(f"step {self._in_flight[0][0].step} has neither been updated nor retracted")
         return self._plan(now_ns, ahead=False)
 
-    def schedule_ahead(self, now_ns: int) -> StepPlan | None:
+    def schedule_ahead(self, now_ns: int, *, singles: bool = False) -> StepPlan | None:
         """The step after the one under way, whose sampling chunks will say one token each; None when there is nothing to run yet.
 
         For a device that computes steps in order. None, too, where blocks are short: whom to preempt is decided with nothing
-        under way. Raises `RuntimeError` unless one plan is under way.
+        under way; and with `singles` where anything but single tokens of what runs already might be in it. Raises `RuntimeError` unless one plan is under way.
         """
         if len(self._in_flight) != 1:
             raise RuntimeError(f"{len(self._in_flight)} steps are under way; one must be")
-        if self._planner.was_short:
+        if self._planner.was_short or (singles and not self._planner.singles_follow):
             return None
         plan = self._plan(now_ns, ahead=True)
         return plan if plan.chunks else None

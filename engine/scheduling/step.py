@@ -5,9 +5,13 @@ Standard library only.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from engine.output import TokenLogprobs
 from engine.request import SamplingParams
+
+Follow = Literal["nothing", "single tokens", "anything"]
+"""What a plan may hold that is executed behind one whose tokens are not known yet."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,8 +1,12 @@
-// torch.classes.sluice_cpu.Program: a list of operator calls, made once and run again without Python between them.
+// torch.classes.sluice_cpu.Program: a list of operator calls, made once and run again without Python between them; and Running, one of its
+// runs beside whatever the caller does.
 //
 // Values live in registers: the inputs first, then what each call gives. A register is let go after the last call that reads it.
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/InferenceMode.h>
 #include <torch/custom_class.h>
+
+#include "thread_pool.h"
 
 namespace {
 
@@ -68,10 +72,10 @@ public:
         finished_ = true;
     }
 
-    at::Tensor run(std::vector<at::Tensor> inputs) const {
+    at::Tensor run(const std::vector<at::Tensor>& inputs) const {
         TORCH_CHECK(finished_ && (int64_t)inputs.size() == num_inputs_, "run takes ", num_inputs_, " inputs of a finished program");
         std::vector<IValue> values(num_registers_);
-        for (int64_t i = 0; i < num_inputs_; ++i) values[i] = std::move(inputs[i]);
+        for (int64_t i = 0; i < num_inputs_; ++i) values[i] = inputs[i];
         torch::jit::Stack stack;
         for (const Call& call : calls_) {
             stack.clear();
@@ -105,12 +109,50 @@ private:
     std::vector<Call> calls_;
 };
 
+// Keeps the inputs until it is over: Python's own are let go by a thread that holds Python's lock.
+class Running : public torch::CustomClassHolder {
+public:
+    Running(c10::intrusive_ptr<Program> program, std::vector<at::Tensor> inputs)
+        : program_(std::move(program)), inputs_(std::move(inputs)), inference_(c10::InferenceMode::is_enabled()) {
+        sluice::TasksBeside::instance().begin([this] { run(); }, done_);
+    }
+
+    ~Running() override { sluice::TasksBeside::instance().wait(done_); }
+
+    // Waits and helps; raises what the run raised.
+    void synchronize() {
+        sluice::TasksBeside::instance().wait(done_);
+        if (error_) std::rethrow_exception(error_);
+    }
+
+private:
+    void run() {
+        try {
+            const c10::InferenceMode mode(inference_);
+            program_->run(inputs_);
+        } catch (...) {
+            error_ = std::current_exception();
+        }
+    }
+
+    const c10::intrusive_ptr<Program> program_;
+    const std::vector<at::Tensor> inputs_;
+    const bool inference_;
+    std::exception_ptr error_;
+    std::atomic<uint32_t> done_{0};
+};
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(sluice_cpu, library) {
-    library.class_<Program>("Program")
-        .def(torch::init<int64_t>())
-        .def("call", &Program::call)
-        .def("finish", &Program::finish)
-        .def("run", &Program::run);
+    auto program = library.class_<Program>("Program")
+                       .def(torch::init<int64_t>())
+                       .def("call", &Program::call)
+                       .def("finish", &Program::finish)
+                       .def("run", &Program::run);
+    library.class_<Running>("Running").def("synchronize", &Running::synchronize);
+    // What it gives is what it writes into its inputs and into what it keeps.
+    program.def("start", [](const c10::intrusive_ptr<Program>& self, std::vector<at::Tensor> inputs) {
+        return c10::make_intrusive<Running>(self, std::move(inputs));
+    });
 }

@@ -1,4 +1,4 @@
-"""A function of tensors, recorded once as the operators that it called, and run again without Python between them.
+"""A function of tensors, recorded once as the operators that it called, and run again without Python between them, or beside Python.
 
 Between two calls of a layer, Python costs 15 µs where arithmetic has just emptied the caches, which is every call of a step; a recorded
 call costs one (`python -m tests.bench.step`). The program is right for inputs of the shapes and strides it was recorded with, save
@@ -7,13 +7,34 @@ refused. Tensors that are neither inputs nor made by the function are kept and u
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-Program = Callable[[list[Tensor]], Tensor]
+
+class Running(Protocol):
+    """A run of a program beside the caller. Its inputs live until it is over, which is what the end of a `Running` waits for."""
+
+    def synchronize(self) -> None:
+        """Waits, taking part in its work meanwhile. Raises what the run raised."""
+        ...
+
+
+class Program(Protocol):
+    """What was recorded."""
+
+    def run(self, inputs: list[Tensor]) -> Tensor:
+        """Runs it; gives what the function gave."""
+        ...
+
+    def start(self, inputs: list[Tensor]) -> Running:
+        """Begins to run it, behind those begun before. What it gives is what it writes into its inputs and into what it keeps.
+
+        Until the caller synchronizes, it has one thread less than it would have otherwise, which is the caller's.
+        """
+        ...
 
 
 class RecordError(Exception):
@@ -30,7 +51,7 @@ def record(function: Callable[..., Tensor], inputs: list[Tensor]) -> tuple[Tenso
     with _Recorder(program, inputs) as recorder:
         result = function(*inputs)
     program.finish(recorder.register(result))
-    return result, program.run
+    return result, program
 
 
 class _Recorder(TorchDispatchMode):

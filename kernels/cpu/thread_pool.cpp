@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <deque>
+#include <mutex>
 #include <system_error>
 #include <thread>
 #ifdef __linux__
@@ -15,6 +17,8 @@ namespace sluice {
 namespace {
 
 constexpr int most_threads = 256;
+
+thread_local bool beside = false;  // whether this is the thread of TasksBeside
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -81,7 +85,7 @@ public:
         mine.stretches_ = (count + grain - 1) / grain;
         mine.threads_ = (int32_t)std::min<int64_t>({omp_get_max_threads(), most_threads, mine.stretches_});
         if (mine.threads_ > 1 && !busy_.test_and_set(std::memory_order_acquire)) {
-            publish(mine, body, context);
+            publish(mine, body, context, mine.threads_ - 1 - beside);
             if (mine.find()) body(context, mine);
             for (uint32_t done = add_done(mine); done != mine.stretches_; done = done_.load(std::memory_order_acquire)) {
                 wait_until_changed(done_, done, spins_);
@@ -91,6 +95,24 @@ public:
             mine.threads_ = 0;
             body(context, mine);
         }
+    }
+
+    // Takes part in the jobs of the thread of TasksBeside until `done` is set and `wake` is called.
+    void help(const std::atomic<uint32_t>& done) {
+        while (!done.load(std::memory_order_acquire)) {
+            Share share;
+            take_part(share, -1);
+            // Looked at once more: behind what is set from now on, the job's number changes.
+            if (!done.load(std::memory_order_acquire)) wait_until_changed(job_, share.job_, spins_);
+        }
+    }
+
+    // All threads look for a job, and find none.
+    void wake() {
+        while (busy_.test_and_set(std::memory_order_acquire)) relax();
+        Share none;
+        publish(none, nullptr, nullptr, 0);
+        busy_.clear(std::memory_order_release);
     }
 
     // The next stretch of a part for a thread of `share.job_`, or -1.
@@ -113,13 +135,15 @@ private:
     static uint64_t stamped(uint32_t job, int64_t stretch) { return (uint64_t)job << 32 | (uint64_t)stretch; }
     static int64_t first_of(const Share& share, int part) { return share.stretches_ * part / share.threads_; }
 
-    void publish(Share& mine, JobBody body, const void* context) {
-        while (size_ < mine.threads_ - 1 && begin(size_ + 1)) ++size_;
-        mine.threads_ = std::min(mine.threads_, size_ + 1);
+    // `own`: the pool's threads that it wants.
+    void publish(Share& mine, JobBody body, const void* context, int32_t own) {
+        while (size_ < own && begin(size_ + 1)) ++size_;
+        mine.threads_ -= own - std::min(own, size_);
         mine.job_ = ++last_job_;
         done_.store(0, std::memory_order_relaxed);
-        // Those of threads that this job does not ask for as well: none may be left to an earlier job.
-        for (int i = 0; i <= size_; ++i) {
+        // Those that this job does not ask for as well: none may be left to an earlier job.
+        parts_used_ = std::max(parts_used_, mine.threads_);
+        for (int i = 0; i < parts_used_; ++i) {
             const int64_t first = i < mine.threads_ ? first_of(mine, i) : 0;
             parts_[i].next.store(stamped(mine.job_, first), std::memory_order_relaxed);
         }
@@ -127,6 +151,7 @@ private:
         count_.store(mine.count_, std::memory_order_release);
         grain_.store(mine.grain_, std::memory_order_release);
         threads_.store(mine.threads_, std::memory_order_release);
+        own_.store(std::min(own, size_), std::memory_order_release);
         body_.store(body, std::memory_order_release);
         context_.store(context, std::memory_order_release);
         job_.store(mine.job_, std::memory_order_seq_cst);
@@ -149,19 +174,25 @@ private:
         for (uint32_t seen = 0;; seen = share.job_) {
             wait_until_changed(job_, seen, spins_);
             share = Share();
-            share.thread_ = thread;
-            share.job_ = job_.load(std::memory_order_acquire);
-            // Of a job that is over by now, or some of one job and some of the next: then there is nothing that it could take.
-            share.count_ = count_.load(std::memory_order_acquire);
-            share.grain_ = grain_.load(std::memory_order_acquire);
-            share.threads_ = threads_.load(std::memory_order_acquire);
-            const JobBody body = body_.load(std::memory_order_acquire);
-            const void* context = context_.load(std::memory_order_acquire);
-            share.stretches_ = (share.count_ + share.grain_ - 1) / share.grain_;
-            if (thread >= share.threads_ || !share.find()) continue;
-            body(context, share);
-            if (add_done(share) == share.stretches_) done_.notify_one();
+            take_part(share, thread);
         }
+    }
+
+    // In the job that there is, as the pool's thread of that number; -1: as the one that waits for a task.
+    void take_part(Share& share, int thread) {
+        share.job_ = job_.load(std::memory_order_acquire);
+        // Of a job that is over by now, or some of one job and some of the next: then there is nothing that it could take.
+        share.count_ = count_.load(std::memory_order_acquire);
+        share.grain_ = grain_.load(std::memory_order_acquire);
+        share.threads_ = threads_.load(std::memory_order_acquire);
+        const int32_t own = own_.load(std::memory_order_acquire);
+        const JobBody body = body_.load(std::memory_order_acquire);
+        const void* context = context_.load(std::memory_order_acquire);
+        share.stretches_ = (share.count_ + share.grain_ - 1) / share.grain_;
+        share.thread_ = thread < 0 ? own + 1 : thread;
+        if (share.thread_ >= share.threads_ || thread > own || !share.find()) return;
+        body(context, share);
+        if (add_done(share) == share.stretches_) done_.notify_one();
     }
 
     uint32_t add_done(const Share& share) {
@@ -171,11 +202,13 @@ private:
     const int spins_ = spin_rounds();
     std::atomic_flag busy_{};
     int size_ = 0;  // threads begun
+    int32_t parts_used_ = 0;
     uint32_t last_job_ = 0;
     alignas(64) std::atomic<uint32_t> job_{0};  // looked at all the time: in a line of its own
     alignas(64) std::atomic<int64_t> count_{0};
     std::atomic<int64_t> grain_{1};
     std::atomic<int32_t> threads_{0};
+    std::atomic<int32_t> own_{0};
     std::atomic<JobBody> body_{nullptr};
     std::atomic<const void*> context_{nullptr};
     // Not at a line's start, as job_ is: libstdc++ would take who waits for one to wait for the other as well.
@@ -205,6 +238,56 @@ bool Share::take(int64_t& first, int64_t& last) {
     found_ = -1;
     return true;
 }
+
+struct TasksBeside::State {
+    struct Task {
+        std::function<void()> run;
+        std::atomic<uint32_t>* done;
+        int threads;
+    };
+    const int spins = spin_rounds();
+    std::mutex mutex;
+    std::deque<Task> tasks;
+    std::atomic<uint32_t> begun{0};
+
+    void work() {
+        beside = true;
+        for (uint32_t seen = 0;; ++seen) {
+            wait_until_changed(begun, seen, spins);
+            Task task;
+            {
+                const std::lock_guard<std::mutex> lock(mutex);
+                task = std::move(tasks.front());
+                tasks.pop_front();
+            }
+            omp_set_num_threads(task.threads);              // each thread has a number of its own
+            if (seen == 0) stay_at_place(task.threads - 1);  // the first is the waiter's
+            task.run();
+            task.done->store(1, std::memory_order_release);
+            ThreadPool::instance().wake();
+        }
+    }
+};
+
+TasksBeside::TasksBeside() : state_(new State) {
+    std::thread([state = state_] { state->work(); }).detach();
+}
+
+TasksBeside& TasksBeside::instance() {
+    static TasksBeside* beside = new TasksBeside;
+    return *beside;
+}
+
+void TasksBeside::begin(std::function<void()> task, std::atomic<uint32_t>& done) {
+    {
+        const std::lock_guard<std::mutex> lock(state_->mutex);
+        state_->tasks.push_back({std::move(task), &done, omp_get_max_threads()});
+    }
+    state_->begun.fetch_add(1, std::memory_order_release);
+    state_->begun.notify_one();
+}
+
+void TasksBeside::wait(std::atomic<uint32_t>& done) { ThreadPool::instance().help(done); }
 
 void run_job(int64_t count, int64_t grain, JobBody body, const void* context) {
     if (count > 0) ThreadPool::instance().run(count, grain, body, context);

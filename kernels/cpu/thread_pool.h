@@ -6,7 +6,9 @@
 // advance, take (two cores; 1 and 8 sequences).
 #pragma once
 
+#include <atomic>
 #include <cstdint>
+#include <functional>
 
 namespace sluice {
 
@@ -36,6 +38,24 @@ using JobBody = void (*)(const void* context, Share& share) noexcept;
 // Calls body(context, share) on the caller's thread and on as many others as come in time, omp_get_max_threads() in all, where it takes
 // until nothing is left; returns when all of [0, count) is done. Of two callers at once one works alone. Fewer than 2^31 stretches.
 void run_job(int64_t count, int64_t grain, JobBody body, const void* context);
+
+// Runs tasks one after another on a thread of their own, the jobs in them with one thread of the pool less: whoever waits for a task is the
+// one that is missing, so that no two of them want the same core. A task must not throw.
+class TasksBeside {
+public:
+    static TasksBeside& instance();
+
+    // `done` is set to 1 behind the task; both must live until then.
+    void begin(std::function<void()> task, std::atomic<uint32_t>& done);
+
+    // Takes part in the jobs of tasks until `done` is set.
+    void wait(std::atomic<uint32_t>& done);
+
+private:
+    struct State;
+    TasksBeside();
+    State* state_;  // never destroyed: its thread ends with the process
+};
 
 // body(share), as above.
 template <class Body>
