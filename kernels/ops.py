@@ -23,7 +23,7 @@ class Operators:
     its rows to bfloat16 before it multiplies by this packed weight) go together; None where linears are composed of a library's
     product and the operators around it. `pack_screen`: None where a screen would gain nothing. `attends`:
     `kernels.cpu.attention`, one call for a layer's attention, may be used. `record`: `kernels.cpu.program.record`, None where calls
-    cannot be recorded. `hidden_dtype`: what `embedding` gives and everything between the products is kept in, None where it is the
+    cannot be recorded; with it goes `single_tokens`, which makes the flat batch of a step of single tokens (single_tokens.cpp). `hidden_dtype`: what `embedding` gives and everything between the products is kept in, None where it is the
     weights' dtype.
     """
 
@@ -47,6 +47,7 @@ class Operators:
     attends: bool = False
     hidden_dtype: torch.dtype | None = None
     record: Callable[[Callable[..., Tensor], list[Tensor]], tuple[Tensor, Any]] | None = None
+    single_tokens: Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, ...]] | None = None
 
 
 def for_device(device_type: str, cpu_isa: str = "auto", tell: Callable[[str], None] = lambda what: None) -> Operators:
@@ -118,6 +119,7 @@ def _native(instruction_set: str, reason: str) -> Operators:
         # Rows are few and stay in the caches: rounding them to bfloat16 between two operators would save nothing.
         hidden_dtype=torch.float32,
         record=record,
+        single_tokens=native.single_tokens.default,
     )
 
 

@@ -9,7 +9,8 @@ requests, queues or block ownership.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -105,8 +106,10 @@ class Runner:
         self._block_size = block_size
         self._slots = SlotTable(num_slots=num_slots, max_tokens=max_model_len, block_size=block_size)
         self._sampler = Sampler(num_slots=num_slots, vocab_size=vocab_size, device=device, operators=operators)
-        record = operators.record if operators.record is not None and backend.recordable else None
-        self._single_steps = SingleSteps(record) if record is not None else None
+        self._single_steps: SingleSteps | None = None
+        if operators.record is not None and operators.single_tokens is not None and backend.recordable:
+            tables = torch.from_numpy(self._slots.tokens), torch.from_numpy(self._slots.blocks)
+            self._single_steps = SingleSteps(operators.record, partial(operators.single_tokens, *tables, block_size=block_size))
         self._finds_best = operators.greedy_linear is not None
         self.overlaps = overlap
         # What was drawn last in each slot, for the step that follows before the host knows.
@@ -132,6 +135,9 @@ class Runner:
                     self._backend.will_write(chunk.new_block_ids)
             if not chunks:
                 return _nothing(chunks)
+            if self._single_steps is not None and all(chunk.samples and chunk.num_tokens == 1 for chunk in chunks):
+                return self._launch_singles(self._single_steps, chunks)
+            self._settle()
             columns = np.array(
                 [(chunk.slot, chunk.start, chunk.num_tokens, chunk.samples, chunk.follows) for chunk in chunks], np.int64
             )
@@ -142,12 +148,8 @@ class Runner:
             # Then the model gives tokens in place of logits.
             best = self._finds_best and self._sampler.all_plain(slots)
             if sampling.size == len(batch.input_ids):
-                if best and self.overlaps and self._single_steps is not None:
-                    return self._launched(chunks, slots, self._begun(self._single_steps, batch))
-                self._settle()
                 found = self._every(batch, best)
             else:
-                self._settle()
                 hidden = self._some(batch)
                 if not sampling.size:
                     return _nothing(chunks)
@@ -157,8 +159,7 @@ class Runner:
             else:
                 said = (starts + lengths)[sampling] - self._slots.num_prompt[slots]
                 pending = self._sampler.launch(found, slots, said)
-            if self.overlaps:
-                self._drawn.index_copy_(0, self._sent(slots), pending.tokens.clamp(min=0))
+            self._remember(self._sent(slots), pending)
             return self._launched(chunks, slots, pending)
 
     def may_follow(self, launched: Launched) -> Follow:
@@ -197,11 +198,26 @@ class Runner:
     def _launched(self, chunks: tuple[Chunk, ...], slots: Ints, pending: PendingSample) -> Launched:
         return Launched(chunks=chunks, slots=slots, starts=self._slots.starts[slots], pending=pending)
 
-    def _begun(self, steps: SingleSteps, batch: HostBatch) -> PendingSample:
-        """A step of single greedy tokens that runs beside the caller."""
-        input_ids, positions, metadata, _ = self._sent_batch(batch)
-        tokens = torch.empty_like(input_ids)
-        return self._sampler.take(tokens, steps.start(self._draw, input_ids, positions, metadata, self._sent(batch.slots), tokens))
+    def _remember(self, slots: Tensor, pending: PendingSample) -> None:
+        if self.overlaps:
+            self._drawn.index_copy_(0, slots, pending.tokens.clamp(min=0))
+
+    def _launch_singles(self, steps: SingleSteps, chunks: tuple[Chunk, ...]) -> Launched:
+        """Single tokens that all sample; greedy ones alone run beside the caller."""
+        batch, where = steps.batch(chunks)
+        slots = where.numpy()
+        if self._finds_best and self._sampler.all_plain(slots):
+            if self.overlaps:
+                tokens = torch.empty_like(where)
+                return self._launched(chunks, slots, self._sampler.take(tokens, steps.start(self._draw, batch, where, tokens)))
+            return self._launched(chunks, slots, self._sampler.take(steps.run(self._tokens, batch)))
+        self._settle()
+        if any(chunk.follows for chunk in chunks):
+            batch = replace(batch, input_ids=known_ids(batch.input_ids, where, self._drawn))
+        said = batch.positions.numpy() + 1 - self._slots.num_prompt[slots]
+        pending = self._sampler.launch(steps.run(self._logits, batch), slots, said)
+        self._remember(where, pending)
+        return self._launched(chunks, slots, pending)
 
     def _settle(self) -> None:
         """Waits for steps that run beside the caller: what comes next computes on its own thread, and with what they draw."""
@@ -211,7 +227,7 @@ class Runner:
     def _draw(self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata, slots: Tensor, tokens: Tensor) -> Tensor:
         """Every row's greedy token into `tokens`, [T] int64, and as what its slot drew last; an id may be what the slot drew before."""
         input_ids = known_ids(input_ids, slots, self._drawn)
-        tokens.copy_(self._model.best_tokens(self._states(input_ids, positions, metadata, None)))
+        tokens.copy_(self._tokens(input_ids, positions, metadata))
         self._drawn.index_copy_(0, slots, tokens.clamp(min=0))
         return tokens
 
@@ -221,8 +237,7 @@ class Runner:
         if logits is not None:
             return logits
         every = self._tokens if best else self._logits
-        tensors = self._to_device(batch)
-        return self._single_steps.run(every, *tensors) if self._single_steps else every(*tensors)
+        return every(*self._to_device(batch))
 
     def _some(self, batch: HostBatch) -> Tensor:
         """Hidden states of the rows that any other step wants, [N, H]."""
@@ -240,12 +255,12 @@ class Runner:
         """[T] ids and positions to [N, H] hidden states of the rows wanted."""
         return self._states(input_ids, positions, metadata, rows)
 
-    def _logits(self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata, rows: Tensor) -> Tensor:
-        """[T] ids and positions to [T, vocab] float32: every row's."""
+    def _logits(self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata, rows: Tensor | None = None) -> Tensor:
+        """[T] ids and positions to [T, vocab] float32: every row's, whatever `rows` are."""
         return self._model.compute_logits(self._states(input_ids, positions, metadata, None))
 
-    def _tokens(self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata, rows: Tensor) -> Tensor:
-        """[T] ids and positions to [T] int64: every row's greedy token."""
+    def _tokens(self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata, rows: Tensor | None = None) -> Tensor:
+        """[T] ids and positions to [T] int64: every row's greedy token, whatever `rows` are."""
         return self._model.best_tokens(self._states(input_ids, positions, metadata, None))
 
     def _batch(self, slots: Ints, starts: Ints, lengths: Ints, sampling: Ints, follows: Ints) -> HostBatch:
@@ -280,13 +295,7 @@ class Runner:
         )
 
     def _to_device(self, batch: HostBatch) -> tuple[Tensor, Tensor, AttentionMetadata, Tensor]:
-        """The batch's ids, positions, metadata and rows on the device, once all ids are known there."""
-        input_ids, positions, metadata, rows = self._sent_batch(batch)
-        if (batch.input_ids == ON_DEVICE).any():
-            input_ids = known_ids(input_ids, self._sent(batch.slots), self._drawn)
-        return input_ids, positions, metadata, rows
-
-    def _sent_batch(self, batch: HostBatch) -> tuple[Tensor, Tensor, AttentionMetadata, Tensor]:
+        """The batch's ids, positions, metadata and rows on the device."""
         metadata = AttentionMetadata(
             query_start_loc=self._sent(batch.query_start_loc),
             seq_lens=self._sent(batch.seq_lens),
@@ -296,7 +305,10 @@ class Runner:
             max_query_len=batch.max_query_len,
             max_seq_len=batch.max_seq_len,
         )
-        return self._sent(batch.input_ids), self._sent(batch.positions), metadata, self._sent(batch.rows)
+        input_ids = self._sent(batch.input_ids)
+        if (batch.input_ids == ON_DEVICE).any():
+            input_ids = known_ids(input_ids, self._sent(batch.slots), self._drawn)
+        return input_ids, self._sent(batch.positions), metadata, self._sent(batch.rows)
 
     def _sent(self, array: NDArray[np.generic]) -> Tensor:
         return to_device(torch.from_numpy(array), self._device)

@@ -1,4 +1,4 @@
-"""Steps in which every sequence computes one token, without the Python of the model's layers: recorded once a number of sequences.
+"""Steps in which every sequence computes one token and samples, without the Python of the model's layers: recorded once a number of sequences.
 
 What a captured graph is to a GPU: the same operators on the same weights and caches with this step's tensors, so a step says bit for bit
 what the model's own `forward` says. A step may run beside its caller, behind those begun before. Owner of the programs: at most one for
@@ -6,42 +6,68 @@ each number of slots and each thing wanted of a step.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from engine.attention.base import AttentionMetadata
+from engine.scheduling.step import Chunk
 from kernels.cpu.program import Program, Running
 
 Record = Callable[[Callable[..., Tensor], list[Tensor]], tuple[Tensor, Program]]
 Compute = Callable[..., Tensor]
 
 
-class SingleSteps:
-    """Runs functions of a step's input_ids and positions ([T] int64), its metadata and further tensors, [T] each."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SingleTokens:
+    """The flat batch of n single tokens: input_ids (`ON_DEVICE` where one is not known yet) and positions, [n] int64, and what
+    `AttentionMetadata` says of the rest."""
 
-    def __init__(self, record: Record) -> None:
+    input_ids: Tensor
+    positions: Tensor
+    query_start_loc: Tensor
+    seq_lens: Tensor
+    block_tables: Tensor
+    slot_mapping: Tensor
+
+
+class SingleSteps:
+    """Runs functions of input_ids, positions, metadata and further tensors.
+
+    `record`: `kernels.cpu.program.record`; `single_tokens`: the operator of that name, bound to the slots' tokens and blocks.
+    """
+
+    def __init__(self, record: Record, single_tokens: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
         self._record = record
+        self._single_tokens = single_tokens
         self._programs: dict[tuple[Compute, int], Program] = {}
         self._last: Running | None = None
 
-    def run(self, compute: Compute, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata, *more: Tensor) -> Tensor:
-        """What `compute` gives. Every chunk of `metadata` holds one token, and no step that was begun may be under way."""
-        inputs = _inputs(input_ids, positions, metadata, more)
-        program = self._programs.get((compute, len(input_ids)))
-        return self._recorded(compute, inputs, metadata) if program is None else program.run(inputs)
+    def batch(self, chunks: tuple[Chunk, ...]) -> tuple[SingleTokens, Tensor]:
+        """The chunks' batch and their slots, [n] int64."""
+        columns = np.array([(chunk.slot, chunk.start, chunk.follows) for chunk in chunks], np.int64)
+        ids, positions, slots, starts, lens, tables, mapping = self._single_tokens(torch.from_numpy(columns))
+        made = SingleTokens(
+            input_ids=ids, positions=positions, query_start_loc=starts, seq_lens=lens, block_tables=tables, slot_mapping=mapping
+        )
+        return made, slots
 
-    def start(
-        self, compute: Compute, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata, *more: Tensor
-    ) -> Running | None:
+    def run(self, compute: Compute, batch: SingleTokens, *more: Tensor) -> Tensor:
+        """What `compute` gives; no step that was begun may be under way."""
+        inputs = _inputs(batch, more)
+        program = self._programs.get((compute, len(batch.input_ids)))
+        return self._recorded(compute, inputs) if program is None else program.run(inputs)
+
+    def start(self, compute: Compute, batch: SingleTokens, *more: Tensor) -> Running | None:
         """Begins what `run` does; what counts is what `compute` writes into `more` and into what it keeps. None: it is done, for its
         program had to be recorded."""
-        inputs = _inputs(input_ids, positions, metadata, more)
-        program = self._programs.get((compute, len(input_ids)))
+        inputs = _inputs(batch, more)
+        program = self._programs.get((compute, len(batch.input_ids)))
         if program is None:
             self.settle()
-            self._recorded(compute, inputs, metadata)
+            self._recorded(compute, inputs)
             return None
         self._last = program.start(inputs)
         return self._last
@@ -52,22 +78,33 @@ class SingleSteps:
             last, self._last = self._last, None
             last.synchronize()
 
-    def _recorded(self, compute: Compute, inputs: list[Tensor], metadata: AttentionMetadata) -> Tensor:
-        def whole(ids: Tensor, places: Tensor, starts: Tensor, lens: Tensor, tables: Tensor, slots: Tensor, *more: Any) -> Tensor:
-            own = replace(metadata, query_start_loc=starts, seq_lens=lens, block_tables=tables, slot_mapping=slots)
-            return compute(ids, places, own, *more)
+    def _recorded(self, compute: Compute, inputs: list[Tensor]) -> Tensor:
+        num_seqs = len(inputs[0])
 
-        result, self._programs[compute, len(inputs[0])] = self._record(whole, inputs)
+        def whole(ids: Tensor, places: Tensor, starts: Tensor, lens: Tensor, tables: Tensor, mapping: Tensor, *more: Tensor) -> Tensor:
+            metadata = AttentionMetadata(
+                query_start_loc=starts,
+                seq_lens=lens,
+                block_tables=tables,
+                slot_mapping=mapping,
+                num_single_token_chunks=num_seqs,
+                max_query_len=1,
+                # What is recorded reads the tensors alone.
+                max_seq_len=0,
+            )
+            return compute(ids, places, metadata, *more)
+
+        result, self._programs[compute, num_seqs] = self._record(whole, inputs)
         return result
 
 
-def _inputs(input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata, more: tuple[Tensor, ...]) -> list[Tensor]:
+def _inputs(batch: SingleTokens, more: tuple[Tensor, ...]) -> list[Tensor]:
     return [
-        input_ids,
-        positions,
-        metadata.query_start_loc,
-        metadata.seq_lens,
-        metadata.block_tables,
-        metadata.slot_mapping,
+        batch.input_ids,
+        batch.positions,
+        batch.query_start_loc,
+        batch.seq_lens,
+        batch.block_tables,
+        batch.slot_mapping,
         *more,
     ]

@@ -146,6 +146,7 @@ def _build(library: Path, tell: Callable[[str], None]) -> None:
             "bindings.cpp",
             "attention_bindings.cpp",
             "program.cpp",
+            "single_tokens.cpp",
             "memory.cpp",
             "dispatch.cpp",
             "thread_pool.cpp",

@@ -7,6 +7,7 @@ refused. Tensors that are neither inputs nor made by the function are kept and u
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -22,19 +23,16 @@ class Running(Protocol):
         ...
 
 
-class Program(Protocol):
-    """What was recorded."""
+@dataclass(frozen=True, slots=True)
+class Program:
+    """What was recorded.
 
-    def run(self, inputs: list[Tensor]) -> Tensor:
-        """Runs it; gives what the function gave."""
-        ...
+    `run` gives what the function gave. `start` begins a run behind those begun before: what it gives is what it writes into its inputs
+    and into what it keeps. Until the caller synchronizes, it has one thread less, which is the caller's.
+    """
 
-    def start(self, inputs: list[Tensor]) -> Running:
-        """Begins to run it, behind those begun before. What it gives is what it writes into its inputs and into what it keeps.
-
-        Until the caller synchronizes, it has one thread less than it would have otherwise, which is the caller's.
-        """
-        ...
+    run: Callable[[list[Tensor]], Tensor]
+    start: Callable[[list[Tensor]], Running]
 
 
 class RecordError(Exception):
@@ -51,7 +49,7 @@ def record(function: Callable[..., Tensor], inputs: list[Tensor]) -> tuple[Tenso
     with _Recorder(program, inputs) as recorder:
         result = function(*inputs)
     program.finish(recorder.register(result))
-    return result, program
+    return result, Program(program.run, program.start)
 
 
 class _Recorder(TorchDispatchMode):

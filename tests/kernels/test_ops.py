@@ -15,7 +15,7 @@ PACKED = ("pack_weight", "linear", "pack_screen", "greedy_linear")
 NAMES = [
     field.name
     for field in fields(ops.Operators)
-    if field.name not in ("name", "reason", "attends", "hidden_dtype", "record", "rounds_rows", *PACKED)
+    if field.name not in ("name", "reason", "attends", "hidden_dtype", "record", "rounds_rows", "single_tokens", *PACKED)
 ]
 
 
