@@ -85,7 +85,7 @@ public:
         mine.stretches_ = (count + grain - 1) / grain;
         mine.threads_ = (int32_t)std::min<int64_t>({omp_get_max_threads(), most_threads, mine.stretches_});
         if (mine.threads_ > 1 && !busy_.test_and_set(std::memory_order_acquire)) {
-            publish(mine, body, context, mine.threads_ - 1 - beside);
+            publish(mine, body, context, mine.threads_ - 1 - beside, beside);
             if (mine.find()) body(context, mine);
             for (uint32_t done = add_done(mine); done != mine.stretches_; done = done_.load(std::memory_order_acquire)) {
                 wait_until_changed(done_, done, spins_);
@@ -111,7 +111,7 @@ public:
     void wake() {
         while (busy_.test_and_set(std::memory_order_acquire)) relax();
         Share none;
-        publish(none, nullptr, nullptr, 0);
+        publish(none, nullptr, nullptr, 0, true);
         busy_.clear(std::memory_order_release);
     }
 
@@ -135,8 +135,8 @@ private:
     static uint64_t stamped(uint32_t job, int64_t stretch) { return (uint64_t)job << 32 | (uint64_t)stretch; }
     static int64_t first_of(const Share& share, int part) { return share.stretches_ * part / share.threads_; }
 
-    // `own`: the pool's threads that it wants.
-    void publish(Share& mine, JobBody body, const void* context, int32_t own) {
+    // `own`: the pool's threads that it wants; `of_task`: whether it belongs to a task.
+    void publish(Share& mine, JobBody body, const void* context, int32_t own, bool of_task) {
         while (size_ < own && begin(size_ + 1)) ++size_;
         mine.threads_ -= own - std::min(own, size_);
         mine.job_ = ++last_job_;
@@ -152,10 +152,14 @@ private:
         grain_.store(mine.grain_, std::memory_order_release);
         threads_.store(mine.threads_, std::memory_order_release);
         own_.store(std::min(own, size_), std::memory_order_release);
+        of_task_.store(of_task, std::memory_order_release);
         body_.store(body, std::memory_order_release);
         context_.store(context, std::memory_order_release);
         job_.store(mine.job_, std::memory_order_seq_cst);
         job_.notify_all();
+        if (of_task) return;
+        other_jobs_.fetch_add(1, std::memory_order_seq_cst);
+        other_jobs_.notify_all();
     }
 
     // False where the system gives no more threads: those that there are do the work.
@@ -173,26 +177,32 @@ private:
         Share share;
         for (uint32_t seen = 0;; seen = share.job_) {
             wait_until_changed(job_, seen, spins_);
+            const uint32_t others = other_jobs_.load(std::memory_order_acquire);
             share = Share();
-            take_part(share, thread);
+            // While tasks do without it, it may take no time from whoever stands in for it.
+            if (!take_part(share, thread)) wait_until_changed(other_jobs_, others, 0);
         }
     }
 
-    // In the job that there is, as the pool's thread of that number; -1: as the one that waits for a task.
-    void take_part(Share& share, int thread) {
+    // In the job that there is, as the pool's thread of that number; -1: as the one that waits for a task. False: it is a task's that does
+    // without this thread.
+    bool take_part(Share& share, int thread) {
         share.job_ = job_.load(std::memory_order_acquire);
         // Of a job that is over by now, or some of one job and some of the next: then there is nothing that it could take.
         share.count_ = count_.load(std::memory_order_acquire);
         share.grain_ = grain_.load(std::memory_order_acquire);
         share.threads_ = threads_.load(std::memory_order_acquire);
         const int32_t own = own_.load(std::memory_order_acquire);
+        const bool of_task = of_task_.load(std::memory_order_acquire);
         const JobBody body = body_.load(std::memory_order_acquire);
         const void* context = context_.load(std::memory_order_acquire);
         share.stretches_ = (share.count_ + share.grain_ - 1) / share.grain_;
         share.thread_ = thread < 0 ? own + 1 : thread;
-        if (share.thread_ >= share.threads_ || thread > own || !share.find()) return;
+        if (thread > own) return !of_task;
+        if (share.thread_ >= share.threads_ || !share.find()) return true;
         body(context, share);
         if (add_done(share) == share.stretches_) done_.notify_one();
+        return true;
     }
 
     uint32_t add_done(const Share& share) {
@@ -209,11 +219,14 @@ private:
     std::atomic<int64_t> grain_{1};
     std::atomic<int32_t> threads_{0};
     std::atomic<int32_t> own_{0};
+    std::atomic<bool> of_task_{false};
     std::atomic<JobBody> body_{nullptr};
     std::atomic<const void*> context_{nullptr};
     // Not at a line's start, as job_ is: libstdc++ would take who waits for one to wait for the other as well.
     alignas(64) uint32_t unused_ = 0;
     std::atomic<uint32_t> done_{0};  // stretches of the job
+    alignas(64) uint32_t unused_too_ = 0;
+    std::atomic<uint32_t> other_jobs_{0};  // no task's
     Part parts_[most_threads];
 };
 
