@@ -81,9 +81,10 @@ class EngineConfig:
     """Blocks of equal prefixes (and equal salt) are computed once."""
 
     overlap: Overlap = "auto"
-    """Whether the next step is decided and launched before the tokens of this one are known: `auto` on a GPU, which then never waits
-    for the host. A request that arrives meanwhile enters one step later, and does not find blocks that a step under way computes. On a
-    CPU the host's work takes cores that compute."""
+    """Whether the next step is decided and launched before the tokens of this one are known, so that nothing waits for the host: `auto`
+    on a GPU, and on a CPU with two threads or more, there for steps of single greedy tokens behind such steps alone, while nobody can
+    be let in. A request that arrives meanwhile enters one step later, and does not find blocks that a step under way computes; a
+    sequence that ends at a stop token has one step computed for nothing."""
 
     policy: Policy = "fcfs"
     """Who runs next: `fcfs` by arrival, `priority` by priority, then arrival."""

@@ -23,8 +23,8 @@ class Operators:
     its rows to bfloat16 before it multiplies by this packed weight) go together; None where linears are composed of a library's
     product and the operators around it. `pack_screen`: None where a screen would gain nothing. `attends`:
     `kernels.cpu.attention`, one call for a layer's attention, may be used. `record`: `kernels.cpu.program.record`, None where calls
-    cannot be recorded; with it goes `single_tokens`, which makes the flat batch of a step of single tokens (single_tokens.cpp). `hidden_dtype`: what `embedding` gives and everything between the products is kept in, None where it is the
-    weights' dtype.
+    cannot be recorded; with it goes `single_tokens`, which makes the flat batch of a step of single tokens (single_tokens.cpp).
+    `hidden_dtype`: what `embedding` gives and everything between the products is kept in, None where it is the weights' dtype.
     """
 
     name: str

@@ -77,7 +77,8 @@ def linear(
     """epilogue(norm(x) W^T + bias) + residual in float32, rounded once to `out_dtype` (None: x's).
 
     x: [T, in]; norm_weight: [in] of x's dtype, RMSNorm before the product; bias: [out]; residual and out: [T, out], or [T, out / 2]
-    when the weight is gated: silu(gate) * up; bias and residual of one dtype. By bytes, a row becomes q * scale with the largest magnitude 127 before the product.
+    when the weight is gated: silu(gate) * up; bias and residual of one dtype. By bytes, a row becomes q * scale
+    with the largest magnitude 127 before the product.
     """
     wide = x.float()
     if norm_weight is not None:

@@ -95,7 +95,8 @@ class EngineSection(Section):
     """Compute blocks of equal prefixes once (per tenant)."""
 
     overlap: Literal["auto", "on", "off"] = "auto"
-    """Decide and launch the next step before this one's tokens are known; `auto`: on a GPU."""
+    """Decide and launch the next step before this one's tokens are known; `auto`: on a GPU, and for greedy decodes on a CPU with two
+    threads or more."""
 
     policy: Literal["fcfs", "priority"] = "fcfs"
     """Who runs next."""

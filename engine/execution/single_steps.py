@@ -1,4 +1,5 @@
-"""Steps in which every sequence computes one token and samples, without the Python of the model's layers: recorded once a number of sequences.
+"""Steps in which every sequence computes one token and samples, without the Python of the model's layers: recorded once a number of
+sequences.
 
 What a captured graph is to a GPU: the same operators on the same weights and caches with this step's tensors, so a step says bit for bit
 what the model's own `forward` says. A step may run beside its caller, behind those begun before. Owner of the programs: at most one for
@@ -81,7 +82,9 @@ class SingleSteps:
     def _recorded(self, compute: Compute, inputs: list[Tensor]) -> Tensor:
         num_seqs = len(inputs[0])
 
-        def whole(ids: Tensor, places: Tensor, starts: Tensor, lens: Tensor, tables: Tensor, mapping: Tensor, *more: Tensor) -> Tensor:
+        def whole(
+            ids: Tensor, places: Tensor, starts: Tensor, lens: Tensor, tables: Tensor, mapping: Tensor, *more: Tensor
+        ) -> Tensor:
             metadata = AttentionMetadata(
                 query_start_loc=starts,
                 seq_lens=lens,

@@ -55,7 +55,8 @@ class QuantMethod(Protocol):
         ...
 
     def row_dtype(self, weights: dict[str, Tensor]) -> dtype | None:
-        """What `apply` rounds each number of x to before it multiplies, of finished weights: x may as well be given in it. None: to nothing."""
+        """What `apply` rounds each number of x to before it multiplies by finished weights, so that x may as well be given in it; None: to
+        nothing."""
         ...
 
     def best(self, x: Tensor, weights: dict[str, Tensor], fusion: Fusion) -> Tensor:

@@ -61,7 +61,8 @@ class Planner:
         """Whether the next plan can but hold single tokens of what runs."""
         may_let_in = bool(self.waiting.items and self._free_slots)
         return not may_let_in and all(
-            len(sequence.token_ids) - sequence.num_computed_tokens - sequence.num_scheduled_tokens <= 1 for sequence in self.running.items
+            len(sequence.token_ids) - sequence.num_computed_tokens - sequence.num_scheduled_tokens <= 1
+            for sequence in self.running.items
         )
 
     def retract(self, plan: StepPlan) -> None:

@@ -117,7 +117,8 @@ class Scheduler:
         """The step after the one under way, whose sampling chunks will say one token each; None when there is nothing to run yet.
 
         For a device that computes steps in order. None, too, where blocks are short: whom to preempt is decided with nothing
-        under way; and with `singles` where anything but single tokens of what runs already might be in it. Raises `RuntimeError` unless one plan is under way.
+        under way; and with `singles` where anything but single tokens of what runs already might be in it. Raises
+        `RuntimeError` unless one plan is under way.
         """
         if len(self._in_flight) != 1:
             raise RuntimeError(f"{len(self._in_flight)} steps are under way; one must be")

@@ -90,8 +90,8 @@ def attend(
     """`attend` of kernels/reference.py; arithmetic in float32, rounded where k and v are written and at the end.
 
     q: [T, Hq, D]; k, v: [T, Hkv, D], all in the caches' dtype or all in float32, each may be a part of wider rows; the caches as
-    `new_cache` made them; `work`: of `plan` for the same sequences, heads and window. out: [T, Hq, D], contiguous, in `out_dtype` (None: q's). On a
-    processor with bf16 products, q and the weights of the values are rounded to bf16 too.
+    `new_cache` made them; `work`: of `plan` for the same sequences, heads and window. out: [T, Hq, D], contiguous, in `out_dtype`
+    (None: q's). On a processor with bf16 products, q and the weights of the values are rounded to bf16 too.
     """
     return cast(
         Tensor,

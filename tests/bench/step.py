@@ -2,7 +2,8 @@
 
     python -m tests.bench.step [--batches 1,8,32] [--steps 40] [--blocks 3] [--threads 0]
 
-All rows decode greedily from prompts of 32 tokens; no step of a window lets a request in or ends one. `compute` is the model and the
+All rows decode greedily from prompts of 32 tokens; no step of a window lets a request in or ends one. Steps run in turns with the host
+(engine.overlap off), so that phases add up. `compute` is the model and the
 choice of tokens, from the call to its result; host share is what is left of the step. `layers_in_python` are the same steps with the
 model's own loop instead of the recorded program: what recording saves is their difference. The child's `between_steps` is what it does
 from the end of one step to the start of the next: read, encode, send. The parent's figures are of this process alone, a step.
@@ -67,9 +68,8 @@ class Phases:
         self._programs = self._runner._single_steps
         for owner, method, phase in (
             (loop._scheduler, "schedule", "schedule"),
-            (self._runner, "_batch", "inputs"),
-            (self._runner, "_to_device", "inputs"),
-            (self._programs or self._runner, "run" if self._programs else "_logits", "compute"),
+            (self._programs or self._runner, "batch" if self._programs else "_batch", "inputs"),
+            (self._programs or self._runner, "run" if self._programs else "_every", "compute"),
             (sampler, "launch", "choose"),
             (sampler, "take", "choose"),
             (self._runner, "collect", "collect"),
@@ -201,7 +201,7 @@ def main() -> None:
     arguments = parse()
     model = ensure_demo_model()
     batches = [int(size) for size in arguments.batches.split(",")]
-    config = EngineConfig(model_dir=str(model), enable_prefix_cache=False, num_threads=arguments.threads)
+    config = EngineConfig(model_dir=str(model), enable_prefix_cache=False, num_threads=arguments.threads, overlap="off")
     engine = Engine(config)
     gc.collect()
     gc.freeze()  # as the child does

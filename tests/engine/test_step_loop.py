@@ -9,17 +9,17 @@ from engine.output import TokenOutput
 from engine.request import Request, SamplingParams
 from engine.scheduling.config import SchedulerConfig
 from engine.scheduling.scheduler import Scheduler
-from engine.scheduling.step import ChunkResult, StepPlan, StepResult
+from engine.scheduling.step import ChunkResult, Follow, StepPlan, StepResult
 from engine.step_loop import CALM_STEPS, StepLoop
 
 
 class TightExecutor:
     """Says position numbers; a step of more than `limit` tokens, or that holds `poison` tokens of context, does not fit."""
 
-    def __init__(self, limit: int = 10**9, poison: int = 10**9, *, overlaps: bool = False) -> None:
+    def __init__(self, limit: int = 10**9, poison: int = 10**9, *, overlaps: bool = False, follow: Follow = "anything") -> None:
         self.limit = limit
         self.poison = poison
-        self.overlaps = overlaps
+        self.follow: Follow = follow if overlaps else "nothing"
         self.under_way: list[StepPlan] = []
         self.most_under_way = 0
         self.num_refused = 0
@@ -33,6 +33,9 @@ class TightExecutor:
         self.under_way.append(plan)
         self.most_under_way = max(self.most_under_way, len(self.under_way))
         return plan
+
+    def may_follow(self, launched: StepPlan) -> Follow:
+        return self.follow
 
     def collect(self, plan: StepPlan) -> StepResult:
         assert self.under_way.pop(0) is plan
@@ -190,6 +193,27 @@ def test_without_memory_for_two_steps_they_run_in_turns_for_a_while() -> None:
     loop.add(_ask("z", 60, max_tokens=CALM_STEPS + 20))
     _finish(loop)
     assert (executor.num_refused, executor.most_under_way) == (1, 2)
+
+
+def test_behind_single_tokens_nothing_else_is_launched_where_others_would_be_waited_for() -> None:
+    """A prompt enters with a step of its own, in turn; before and after it, and where it finds no slot, steps are launched ahead."""
+    executor = TightExecutor(overlaps=True, follow="single tokens")
+    loop, _ = _loop(executor)
+    for i in range(7):
+        loop.add(_ask(f"{i}", 4, max_tokens=60))
+    ahead: list[int] = []
+    for number in range(30):
+        if number == 10:
+            loop.add(_ask("late", 30, max_tokens=60))
+        if number == 20:
+            loop.add(_ask("no slot", 30, max_tokens=5))
+        loop.step()
+        ahead.append(sum(plan.num_tokens for plan in executor.under_way))
+    # Behind the first prompts and behind the late one single tokens follow; when it came, the step under way was the last of its kind.
+    assert ahead[:10] == [7] * 10
+    assert ahead[10:13] == [0, 8, 8]
+    assert ahead[20:] == [8] * 10
+    assert all(plan.num_tokens in (7, 8) for plan in executor.under_way)
 
 
 def test_a_request_added_or_aborted_between_steps_is_heard_of_while_others_run_ahead() -> None:

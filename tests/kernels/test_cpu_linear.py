@@ -339,7 +339,10 @@ def wrong_calls() -> dict[str, tuple[str, dict[str, object]]]:
         "norm": (r"norm_weight must be \[48\]", {"norm_weight": torch.zeros(47)}),
         "bias": (r"bias must be \[64\]", {"bias": torch.zeros(63)}),
         "residual": (r"residual must be \[2, 64\]", {"residual": torch.zeros(2, 63)}),
-        "norm of another dtype": ("norm_weight must have the dtype of x", {"norm_weight": torch.zeros(48, dtype=torch.bfloat16)}),
+        "norm of another dtype": (
+            "norm_weight must have the dtype of x",
+            {"norm_weight": torch.zeros(48, dtype=torch.bfloat16)},
+        ),
         "mixed": (
             "bias must have the dtype of residual",
             {"bias": torch.zeros(64, dtype=torch.bfloat16), "residual": torch.zeros(2, 64)},

@@ -42,7 +42,7 @@ def test_a_program_gives_what_the_function_gives_for_inputs_that_come_later() ->
     first, then = ([torch.randn(3, SIZE), torch.tensor(where)] for where in ([1, 5, 7], [0, 2, 3]))
     recorded, program = record(layer, first)
     assert torch.equal(recorded, layer(*first))
-    given, written = program(then), memory.clone()
+    given, written = program.run(then), memory.clone()
     memory.zero_()
     assert torch.equal(given, layer(*then))
     assert torch.equal(written[[0, 2, 3]], memory[[0, 2, 3]])
@@ -50,13 +50,13 @@ def test_a_program_gives_what_the_function_gives_for_inputs_that_come_later() ->
 
 def test_a_program_gives_fresh_memory_each_time() -> None:
     _, program = record(torch.neg, [torch.zeros(4)])
-    one, other = program([torch.ones(4)]), program([torch.full((4,), 2.0)])
+    one, other = program.run([torch.ones(4)]), program.run([torch.full((4,), 2.0)])
     assert (one.tolist(), other.tolist()) == ([-1.0] * 4, [-2.0] * 4)
 
 
 def test_dimensions_that_only_operators_look_at_may_change() -> None:
     _, program = record(lambda x: x.sum(dim=1), [torch.ones(2, 3)])
-    assert program([torch.ones(2, 5)]).tolist() == [5.0, 5.0]
+    assert program.run([torch.ones(2, 5)]).tolist() == [5.0, 5.0]
 
 
 def test_a_function_that_reads_a_number_is_refused() -> None:
@@ -77,13 +77,71 @@ def test_what_goes_wrong_inside_is_raised_as_it_is() -> None:
         lambda table, ids: torch.ops.sluice_cpu.embedding.default(table, ids), [torch.ones(4, 16), torch.tensor([3])]
     )
     with pytest.raises(IndexError, match="outside the table of 4 rows"):
-        program([torch.ones(4, 16), torch.tensor([4])])
+        program.run([torch.ones(4, 16), torch.tensor([4])])
+
+
+def _slow(memory: Tensor) -> object:
+    """A function that takes a while, since it has matrices to multiply, and adds what it gives to `memory`."""
+    linear = torch.ops.sluice_cpu.linear.default
+    square = torch.ops.sluice_cpu.pack.default(torch.eye(512), "float32", False, 0)
+
+    def slow(x: Tensor, out: Tensor) -> Tensor:
+        for _ in range(20):
+            x = linear(x, square, None, 0.0, None, None, None)
+        memory.add_(x)
+        return out.copy_(memory)
+
+    return slow
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_runs_beside_the_caller_come_one_after_another_in_order(threads) -> None:
+    """While the caller multiplies too, and whoever waits helps."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        memory = torch.zeros(16, 512)
+        slow = _slow(memory)
+        _, program = record(slow, [torch.zeros(16, 512), torch.empty(16, 512)])
+        for round in range(20):
+            memory.zero_()
+            outs = [torch.empty(16, 512) for _ in range(3)]
+            begun = [program.start([torch.full((16, 512), float(i + 1)), out]) for i, out in enumerate(outs)]
+            if round % 2:
+                own = torch.zeros(16, 512)
+                own_out = torch.empty(16, 512)
+                _slow(own)(torch.ones(16, 512), own_out)
+                assert own_out.eq(1.0).all()
+            for number in (1, 0, 2) if round % 3 else (0, 1, 2):
+                begun[number].synchronize()
+            assert [out.unique().tolist() for out in outs] == [[1.0], [3.0], [6.0]]
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_run_that_nobody_waits_for_ends_before_its_inputs_are_let_go() -> None:
+    memory = torch.zeros(16, 512)
+    _, program = record(_slow(memory), [torch.zeros(16, 512), torch.empty(16, 512)])
+    memory.zero_()
+    program.start([torch.ones(16, 512), torch.empty(16, 512)])
+    assert memory.eq(1.0).all()
+
+
+def test_what_goes_wrong_beside_the_caller_is_raised_to_whoever_waits() -> None:
+    _, program = record(
+        lambda table, ids: torch.ops.sluice_cpu.embedding.default(table, ids), [torch.ones(4, 16), torch.tensor([3])]
+    )
+    begun = program.start([torch.ones(4, 16), torch.tensor([4])])
+    for _ in range(2):
+        with pytest.raises(IndexError, match="outside the table of 4 rows"):
+            begun.synchronize()
+    program.start([torch.ones(4, 16), torch.tensor([3])]).synchronize()
 
 
 def test_another_number_of_inputs_is_refused() -> None:
     _, program = record(torch.neg, [torch.zeros(4)])
     with pytest.raises(RuntimeError, match="run takes 1 inputs"):
-        program([torch.zeros(4), torch.zeros(4)])
+        program.run([torch.zeros(4), torch.zeros(4)])
 
 
 def test_recording_does_not_import_torchs_compiler() -> None:

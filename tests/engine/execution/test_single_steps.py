@@ -8,7 +8,8 @@ from torch import Tensor
 
 from engine import Engine, EngineConfig, Request, SamplingParams
 from engine.attention.base import AttentionMetadata
-from engine.execution.single_steps import Compute, SingleSteps
+from engine.execution.single_steps import Compute, SingleSteps, SingleTokens
+from kernels.cpu.program import Program
 from tests.engine.tiny_model import VOCAB, write_tiny_model
 
 
@@ -34,13 +35,39 @@ def _said(engine: Engine, lengths: list[int]) -> dict[str, list[tuple[int, float
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_recorded_steps_say_what_the_models_own_python_says(model_dir, dtype, monkeypatch):
     config = EngineConfig(model_dir=str(model_dir), dtype=dtype, num_blocks=64, enable_prefix_cache=False)
-    monkeypatch.setattr(SingleSteps, "run", lambda self, compute, *inputs: compute(*inputs))
+    monkeypatch.setattr(SingleSteps, "_recorded", unrecorded)
     own = _said(Engine(config), [3, 17, 40])
     monkeypatch.undo()
     recorded = Engine(config)
     # The second round runs what the first has recorded, over other blocks.
     first, again = _said(recorded, [3, 17, 40]), _said(recorded, [3, 17, 40])
     assert (first, again) == (own, own)
+
+
+def unrecorded(self: SingleSteps, compute: Compute, inputs: list[Tensor]) -> Tensor:
+    """The model's own Python each time."""
+
+    def plain(function, values):
+        return function(*values), Program(lambda later: function(*later), lambda later: Done(function(*later)))
+
+    self._record, record = plain, self._record
+    try:
+        return SINGLE_STEPS_RECORDED(self, compute, inputs)
+    finally:
+        self._record = record
+
+
+SINGLE_STEPS_RECORDED = SingleSteps._recorded
+
+
+class Done:
+    """A run that is over."""
+
+    def __init__(self, result: object) -> None:
+        self.result = result
+
+    def synchronize(self) -> None:
+        """Nothing is left to wait for."""
 
 
 class FakeRecorder:
@@ -55,28 +82,38 @@ class FakeRecorder:
             raise self.error
         self.calls.append(f"recorded {len(inputs[0])}")
 
-        def program(later):
+        def run(later):
             self.calls.append(f"ran {len(later[0])}")
             return function(*later)
 
-        return function(*inputs), program
+        def start(later):
+            self.calls.append(f"started {len(later[0])}")
+            return Done(function(*later))
+
+        return function(*inputs), Program(run, start)
 
 
-def _step(steps: SingleSteps, compute: Compute, num_seqs: int) -> list[float]:
+def _batch(num_seqs: int) -> SingleTokens:
     numbers = torch.arange(num_seqs)
-    metadata = AttentionMetadata(
+    return SingleTokens(
+        input_ids=numbers,
+        positions=numbers,
         query_start_loc=torch.arange(num_seqs + 1, dtype=torch.int32),
         seq_lens=numbers + 1,
         block_tables=numbers[:, None],
         slot_mapping=numbers,
-        num_single_token_chunks=num_seqs,
-        max_query_len=1,
-        max_seq_len=num_seqs,
     )
-    return steps.run(compute, numbers, numbers, metadata, numbers).tolist()
 
 
-def _sum(ids: Tensor, places: Tensor, metadata: AttentionMetadata, rows: Tensor) -> Tensor:
+def _steps(recorder: FakeRecorder) -> SingleSteps:
+    return SingleSteps(recorder.record, lambda columns: ())
+
+
+def _step(steps: SingleSteps, compute: Compute, num_seqs: int) -> list[float]:
+    return steps.run(compute, _batch(num_seqs)).tolist()
+
+
+def _sum(ids: Tensor, places: Tensor, metadata: AttentionMetadata, *_: Tensor) -> Tensor:
     return ids + places + metadata.seq_lens
 
 
@@ -86,23 +123,68 @@ def _ids(ids: Tensor, *_: object) -> Tensor:
 
 def test_each_number_of_sequences_is_recorded_once() -> None:
     recorder = FakeRecorder()
-    steps = SingleSteps(recorder.record)
+    steps = _steps(recorder)
     assert [_step(steps, _sum, num_seqs) for num_seqs in (2, 3, 2)] == [[1, 4], [1, 4, 7], [1, 4]]
     assert recorder.calls == ["recorded 2", "recorded 3", "ran 2"]
 
 
 def test_each_thing_wanted_of_a_step_is_recorded_apart() -> None:
     recorder = FakeRecorder()
-    steps = SingleSteps(recorder.record)
+    steps = _steps(recorder)
     assert [_step(steps, compute, 2) for compute in (_sum, _ids, _sum, _ids)] == [[1, 4], [0, 1], [1, 4], [0, 1]]
     assert recorder.calls == ["recorded 2", "recorded 2", "ran 2", "ran 2"]
 
 
 def test_a_recording_that_failed_is_made_anew() -> None:
     recorder = FakeRecorder()
-    steps = SingleSteps(recorder.record)
+    steps = _steps(recorder)
     recorder.error = MemoryError()
     with pytest.raises(MemoryError):
         _step(steps, _ids, 1)
     recorder.error = None
     assert (_step(steps, _ids, 1), recorder.calls) == ([0], ["recorded 1"])
+
+
+def _into(ids: Tensor, places: Tensor, metadata: AttentionMetadata, out: Tensor) -> Tensor:
+    return out.copy_(ids + places)
+
+
+def test_a_step_may_be_begun_once_it_is_recorded() -> None:
+    recorder = FakeRecorder()
+    steps, out = _steps(recorder), torch.zeros(3, dtype=torch.int64)
+    assert steps.start(_into, _batch(3), out) is None
+    assert out.tolist() == [0, 2, 4]
+    out.zero_()
+    begun = steps.start(_into, _batch(3), out)
+    assert begun is not None
+    begun.synchronize()
+    assert (out.tolist(), recorder.calls) == ([0, 2, 4], ["recorded 3", "started 3"])
+
+
+@pytest.mark.parametrize("wish", [{}, {"temperature": 0.8}, {"logprobs": 1}], ids=["greedy", "drawn", "with logprobs"])
+def test_steps_beside_the_caller_say_what_steps_in_turns_say(model_dir, wish):
+    """Sequences end one after another, by length and by a stop token; others come in the midst; one is aborted."""
+    heard = {}
+    for overlap in ("off", "on"):
+        engine = Engine(EngineConfig(model_dir=str(model_dir), num_blocks=64, num_threads=2, overlap=overlap))
+        said: dict[str, list[object]] = {}
+        for number in range(90):
+            if number % 7 == 0 and number < 50:
+                add_late(engine, number, wish)
+            if number == 30:
+                engine.abort("14")
+            for output in engine.step().every() if engine.has_work else ():
+                said.setdefault(output.request_id, []).extend(
+                    [*output.token_ids, *([output.finish_reason] * bool(output.finish_reason))]
+                )
+        assert not engine.has_work
+        said["14"] = said["14"][:3]  # the abort is heard of a step earlier or later
+        heard[overlap] = said
+    assert heard["on"] == heard["off"]
+    assert len(heard["on"]) == 8
+
+
+def add_late(engine: Engine, number: int, wish: dict[str, float]) -> None:
+    prompt = tuple((5 * number + j * j) % VOCAB for j in range(3 + number % 5))
+    params = {"max_tokens": 12 + number % 9, "seed": number, "temperature": 0.0, "stop_token_ids": (7, 11)} | wish
+    engine.add(Request(request_id=str(number), prompt_token_ids=prompt, sampling=SamplingParams(**params)))  # type: ignore[arg-type]

@@ -57,6 +57,7 @@ def _build(sources: list[Path], built: Path) -> None:
             "bindings.cpp",
             "attention_bindings.cpp",
             "program.cpp",
+            "single_tokens.cpp",
             "memory.cpp",
             "thread_pool.cpp",
             "dispatch.cpp",

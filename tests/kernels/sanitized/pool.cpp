@@ -1,12 +1,14 @@
 // The thread pool under the thread sanitizer: what each job wrote is read without a lock right after it, by the next job too.
 //
-// `pool SEED JOBS`: drawn counts, grains and numbers of threads; then two callers at once, and jobs within jobs. `pool planted` lets two
+// `pool SEED JOBS`: drawn counts, grains and numbers of threads; then two callers at once, tasks beside a caller who helps
+// or has jobs of its own, and jobs within jobs. `pool planted` lets two
 // threads write one number, which must end the program.
 #include <omp.h>
 
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <deque>
 #include <random>
 #include <string>
 #include <thread>
@@ -49,6 +51,26 @@ void jobs(uint64_t seed, int64_t count) {
     }
 }
 
+void tasks_beside(uint64_t seed, int64_t count) {
+    Bits bits(seed), inner(seed + 1);
+    std::vector<int64_t> written(300), own(300);
+    int64_t round = 0, own_round = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        omp_set_num_threads((int)between(bits, 1, 5));
+        std::deque<std::atomic<uint32_t>> done;
+        for (int64_t task = between(bits, 1, 3); task > 0; --task) {
+            sluice::TasksBeside::instance().begin(
+                [&] {
+                    for (int job = 0; job < 4; ++job) one_job(inner, written, round++);
+                },
+                done.emplace_back(0));
+        }
+        if (between(bits, 0, 1)) one_job(bits, own, own_round++);
+        for (auto& one : done) sluice::TasksBeside::instance().wait(one);
+        expect(written[299] == round, "a task was not over when it was waited for");
+    }
+}
+
 void within_each_other() {
     omp_set_num_threads(3);
     std::vector<int64_t> sums(20);
@@ -77,6 +99,7 @@ int main(int count, char** arguments) {
     std::thread other(jobs, seed + 1, wanted);
     jobs(seed + 2, wanted);
     other.join();
+    tasks_beside(seed + 3, wanted / 10);
     within_each_other();
     std::printf("%lld jobs, as many beside others\n", (long long)wanted);
 }
