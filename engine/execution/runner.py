@@ -10,7 +10,6 @@ requests, queues or block ownership.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -107,9 +106,10 @@ class Runner:
         self._slots = SlotTable(num_slots=num_slots, max_tokens=max_model_len, block_size=block_size)
         self._sampler = Sampler(num_slots=num_slots, vocab_size=vocab_size, device=device, operators=operators)
         self._single_steps: SingleSteps | None = None
-        if operators.record is not None and operators.single_tokens is not None and backend.recordable:
-            tables = torch.from_numpy(self._slots.tokens), torch.from_numpy(self._slots.blocks)
-            self._single_steps = SingleSteps(operators.record, partial(operators.single_tokens, *tables, block_size=block_size))
+        single_tokens = operators.single_tokens
+        if operators.record is not None and single_tokens is not None and backend.recordable:
+            tokens, blocks = torch.from_numpy(self._slots.tokens), torch.from_numpy(self._slots.blocks)
+            self._single_steps = SingleSteps(operators.record, lambda chunks: single_tokens(tokens, blocks, chunks, block_size))
         self._finds_best = operators.greedy_linear is not None
         self.overlaps = overlap
         # What was drawn last in each slot, for the step that follows before the host knows.

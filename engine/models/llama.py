@@ -40,8 +40,8 @@ class Llama(Module):
         x: Tensor = self.embedding(input_ids)
         for layer in self.layers[:-1]:
             x = layer(x, positions, batch, None)
-        x = self.layers[-1](x, positions, batch, batch.logits_indices)
-        return x
+        wanted: Tensor = self.layers[-1](x, positions, batch, batch.logits_indices)
+        return wanted
 
     def compute_logits(self, hidden_rows: Tensor) -> Tensor:
         """hidden_rows: [N, H] as `forward` gave them; out: [N, V] float32."""
