@@ -262,6 +262,7 @@ struct TasksBeside::State {
     std::mutex mutex;
     std::deque<Task> tasks;
     std::atomic<uint32_t> begun{0};
+    std::atomic<uint32_t> over{0};
 
     void work() {
         beside = true;
@@ -278,12 +279,22 @@ struct TasksBeside::State {
             task.run();
             task.done->store(1, std::memory_order_release);
             ThreadPool::instance().wake();
+            over.store(seen + 1, std::memory_order_release);
+            over.notify_all();
         }
+    }
+
+    // Until every task that was begun is over.
+    void drain() {
+        const uint32_t last = begun.load(std::memory_order_acquire);
+        for (uint32_t now; (now = over.load(std::memory_order_acquire)) != last;) over.wait(now, std::memory_order_acquire);
     }
 };
 
 TasksBeside::TasksBeside() : state_(new State) {
     std::thread([state = state_] { state->work(); }).detach();
+    // Nothing that a task uses may be taken down under it.
+    std::atexit([] { instance().state_->drain(); });
 }
 
 TasksBeside& TasksBeside::instance() {
