@@ -33,7 +33,7 @@ class Executor(Protocol):
         ...
 
     def collect(self, launched: Any) -> StepResult:
-        """Waits for a plan, in the order of launches."""
+        """Waits for a plan, in the order of launches. Raises `OutOfMemoryError`; then it and those behind it may be retracted."""
         ...
 
     def release_memory(self) -> None:
@@ -90,7 +90,10 @@ class StepLoop:
                 except OutOfMemoryError:
                     refused = ahead
         self._num_alone = max(0, self._num_alone - 1)
-        result = self._executor.collect(launched) if plan.chunks else StepResult(chunks=())
+        try:
+            result = self._executor.collect(launched) if plan.chunks else StepResult(chunks=())
+        except OutOfMemoryError as error:
+            return self._take_back(plan, error, started)
         executed = self._clock()
         outputs = self._scheduler.update(plan, result, executed)
         if refused is not None:
@@ -152,6 +155,24 @@ class StepLoop:
             scheduler.set_token_budget(scheduler.token_budget // 2)
         elif largest is not None:
             scheduler.fail(largest, error.code, error.message)
+
+    def _take_back(self, plan: StepPlan, error: OutOfMemoryError, started: int) -> StepOutput:
+        """What a step says that turned out to lack memory: nothing. It and the one behind it count as never run."""
+        self._launched = None
+        self._make_room(plan, error, shrink=self._calm > 1)
+        self._num_alone = CALM_STEPS
+        self._step += 1
+        return StepOutput(
+            outputs=(),
+            stats=self._stats(
+                self._scheduler.stats(),
+                started=started,
+                schedule_ns=self._schedule_ns,
+                execute_ns=self._clock() - started - self._schedule_ns,
+                num_prefill=0,
+                num_decode=0,
+            ),
+        )
 
     def _grow_back(self) -> None:
         if self._calm >= CALM_STEPS and self._scheduler.token_budget < self._full_budget:

@@ -172,10 +172,11 @@ class Runner:
         return "single tokens" if beside else "nothing"
 
     def collect(self, launched: Launched) -> StepResult:
-        """Waits for the step; remembers its tokens."""
+        """Waits for the step; remembers its tokens. Raises `OutOfMemoryError` for a step beside the caller that lacked memory."""
         if launched.pending is None:
             return StepResult(chunks=(_NOTHING,) * len(launched.chunks))
-        drawn = self._sampler.collect(launched.pending)
+        with _memory_errors():
+            drawn = self._sampler.collect(launched.pending)
         # A slot that was given away since has tokens of its own.
         same = launched.starts == self._slots.starts[launched.slots]
         tokens = launched.pending.on_host.tokens.numpy()
@@ -186,7 +187,8 @@ class Runner:
         return StepResult(chunks=tuple(drawn))
 
     def release_memory(self) -> None:
-        """Gives cached, unused device memory back; after an `OutOfMemoryError`, with no step to be collected."""
+        """Gives cached, unused device memory back; after an `OutOfMemoryError`, with no step to be collected any more."""
+        self._settle()
         if self._device.type != "cuda":
             return
         # What a launch that failed had begun may still run.

@@ -74,10 +74,10 @@ class SingleSteps:
         return self._last
 
     def settle(self) -> None:
-        """Waits for every step that was begun."""
+        """Waits for every step that was begun; what went wrong in one is told to whoever synchronizes with it."""
         if self._last is not None:
             last, self._last = self._last, None
-            last.synchronize()
+            last.wait()
 
     def _recorded(self, compute: Compute, inputs: list[Tensor]) -> Tensor:
         num_seqs = len(inputs[0])

@@ -66,7 +66,7 @@ class Planner:
         )
 
     def retract(self, plan: StepPlan) -> None:
-        """The plan was not computed, and none is under way: its sequences keep their blocks and are started anew in the next plan."""
+        """The plan was not computed, nor will be what is under way: its sequences keep their blocks and start anew in the next plan."""
         for chunk in plan.chunks:
             sequence = self.slots[chunk.slot]
             if sequence is not None:

@@ -122,6 +122,7 @@ class Scheduler:
         """
         if len(self._in_flight) != 1:
             raise RuntimeError(f"{len(self._in_flight)} steps are under way; one must be")
+        self._end_marked()  # it may free a slot
         if self._planner.was_short or (singles and not self._planner.singles_follow):
             return None
         plan = self._plan(now_ns, ahead=True)
@@ -149,14 +150,16 @@ class Scheduler:
         return tuple(outputs)
 
     def retract(self, plan: StepPlan) -> None:
-        """The plan failed as a whole and said nothing: its chunks count as never run; the next plan sends their starts anew.
+        """The plan failed as a whole and said nothing: its chunks, and those of a plan behind it, count as never run; the next plan sends
+        their starts anew.
 
-        Raises `RuntimeError` when `plan` is not the one plan under way.
+        Raises `RuntimeError` when `plan` is not the one that is longest under way.
         """
-        if len(self._in_flight) != 1 or plan is not self._in_flight[0][0]:
-            raise RuntimeError(f"step {plan.step} is not under way, or not alone")
+        if not self._in_flight or plan is not self._in_flight[0][0]:
+            raise RuntimeError(f"step {plan.step} is not under way, or not the first that is")
+        for failed, _ in self._in_flight:
+            self._planner.retract(failed)
         self._in_flight.clear()
-        self._planner.retract(plan)
 
     def largest_request(self, plan: StepPlan) -> str | None:
         """The request with the most tokens in context among the plan's chunks: whom to fail when memory does not suffice."""

@@ -117,11 +117,14 @@ public:
         sluice::TasksBeside::instance().begin([this] { run(); }, done_);
     }
 
-    ~Running() override { sluice::TasksBeside::instance().wait(done_); }
+    ~Running() override { wait(); }
 
-    // Waits and helps; raises what the run raised.
+    // Waits and helps.
+    void wait() { sluice::TasksBeside::instance().wait(done_); }
+
+    // Then raises what the run raised.
     void synchronize() {
-        sluice::TasksBeside::instance().wait(done_);
+        wait();
         if (error_) std::rethrow_exception(error_);
     }
 
@@ -150,7 +153,7 @@ TORCH_LIBRARY_FRAGMENT(sluice_cpu, library) {
                        .def("call", &Program::call)
                        .def("finish", &Program::finish)
                        .def("run", &Program::run);
-    library.class_<Running>("Running").def("synchronize", &Running::synchronize);
+    library.class_<Running>("Running").def("wait", &Running::wait).def("synchronize", &Running::synchronize);
     // What it gives is what it writes into its inputs and into what it keeps.
     program.def("start", [](const c10::intrusive_ptr<Program>& self, std::vector<at::Tensor> inputs) {
         return c10::make_intrusive<Running>(self, std::move(inputs));

@@ -18,8 +18,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 class Running(Protocol):
     """A run of a program beside the caller. Its inputs live until it is over, which is what the end of a `Running` waits for."""
 
+    def wait(self) -> None:
+        """Waits, taking part in its work meanwhile."""
+        ...
+
     def synchronize(self) -> None:
-        """Waits, taking part in its work meanwhile. Raises what the run raised."""
+        """Waits; raises what the run raised."""
         ...
 
 

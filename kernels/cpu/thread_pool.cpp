@@ -152,7 +152,7 @@ private:
         grain_.store(mine.grain_, std::memory_order_release);
         threads_.store(mine.threads_, std::memory_order_release);
         own_.store(std::min(own, size_), std::memory_order_release);
-        of_task_.store(of_task, std::memory_order_release);
+        kept_.store(of_task ? omp_get_max_threads() - 1 : most_threads, std::memory_order_release);
         body_.store(body, std::memory_order_release);
         context_.store(context, std::memory_order_release);
         job_.store(mine.job_, std::memory_order_seq_cst);
@@ -184,8 +184,8 @@ private:
         }
     }
 
-    // In the job that there is, as the pool's thread of that number; -1: as the one that waits for a task. False: it is a task's that does
-    // without this thread.
+    // In the job that there is, as the pool's thread of that number; -1: as the one that waits for a task. False: it is a task's, all of whose
+    // jobs do without this thread.
     bool take_part(Share& share, int thread) {
         share.job_ = job_.load(std::memory_order_acquire);
         // Of a job that is over by now, or some of one job and some of the next: then there is nothing that it could take.
@@ -193,12 +193,12 @@ private:
         share.grain_ = grain_.load(std::memory_order_acquire);
         share.threads_ = threads_.load(std::memory_order_acquire);
         const int32_t own = own_.load(std::memory_order_acquire);
-        const bool of_task = of_task_.load(std::memory_order_acquire);
+        const int32_t kept = kept_.load(std::memory_order_acquire);
         const JobBody body = body_.load(std::memory_order_acquire);
         const void* context = context_.load(std::memory_order_acquire);
         share.stretches_ = (share.count_ + share.grain_ - 1) / share.grain_;
         share.thread_ = thread < 0 ? own + 1 : thread;
-        if (thread > own) return !of_task;
+        if (thread > own) return thread < kept;
         if (share.thread_ >= share.threads_ || !share.find()) return true;
         body(context, share);
         if (add_done(share) == share.stretches_) done_.notify_one();
@@ -219,13 +219,13 @@ private:
     std::atomic<int64_t> grain_{1};
     std::atomic<int32_t> threads_{0};
     std::atomic<int32_t> own_{0};
-    std::atomic<bool> of_task_{false};
+    std::atomic<int32_t> kept_{0};  // the pool's threads below this number stay awake: other jobs of the same caller may want them
     std::atomic<JobBody> body_{nullptr};
     std::atomic<const void*> context_{nullptr};
     // Not at a line's start, as job_ is: libstdc++ would take who waits for one to wait for the other as well.
     alignas(64) uint32_t unused_ = 0;
     std::atomic<uint32_t> done_{0};  // stretches of the job
-    alignas(64) uint32_t unused_too_ = 0;
+    alignas(64) uint32_t unused_too_[2] = {};
     std::atomic<uint32_t> other_jobs_{0};  // no task's
     Part parts_[most_threads];
 };

@@ -216,6 +216,41 @@ def test_behind_single_tokens_nothing_else_is_launched_where_others_would_be_wai
     assert all(plan.num_tokens in (7, 8) for plan in executor.under_way)
 
 
+class LacksLater(TightExecutor):
+    """Finds out when a step is collected that it lacked memory: in the collections of these numbers."""
+
+    def __init__(self, lacking: set[int], *, overlaps: bool) -> None:
+        super().__init__(overlaps=overlaps)
+        self.lacking = lacking
+        self.num_collected = 0
+
+    def collect(self, plan: StepPlan) -> StepResult:
+        self.num_collected += 1
+        if self.num_collected not in self.lacking:
+            return super().collect(plan)
+        self.under_way.clear()
+        raise OutOfMemoryError("no memory")
+
+
+def test_a_step_that_turns_out_to_lack_memory_is_computed_again(overlaps: bool) -> None:
+    """And the one behind it. Smaller the first time; nobody is failed, everybody says what they say with enough memory."""
+    plain = _finish(_filled(_loop(TightExecutor())[0]))
+    executor = LacksLater({4}, overlaps=overlaps)
+    loop, scheduler = _loop(executor)
+    heard = _finish(_filled(loop))
+    assert {name: _tokens(outputs) for name, outputs in heard.items()} == {n: _tokens(o) for n, o in plain.items()}
+    assert (scheduler.token_budget, executor.num_released, scheduler.stats().num_used_blocks) == (32, 1, 0)
+
+
+def test_the_largest_request_fails_where_the_next_step_turns_out_to_lack_memory_too(overlaps: bool) -> None:
+    executor = LacksLater({4, 5}, overlaps=overlaps)
+    loop, scheduler = _loop(executor)
+    heard = _finish(_filled(loop))
+    ends = [outputs[-1].error_code for outputs in heard.values()]
+    assert sorted(code for code in ends if code) == ["out_of_memory"]
+    assert scheduler.stats().num_used_blocks == 0
+
+
 def test_a_request_added_or_aborted_between_steps_is_heard_of_while_others_run_ahead() -> None:
     executor = TightExecutor(overlaps=True)
     loop, scheduler = _loop(executor)

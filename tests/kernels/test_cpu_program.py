@@ -132,6 +132,7 @@ def test_what_goes_wrong_beside_the_caller_is_raised_to_whoever_waits() -> None:
         lambda table, ids: torch.ops.sluice_cpu.embedding.default(table, ids), [torch.ones(4, 16), torch.tensor([3])]
     )
     begun = program.start([torch.ones(4, 16), torch.tensor([4])])
+    begun.wait()
     for _ in range(2):
         with pytest.raises(IndexError, match="outside the table of 4 rows"):
             begun.synchronize()

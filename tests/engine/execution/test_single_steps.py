@@ -66,6 +66,9 @@ class Done:
     def __init__(self, result: object) -> None:
         self.result = result
 
+    def wait(self) -> None:
+        """Nothing is left to wait for."""
+
     def synchronize(self) -> None:
         """Nothing is left to wait for."""
 
