@@ -52,18 +52,6 @@ struct ByteScreenTile {
     }
 
 private:
-    template <int R, int C, bool shared, int V>
-    SLUICE_INLINE static void add_bytes(I (&sum)[R][V], const Row* a, int64_t stride, const uint8_t* w, int64_t panel_bytes, int64_t inputs,
-                                        Ahead& ahead) {
-        const RowsAt<Row, R> row(a, stride);
-        each_step<R, C, shared, 4>(w, panel_bytes, inputs, ahead, [&](int64_t k, const uint8_t* at) SLUICE_HERE {
-            add_products(
-                sum, [&](int r) SLUICE_HERE { return Simd::set1_lane(row[r] + k); },
-                [&](int v) SLUICE_HERE { return Simd::load_lanes(vector_at<4>(at, panel_bytes, v)); },
-                [](I s, I x, I b) SLUICE_HERE { return Simd::add_byte_products(s, x, b); });
-        });
-    }
-
     template <int R, int V>
     SLUICE_INLINE static void add_scaled(const I (&sum)[R][V], const Row* a, int64_t stride, int64_t scale_at, const uint8_t* excess,
                                          int64_t panel_bytes, float* sums) {

@@ -253,6 +253,18 @@ using FixedTile = PairTile<2>;
 // Inputs whose products with 4-bit weights Simd::add_small_products may sum: 32 * 255 * 8 / 2 fits 16 bits.
 constexpr int nibbles_summed = 32;
 
+// Adds the products of rows of unsigned bytes, `stride` apart, with bytes of weights.
+template <int R, int C, bool shared, int V, class Row>
+SLUICE_INLINE void add_bytes(I (&sum)[R][V], const Row* a, int64_t stride, const uint8_t* w, int64_t panel_bytes, int64_t inputs, Ahead& ahead) {
+    const RowsAt<Row, R> row(a, stride);
+    each_step<R, C, shared, 4>(w, panel_bytes, inputs, ahead, [&](int64_t k, const uint8_t* at) SLUICE_HERE {
+        add_products(
+            sum, [&](int r) SLUICE_HERE { return Simd::set1_lane(row[r] + k); },
+            [&](int v) SLUICE_HERE { return Simd::load_lanes(vector_at<4>(at, panel_bytes, v)); },
+            [](I s, I x, I b) SLUICE_HERE { return Simd::add_byte_products(s, x, b); });
+    });
+}
+
 // Rows are unsigned, 128 too high: what that adds is taken off at the end.
 struct Int8Tile {
     using Row = uint8_t;
@@ -272,13 +284,7 @@ struct Int8Tile {
         constexpr int V = panel_vectors * C;
         I sum[R][V];
         load_tile(sum, sums);
-        const RowsAt<Row, R> row(a, stride);
-        each_step<R, C, shared, 4>(w, panel_bytes, inputs, ahead, [&](int64_t k, const uint8_t* at) SLUICE_HERE {
-            add_products(
-                sum, [&](int r) SLUICE_HERE { return Simd::set1_lane(row[r] + k); },
-                [&](int v) SLUICE_HERE { return Simd::load_lanes(vector_at<4>(at, panel_bytes, v)); },
-                [](I s, I x, I b) SLUICE_HERE { return Simd::add_byte_products(s, x, b); });
-        });
+        add_bytes<R, C, shared>(sum, a, stride, w, panel_bytes, inputs, ahead);
         store_tile(sum, sums);
     }
 };
