@@ -6,6 +6,7 @@
 #include "attention_plan.h"
 #include "dispatch.h"
 #include "memory.h"
+#include "prepared_calls.h"
 
 namespace {
 
@@ -160,12 +161,12 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
                     header->q_heads == q_heads && header->kv_heads == kv_heads && header->window == window,
                 "plan was made for other sequences, heads or another window");
     check_places(call, num_seqs, num_blocks, cos_sin.size(0));
-    Tensor out = at::empty({tokens, q_heads, dim}, q.options().dtype(out_dtype.value_or(rows)));
+    Tensor out = sluice::new_output({tokens, q_heads, dim}, out_dtype.value_or(rows));
     TORCH_CHECK(out.scalar_type() == at::kFloat || out.scalar_type() == at::kBFloat16, "out_dtype must be float32 or bfloat16, not ",
                 out.scalar_type());
     call.out = out.data_ptr();
     call.out_type = out.scalar_type() == at::kFloat ? Type::f32 : Type::bf16;
-    sluice::operators().attention(call);
+    sluice::call([call](const sluice::Operators& operators) { operators.attention(call); });
     return out;
 }
 

@@ -4,6 +4,7 @@
 
 #include "dispatch.h"
 #include "memory.h"
+#include "prepared_calls.h"
 
 namespace {
 
@@ -100,9 +101,9 @@ Tensor linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>
         TORCH_CHECK(residual->dim() == 2 && residual->size(0) == rows && residual->size(1) == outputs, "residual must be [", rows,
                     ", ", outputs, "]");
     }
-    Tensor out = at::empty({rows, outputs}, x.options().dtype(out_dtype.value_or(x.scalar_type())));
+    Tensor out = sluice::new_output({rows, outputs}, out_dtype.value_or(x.scalar_type()));
     const Type out_type = type_of(out, "out_dtype");
-    sluice::operators().linear({
+    const sluice::Linear call{
         x.const_data_ptr(),
         rows,
         x_type,
@@ -114,7 +115,8 @@ Tensor linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>
         type,
         out.data_ptr(),
         out_type,
-    });
+    };
+    sluice::call([call](const sluice::Operators& operators) { operators.linear(call); });
     return out;
 }
 
@@ -154,17 +156,22 @@ Tensor embedding(const Tensor& table, const Tensor& ids) {
     for (int64_t i = 0; i < ids.size(0); ++i) {
         TORCH_CHECK_INDEX(id[i] >= 0 && id[i] < table.size(0), "id ", id[i], " is outside the table of ", table.size(0), " rows");
     }
-    Tensor out = at::empty({ids.size(0), table.size(1)}, table.options().dtype(at::kFloat));
-    sluice::operators().embedding(table.const_data_ptr(), id, ids.size(0), table.size(1), type, out.data_ptr<float>());
+    Tensor out = sluice::new_output({ids.size(0), table.size(1)}, at::kFloat);
+    const void* from = table.const_data_ptr();
+    const int64_t rows = ids.size(0), size = table.size(1);
+    float* to = out.data_ptr<float>();
+    sluice::call([=](const sluice::Operators& operators) { operators.embedding(from, id, rows, size, type, to); });
     return out;
 }
 
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
     Type type = type_of(x, "x");
     TORCH_CHECK(x.dim() == 2, "x must be [rows, size]");
-    Tensor out = at::empty_like(x);
-    const void* scale = checked_vector(weight, "weight", x.size(1), type, "x");
-    sluice::operators().rms_norm(x.const_data_ptr(), scale, (float)eps, x.size(0), x.size(1), type, out.data_ptr());
+    Tensor out = sluice::new_output(x.sizes(), x.scalar_type());
+    const void *from = x.const_data_ptr(), *scale = checked_vector(weight, "weight", x.size(1), type, "x");
+    const int64_t rows = x.size(0), size = x.size(1);
+    void* to = out.data_ptr();
+    sluice::call([=](const sluice::Operators& operators) { operators.rms_norm(from, scale, (float)eps, rows, size, type, to); });
     return out;
 }
 

@@ -1,7 +1,8 @@
 """A function of tensors, recorded once as the operators that it called, and run again without Python between them, or beside Python.
 
-Between two calls of a layer, Python costs 15 µs where arithmetic has just emptied the caches, which is every call of a step; a recorded
-call costs one (`python -m tests.bench.step`). The program is right for inputs of the shapes and strides it was recorded with, save
+Between two calls of a layer, Python costs 15 µs where arithmetic has just emptied the caches, which is every call of a step; checks,
+memory for outputs and torch's dispatch cost another 5, which a program spends on all calls of a layer but attention in its first run
+only, and on those of all layers together, with what they need in the caches (`python -m tests.bench.step`). The program is right for inputs of the shapes and strides it was recorded with, save
 dimensions that only operators look at, and for a function that reads no value of its inputs in Python: a read that torch sees is
 refused. Tensors that are neither inputs nor made by the function are kept and used again as they are: weights, caches.
 """
@@ -29,7 +30,7 @@ class Running(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """What was recorded.
+    """What was recorded; one run of it at a time.
 
     `run` gives what the function gave. `start` begins a run behind those begun before: what it gives is what it writes into its inputs
     and into what it keeps. Until the caller synchronizes, it has one thread less, which is the caller's.
@@ -63,6 +64,7 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self._program = program
         self._registers = {id(tensor): i for i, tensor in enumerate(inputs)}
+        self._memory = {_address(tensor): i for i, tensor in enumerate(inputs)}
         self._kept: list[Any] = list(inputs)
 
     @classmethod
@@ -94,7 +96,15 @@ class _Recorder(TorchDispatchMode):
             float(one) if isinstance(one, int) and str(argument.type) == "float" else one
             for one, argument in zip(arguments, func._schema.arguments, strict=True)
         ]
-        first = self._program.call(func._schema.name, func._schema.overload_name, tuple(typed), reads, len(values))
+        shares = [self._memory.get(_address(value), -1) for value in values]
+        first = self._program.call(func._schema.name, func._schema.overload_name, tuple(typed), reads, shares)
         self._kept += [*args, *values]
-        self._registers.update({id(value): first + i for i, value in enumerate(values)})
+        for i, value in enumerate(values):
+            self._registers[id(value)] = first + i
+            self._memory.setdefault(_address(value), first + i)
         return given
+
+
+def _address(tensor: Tensor) -> int:
+    """Of the memory that it is a part of."""
+    return tensor.untyped_storage().data_ptr()

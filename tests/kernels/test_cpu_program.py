@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -52,6 +52,75 @@ def test_a_program_gives_fresh_memory_each_time() -> None:
     _, program = record(torch.neg, [torch.zeros(4)])
     one, other = program.run([torch.ones(4)]), program.run([torch.full((4,), 2.0)])
     assert (one.tolist(), other.tolist()) == ([-1.0] * 4, [-2.0] * 4)
+
+
+def _deep(residual_from_afar: bool) -> Callable[[Tensor], Tensor]:
+    """A function whose operators outnumber the places that their outputs need: some are read at once, some layers later, some through a
+    view or after a write in place."""
+    linear, norm = torch.ops.sluice_cpu.linear.default, torch.ops.sluice_cpu.rms_norm.default
+    weights = [torch.ops.sluice_cpu.pack.default(torch.randn(SIZE, SIZE) / 4, "float32", False, 0) for _ in range(24)]
+    wide = torch.ops.sluice_cpu.pack.default(torch.randn(WIDE, SIZE) / 4, "float32", False, 0)
+    ones = torch.ones(SIZE)
+
+    def deep(x: Tensor) -> Tensor:
+        first = kept = norm(x, ones, 1e-5)
+        for i, weight in enumerate(weights):
+            _, middle, _ = linear(kept, wide, None, 0.0, None, None, None).view(len(x), 3, SIZE).unbind(1)
+            kept = linear(norm(kept, ones, 1e-5), weight, None, 0.0, None, kept, None)
+            if i % 5 == 0:
+                kept = linear(middle.contiguous(), weight, None, 0.0, None, kept, None)
+            if i % 7 == 0:
+                kept.view(-1).clamp_(min=-1.0)
+        return linear(kept, weights[0], None, 0.0, None, first if residual_from_afar else None, None)
+
+    return deep
+
+
+@pytest.mark.parametrize("residual_from_afar", [False, True])
+def test_outputs_share_memory_as_soon_as_nobody_reads_them(residual_from_afar) -> None:
+    """Between programs of other sizes too, and on whichever thread."""
+    deep = _deep(residual_from_afar)
+    programs = {rows: record(deep, [torch.randn(rows, SIZE)])[1] for rows in (1, 3, 40)}
+    for _ in range(3):
+        for rows, program in programs.items():
+            x = torch.randn(rows, SIZE)
+            given = [program.run([x]) for _ in range(2)]
+            assert all(torch.equal(one, deep(x)) for one in given)
+            keeping = torch.full_like(x, torch.nan)
+            _, writing = record(lambda x, out: out.copy_(deep(x)), [x, keeping])
+            for later in (x, x.neg()):
+                writing.start([later, keeping]).synchronize()
+                assert torch.equal(keeping, deep(later))
+            assert torch.equal(given[0], deep(x))
+
+
+def test_other_shapes_are_refused_by_operators_that_have_a_place() -> None:
+    linear = torch.ops.sluice_cpu.linear.default
+    weight = torch.ops.sluice_cpu.pack.default(torch.randn(SIZE, SIZE), "float32", False, 0)
+    _, program = record(lambda x: linear(x, weight, None, 0.0, None, None, None).neg(), [torch.randn(3, SIZE)])
+    program.run([torch.randn(3, SIZE)])
+    with pytest.raises(RuntimeError, match="recorded for other shapes"):
+        program.run([torch.randn(4, SIZE)])
+    x = torch.randn(3, SIZE)
+    assert torch.equal(program.run([x]), linear(x, weight, None, 0.0, None, None, None).neg())
+
+
+def test_a_first_run_that_fails_leaves_nothing_behind() -> None:
+    linear = torch.ops.sluice_cpu.linear.default
+    weight = torch.ops.sluice_cpu.pack.default(torch.randn(SIZE, SIZE), "float32", False, 0)
+    table = torch.randn(4, SIZE)
+
+    def look_up(ids: Tensor) -> Tensor:
+        rows = linear(torch.ops.sluice_cpu.embedding.default(table, ids), weight, None, 0.0, None, None, None)
+        return rows.add(torch.ops.sluice_cpu.embedding.default(table, ids.remainder(5)))
+
+    _, program = record(look_up, [torch.tensor([0, 1])])
+    for ids in ([3, 4], [2, 3], [4, 0], [1, 1]):
+        if 4 in ids:
+            with pytest.raises(IndexError, match="outside the table of 4 rows"):
+                program.run([torch.tensor(ids)])
+        else:
+            assert torch.equal(program.run([torch.tensor(ids)]), look_up(torch.tensor(ids)))
 
 
 def test_dimensions_that_only_operators_look_at_may_change() -> None:
