@@ -50,7 +50,8 @@ inline void weigh_row(float* scores, Range range, float scale, Factor* weights, 
     const F shift = Simd::set1(peak), factor = Simd::set1(scale);
     F sum = Simd::zero();
     for (int64_t i = first; i < last; i += width) {
-        F weight = exp(Simd::mul(Simd::sub(Simd::load(scores + i), shift), factor));
+        const F below = Simd::mul(Simd::sub(Simd::load(scores + i), shift), factor);
+        F weight = std::is_same_v<Factor, float> ? exp(below) : coarse_exp(below);
         if (i < range.low || i + width > range.high) weight = only(weight, range.low - i, range.high - i);
         sum = Simd::add(sum, keep(weights + i, weight));
     }

@@ -25,7 +25,13 @@ struct PanelMaxima {
     void prepared(const PackedHeader&, const float*, float*) const {}
 
     template <class Tile>
-    void finish(const Product<Tile>& product, int64_t row, int64_t panel, const float* sums, const float*) const {
+    void finish(const Product<Tile>& product, int64_t row, int64_t count, int64_t panel, const float* sums, const float*, int64_t stride) const {
+        for (int64_t r = 0; r < count; ++r) finish_row(product, row + r, panel, sums + r * stride);
+    }
+
+private:
+    template <class Tile>
+    void finish_row(const Product<Tile>& product, int64_t row, int64_t panel, const float* sums) const {
         const F above = Simd::set1(INFINITY);
         F most = Simd::set1(-INFINITY);
         bool none = false;
@@ -54,15 +60,15 @@ struct PanelBounds {
     void prepared(const PackedHeader& header, const float* floats, float* reach) const { *reach = reach_of(floats, header.in_features); }
 
     template <class Tile>
-    void finish(const Product<Tile>& product, int64_t row, int64_t panel, const float* sums, const float*) const {
-        const F reach = Simd::set1(product.row_scales[row]);
+    void finish(const Product<Tile>& product, int64_t row, int64_t count, int64_t panel, const float* sums, const float*, int64_t stride) const {
         const uint8_t* after = product.after(panel);
-        const auto* prepared = product.rows + row * product.stride;
-        F most = Simd::set1(-INFINITY);
-        for (int v = 0; v < panel_vectors; ++v) {
-            most = Simd::max(most, upper_bound<Tile>(prepared, reach, sums, after, v));
+        for (int64_t end = row + count; row < end; ++row, sums += stride) {
+            const F reach = Simd::set1(product.row_scales[row]);
+            const auto* prepared = product.rows + row * product.stride;
+            F most = Simd::set1(-INFINITY);
+            for (int v = 0; v < panel_vectors; ++v) most = Simd::max(most, upper_bound<Tile>(prepared, reach, sums, after, v));
+            maxima[row * panels + panel] = Simd::largest(most);
         }
-        maxima[row * panels + panel] = Simd::largest(most);
     }
 };
 

@@ -127,7 +127,7 @@ struct Product {
         if constexpr (multiplies_matrices<Tile>) {
             multiply_matrices(row, 1, panel, sums);
         } else {
-            std::memset(sums, 0, sizeof(float) * panel_outputs);
+            if (Tile::adds_blocks) std::memset(sums, 0, sizeof(float) * panel_outputs);
             multiply(row, 1, 1, panel, 1, sums);
         }
         for (int v = 0; v < panel_vectors; ++v) Simd::store(to + v * width, value(row, panel, sums, v));
@@ -164,14 +164,13 @@ private:
         while (panel < end) {
             if (panel + at_once > end) at_once = 1;
             int64_t side_by_side = std::max(at_once, per_unit), size = count * at_once * panel_outputs;
-            std::memset(sums, 0, sizeof(float) * (size_t)(count * side_by_side * panel_outputs));
+            if (Tile::adds_blocks) std::memset(sums, 0, sizeof(float) * (size_t)(count * side_by_side * panel_outputs));
             for (int64_t i = 0; i < side_by_side; i += at_once) multiply(row, count, tiles, panel + i, at_once, sums + i * size);
-            for (int64_t r = 0; r < count; ++r) {
-                for (int64_t i = 0; i < side_by_side; i += per_unit) {
-                    // Panels multiplied at once stand side by side in a row, others one after the other.
-                    const float* mine = sums + (r * at_once + i) * panel_outputs;
-                    out.finish(*this, row + r, panel + i, mine, header.gated ? mine + (at_once == 1 ? size : panel_outputs) : nullptr);
-                }
+            for (int64_t i = 0; i < side_by_side; i += per_unit) {
+                // Panels multiplied at once stand side by side in a row, others one after the other.
+                const float* mine = sums + i * panel_outputs;
+                const float* up = header.gated ? mine + (at_once == 1 ? size : panel_outputs) : nullptr;
+                out.finish(*this, row, count, panel + i, mine, up, at_once * panel_outputs);
             }
             panel += side_by_side;
         }
@@ -189,7 +188,7 @@ private:
                 for (int64_t i = 0; i < per_unit; ++i) multiply_matrices(top, count, panel + i, sums + i * most);
                 for (int64_t r = 0; r < count; ++r) {
                     const float* mine = sums + r * panel_outputs;
-                    out.finish(*this, top + r, panel, mine, header.gated ? mine + most : nullptr);
+                    out.finish(*this, top + r, 1, panel, mine, header.gated ? mine + most : nullptr, 0);
                     ahead_.finish();
                 }
             }
@@ -243,30 +242,52 @@ struct Outputs {
 
     void prepared(const PackedHeader&, const float*, float*) const {}
 
-    // Sums of one row and the unit that begins with `panel`; `up`: null where it is the whole unit.
+    // Sums of `count` rows, `stride` apart, and the unit that begins with `panel`; `up`: null where it is the whole unit.
     template <class Tile>
-    void finish(const Product<Tile>& product, int64_t row, int64_t panel, const float* gate, const float* up) const {
-        const int64_t outputs = product.outputs, first = (up ? panel / 2 : panel) * panel_outputs;
-        if (first + panel_outputs <= outputs) {
-            each<panel_vectors>([&](auto v) SLUICE_HERE { finish_vector(product, row, panel, gate, up, v, first + v * width, width); });
-            return;
-        }
-        for (int v = 0; v < panel_vectors; ++v) {
-            const int64_t output = first + v * width;
-            if (output >= outputs) return;
-            finish_vector(product, row, panel, gate, up, v, output, lanes_left(output, outputs));
-        }
+    void finish(const Product<Tile>& product, int64_t row, int64_t count, int64_t panel, const float* gate, const float* up,
+                int64_t stride) const {
+        if (up) finish_as<true>(product, row, count, panel, gate, up, stride);
+        else finish_as<false>(product, row, count, panel, gate, up, stride);
     }
 
 private:
-    template <class Tile>
+    template <bool gated, class Tile>
+    void finish_as(const Product<Tile>& product, int64_t row, int64_t count, int64_t panel, const float* gate, const float* up,
+                   int64_t stride) const {
+        const int64_t outputs = product.outputs, first = (gated ? panel / 2 : panel) * panel_outputs;
+        const auto each_row = [&](auto finish_row) SLUICE_HERE {
+            for (int64_t r = 0; r < count; ++r) finish_row(row + r, gate + r * stride, gated ? up + r * stride : nullptr);
+        };
+        if (first + panel_outputs > outputs) {
+            return each_row([&](int64_t at, const float* of_gate, const float* of_up) {
+                for (int v = 0; v < panel_vectors && first + v * width < outputs; ++v) {
+                    const int64_t output = first + v * width;
+                    finish_vector<gated>(product, at, panel, of_gate, of_up, v, output, lanes_left(output, outputs), call.out_type);
+                }
+            });
+        }
+        const auto whole = [&](auto out_type) SLUICE_HERE {
+            each_row([&](int64_t at, const float* of_gate, const float* of_up) SLUICE_HERE {
+                each<panel_vectors>([&](auto v) SLUICE_HERE {
+                    finish_vector<gated>(product, at, panel, of_gate, of_up, v, first + v * width, width, out_type);
+                });
+            });
+        };
+        if (call.out_type == Type::f32) whole(std::integral_constant<Type, Type::f32>());
+        else whole(std::integral_constant<Type, Type::bf16>());
+    }
+
+    template <bool gated, class Tile>
     SLUICE_INLINE void finish_vector(const Product<Tile>& product, int64_t row, int64_t panel, const float* gate, const float* up, int v,
-                                     int64_t output, int n) const {
+                                     int64_t output, int n, Type out_type) const {
         F x = with_bias(product.value(row, panel, gate, v), output, n);
-        if (up) x = Simd::mul(silu(x), with_bias(product.value(row, panel + 1, up, v), product.outputs + output, n));
+        if (gated) {
+            const F other = with_bias(product.value(row, panel + 1, up, v), product.outputs + output, n);
+            x = Simd::mul(silu<!std::is_same_v<Tile, FloatTile>>(x), other);
+        }
         const int64_t place = row * product.outputs + output;
         if (call.residual) x = Simd::add(x, load_typed(call.residual, place, n, call.type));
-        store_typed(call.out, place, x, n, call.out_type);
+        store_typed(call.out, place, x, n, out_type);
     }
     F with_bias(F x, int64_t output, int n) const { return call.bias ? Simd::add(x, load_typed(call.bias, output, n, call.type)) : x; }
 };

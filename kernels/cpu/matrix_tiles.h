@@ -87,7 +87,6 @@ struct MatrixTile : Base {
     static constexpr int64_t weight_bytes = 16 * step_bytes;  // of a step
 
     static constexpr int64_t row_block(int64_t inputs) { return inputs; }
-    static constexpr int64_t block_inputs(int64_t inputs) { return inputs; }
     static constexpr int64_t steps(int64_t inputs) { return inputs / step_inputs; }
 
     // How many of `rows` are multiplied next.

@@ -5,17 +5,25 @@ namespace SLUICE_ISA {
 
 using sluice::Linear;
 
-// One row of the input, [0, in), rounded only to what `out` is of: normed when the call says so.
-template <Type to>
-inline void read_row_as(const Linear& call, int64_t row, int64_t in, void* out) {
-    int64_t start = row * in;
-    F scale = Simd::set1(call.norm_weight ? rms_scale(call.x, start, in, call.eps, call.x_type) : 1.0f);
-    for (int64_t i = 0; i < in; i += width) {
-        int n = lanes_left(i, in);
+// take(i, n, x) for the vectors of one row of the input, [0, in): normed when the call says so.
+template <class Take>
+inline void each_of_row(const Linear& call, int64_t row, int64_t in, const Take& take) {
+    const int64_t start = row * in;
+    const F scale = Simd::set1(call.norm_weight ? rms_scale(call.x, start, in, call.eps, call.x_type) : 1.0f);
+    const auto one = [&](int64_t i, int n) SLUICE_HERE {
         F x = load_typed(call.x, start + i, n, call.x_type);
         if (call.norm_weight) x = Simd::mul(Simd::mul(x, scale), load_typed(call.norm_weight, i, n, call.x_type));
-        store_typed(out, i, x, n, to);
-    }
+        take(i, n, x);
+    };
+    int64_t i = 0;
+    for (; i + width <= in; i += width) one(i, width);
+    if (i < in) one(i, (int)(in - i));
+}
+
+// Rounded only to what `out` is of.
+template <Type to>
+inline void read_row_as(const Linear& call, int64_t row, int64_t in, void* out) {
+    each_of_row(call, row, in, [&](int64_t i, int n, F x) SLUICE_HERE { store_typed(out, i, x, n, to); });
 }
 
 inline void read_row(const Linear& call, int64_t row, int64_t in, float* out) { read_row_as<Type::f32>(call, row, in, out); }
@@ -31,6 +39,8 @@ inline void prepare_row(const Linear& call, int64_t row, int64_t in, int64_t inp
     for (int64_t i = in; i < inputs; ++i) out[i] = 0;
 }
 
+inline F magnitude(F x) { return Simd::max(x, Simd::sub(Simd::zero(), x)); }
+
 // Fixed point (int16_t), block by block: the block's scale as a float, then round(x / scale). A block of an infinite or no number has no
 // number for its scale, so that its whole row has none.
 inline void prepare_row(const Linear& call, int64_t row, int64_t in, int64_t inputs, int16_t* out, float* floats, float*) {
@@ -41,8 +51,8 @@ inline void prepare_row(const Linear& call, int64_t row, int64_t in, int64_t inp
         const int64_t end = std::min(padded, start + block);
         F found = Simd::zero(), wrong = Simd::zero();
         for (int64_t i = start; i < end; i += width) {
-            F x = Simd::load(floats + i);
-            found = Simd::max(Simd::max(x, Simd::sub(Simd::zero(), x)), found);
+            const F x = Simd::load(floats + i);
+            found = Simd::max(magnitude(x), found);
             wrong = Simd::fma(x, Simd::zero(), wrong);
         }
         float largest = Simd::largest(found);
@@ -59,32 +69,29 @@ inline void prepare_row(const Linear& call, int64_t row, int64_t in, int64_t inp
 // The largest magnitude of floats [0, count).
 inline float largest_magnitude(const float* x, int64_t count) {
     F found = Simd::zero();
-    for (int64_t i = 0; i < count; i += width) {
-        F lanes = load_typed(x, i, lanes_left(i, count), Type::f32);
-        found = Simd::max(Simd::max(lanes, Simd::sub(Simd::zero(), lanes)), found);
-    }
+    for (int64_t i = 0; i < count; i += width) found = Simd::max(magnitude(load_typed(x, i, lanes_left(i, count), Type::f32)), found);
     return Simd::largest(found);
 }
 
-// Symmetric to 8 bits by the row's largest magnitude: floats [0, in) of whole numbers in [-127, 127]. Gives the scale.
-inline float quantise_row(const Linear& call, int64_t row, int64_t in, float* floats) {
-    read_row(call, row, in, floats);
-    const float largest = largest_magnitude(floats, in);
-    F inverse = Simd::set1(largest > 0.0f ? 127.0f / largest : 0.0f);
-    for (int64_t i = 0; i < in; i += width) {
-        int n = lanes_left(i, in);
-        store_typed(floats, i, Simd::round(Simd::mul(load_typed(floats, i, n, Type::f32), inverse)), n, Type::f32);
-    }
-    return largest / 127.0f;
-}
-
-// int8 and int4: plus 128, for products of unsigned bytes.
+// int8 and int4: symmetric to 8 bits by the row's largest magnitude, plus 128 for products of unsigned bytes.
 inline void prepare_row(const Linear& call, int64_t row, int64_t in, int64_t inputs, uint8_t* out, float* floats, float* scale) {
-    *scale = quantise_row(call, row, in, floats);
-    const F excess = Simd::set1(128.0f);
+    F found = Simd::zero();
+    each_of_row(call, row, in, [&](int64_t i, int n, F x) SLUICE_HERE {
+        store_typed(floats, i, x, n, Type::f32);
+        found = Simd::max(magnitude(x), found);
+    });
+    const float largest = Simd::largest(found);
+    *scale = largest / 127.0f;
+    const F inverse = Simd::set1(largest > 0.0f ? 127.0f / largest : 0.0f), excess = Simd::set1(128.0f);
+    const auto quantised = [&](F x) SLUICE_HERE { return Simd::add(Simd::round(Simd::mul(x, inverse)), excess); };
     int64_t i = 0;
-    for (; i + width <= in; i += width) Simd::store_bytes(out + i, Simd::add(Simd::load(floats + i), excess));
-    for (; i < in; ++i) out[i] = (uint8_t)((int32_t)floats[i] + 128);
+    for (; i + width <= in; i += width) Simd::store_bytes(out + i, quantised(Simd::load(floats + i)));
+    if (i < in) {
+        uint8_t last[width];
+        Simd::store_bytes(last, quantised(load_typed(floats, i, (int)(in - i), Type::f32)));
+        std::memcpy(out + i, last, (size_t)(in - i));
+        i = in;
+    }
     for (; i < inputs; ++i) out[i] = 128;
 }
 

@@ -23,12 +23,11 @@ struct ScreenRow {
 
 // After a panel's inputs: float scales, int32 what the excess of 128 adds to fine inputs' sums and to the others', float bounds a |y|, float
 // bounds a |y - ^y|.
-struct ByteScreenTile {
+struct ByteScreenTile : OneBlock {
     using Row = ScreenByte;
     static constexpr int max_rows = Simd::tile_rows;
 
     static constexpr int64_t row_block(int64_t inputs) { return (int64_t)sizeof(ScreenRow) + fine_inputs(inputs) + inputs; }
-    static constexpr int64_t block_inputs(int64_t inputs) { return inputs; }
     static constexpr int64_t panel_offset(int64_t k) { return k * panel_outputs; }
     static F total(const float* sums, const uint8_t* after, int v) {
         return Simd::mul(Simd::load(sums + v * width), Simd::load((const float*)after + v * width));
@@ -45,16 +44,17 @@ struct ByteScreenTile {
         add_bytes<R, C, shared>(sum, bytes, stride, w, panel_bytes, fine, ahead);
         each<R>([&](auto r) SLUICE_HERE { each<V>([&](auto v) SLUICE_HERE { sum[r][v] = Simd::times_128(sum[r][v]); }); });
         add_bytes<R, C, shared>(sum, bytes + fine, stride, w, panel_bytes, fine, ahead);
-        add_scaled(sum, a, stride, offsetof(ScreenRow, fine_scale), excess, panel_bytes, sums);
+        put<false>(sum, a, stride, offsetof(ScreenRow, fine_scale), excess, panel_bytes, sums);
         clear_tile(sum);
         add_bytes<R, C, shared>(sum, bytes + 2 * fine, stride, w + panel_offset(fine), panel_bytes, inputs - fine, ahead);
-        add_scaled(sum, a, stride, offsetof(ScreenRow, scale), excess + 4 * panel_outputs, panel_bytes, sums);
+        put<true>(sum, a, stride, offsetof(ScreenRow, scale), excess + 4 * panel_outputs, panel_bytes, sums);
     }
 
 private:
-    template <int R, int V>
-    SLUICE_INLINE static void add_scaled(const I (&sum)[R][V], const Row* a, int64_t stride, int64_t scale_at, const uint8_t* excess,
-                                         int64_t panel_bytes, float* sums) {
+    // In floats, added to what stands in `sums` or instead of it.
+    template <bool adds, int R, int V>
+    SLUICE_INLINE static void put(const I (&sum)[R][V], const Row* a, int64_t stride, int64_t scale_at, const uint8_t* excess,
+                                  int64_t panel_bytes, float* sums) {
         each<R>([&](auto r) SLUICE_HERE {
             float row_scale;
             std::memcpy(&row_scale, a + r * stride + scale_at, sizeof row_scale);
@@ -62,7 +62,7 @@ private:
             each<V>([&](auto v) SLUICE_HERE {
                 float* all = sums + (r * V + v) * width;
                 const I exact = Simd::sub_lanes(sum[r][v], Simd::load_lanes(vector_at<4>(excess, panel_bytes, v)));
-                Simd::store(all, Simd::fma(Simd::to_float(exact), scale, Simd::load(all)));
+                Simd::store(all, Simd::fma(Simd::to_float(exact), scale, adds ? Simd::load(all) : Simd::zero()));
             });
         });
     }

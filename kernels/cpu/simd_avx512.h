@@ -52,6 +52,10 @@ struct Simd {
     static F load_bf16(const uint16_t* p) {
         return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
     }
+#ifdef SLUICE_BF16
+    // Numbers below 2^-126 become 0.
+    static void store_bf16(uint16_t* p, F x) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(x)); }
+#else
     static void store_bf16(uint16_t* p, F x) {
         I bits = _mm512_castps_si512(x);
         I odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -60,6 +64,7 @@ struct Simd {
         I high = _mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000)), 16);
         _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(high));
     }
+#endif
 
     static void store_bytes(uint8_t* p, F x) {
         __m256i words = _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(x));

@@ -3,17 +3,14 @@
 // R, C and the row's place in a tile therefore cannot change a result. A tile says
 //
 //   Row, row_block(inputs)  what rows.h makes of a row, and elements of it that a block of inputs takes
-//   block_inputs(inputs)    inputs of a block: as many as stay in the nearest cache while all rows are multiplied
+//   block_inputs(inputs)    inputs of a block
 //   panel_offset(k)         bytes before input k in a panel; what stands for all inputs comes after the last
 //   add<R, C, shared>(a, stride, w, panel_bytes, inputs, group, ahead, sums)
-//                           adds a block: `a` rows `stride` elements apart, `w` in the first of C panels `panel_bytes` apart, `sums`
-//                           [R][C * panel_outputs], lanes of 32 bits, at first 0; `shared`: other tiles multiply the block too
+//                           multiplies a block: `a` rows `stride` elements apart, `w` in the first of C panels `panel_bytes` apart, `sums`
+//                           [R][C * panel_outputs], lanes of 32 bits; `shared`: other tiles multiply the block too
+//   adds_blocks             whether there are several blocks, whose sums are added to what stands in `sums`
 //   total(sums, after, v)   vector v of a panel's sums in floats, `after` the panel's inputs
 #pragma once
-
-// Sums must stay in registers: a call, or an index that the compiler learns late, would put them in memory.
-#define SLUICE_INLINE __attribute__((always_inline)) inline
-#define SLUICE_HERE __attribute__((always_inline))
 
 namespace SLUICE_ISA {
 
@@ -29,16 +26,6 @@ SLUICE_INLINE void each(Body body) {
 }
 
 template <int R, int V>
-SLUICE_INLINE void load_tile(F (&sum)[R][V], const float* sums) {
-    each<R>([&](auto r) SLUICE_HERE { each<V>([&](auto v) SLUICE_HERE { sum[r][v] = Simd::load(sums + (r * V + v) * width); }); });
-}
-
-template <int R, int V>
-SLUICE_INLINE void load_tile(I (&sum)[R][V], const float* sums) {
-    each<R>([&](auto r) SLUICE_HERE { each<V>([&](auto v) SLUICE_HERE { sum[r][v] = Simd::load_lanes(sums + (r * V + v) * width); }); });
-}
-
-template <int R, int V>
 SLUICE_INLINE void store_tile(const F (&sum)[R][V], float* sums) {
     each<R>([&](auto r) SLUICE_HERE { each<V>([&](auto v) SLUICE_HERE { Simd::store(sums + (r * V + v) * width, sum[r][v]); }); });
 }
@@ -48,14 +35,15 @@ SLUICE_INLINE void store_tile(const I (&sum)[R][V], float* sums) {
     each<R>([&](auto r) SLUICE_HERE { each<V>([&](auto v) SLUICE_HERE { Simd::store_lanes(sums + (r * V + v) * width, sum[r][v]); }); });
 }
 
+// Held: known to be zeros, they would be treated apart in the first step.
 template <int R, int V>
 SLUICE_INLINE void clear_tile(F (&sum)[R][V]) {
-    each<R>([&](auto r) SLUICE_HERE { each<V>([&](auto v) SLUICE_HERE { sum[r][v] = Simd::zero(); }); });
+    each<R>([&](auto r) SLUICE_HERE { each<V>([&](auto v) SLUICE_HERE { Simd::hold(sum[r][v] = Simd::zero()); }); });
 }
 
 template <int R, int V>
 SLUICE_INLINE void clear_tile(I (&sum)[R][V]) {
-    each<R>([&](auto r) SLUICE_HERE { each<V>([&](auto v) SLUICE_HERE { sum[r][v] = Simd::zero_lanes(); }); });
+    each<R>([&](auto r) SLUICE_HERE { each<V>([&](auto v) SLUICE_HERE { Simd::hold(sum[r][v] = Simd::zero_lanes()); }); });
 }
 
 // sum[r][v] = term(sum[r][v], factor(r), vector(v)), the fewer of the two held in registers. `hold` keeps the compiler from loading
@@ -143,8 +131,13 @@ SLUICE_INLINE const uint8_t* vector_at(const uint8_t* at, int64_t panel_bytes, i
 
 constexpr auto add_product = [](F sum, F x, F weights) SLUICE_HERE { return Simd::add_product(sum, x, weights); };
 
+struct OneBlock {
+    static constexpr bool adds_blocks = false;
+    static constexpr int64_t block_inputs(int64_t inputs) { return inputs; }
+};
+
 // Rows that are their inputs alone, sums that are floats.
-struct FloatSums {
+struct FloatSums : OneBlock {
     static constexpr int64_t row_block(int64_t inputs) { return inputs; }
     static F total(const float* sums, const uint8_t*, int v) { return Simd::load(sums + v * width); }
 };
@@ -153,14 +146,13 @@ struct FloatTile : FloatSums {
     using Row = float;
     static constexpr int max_rows = Simd::tile_rows;
 
-    static constexpr int64_t block_inputs(int64_t inputs) { return inputs; }
     static constexpr int64_t panel_offset(int64_t k) { return k * panel_outputs * 4; }
 
     template <int R, int C, bool shared>
     static void add(const Row* a, int64_t stride, const uint8_t* w, int64_t panel_bytes, int64_t inputs, int, Ahead ahead, float* sums) {
         constexpr int V = panel_vectors * C;
         F sum[R][V];
-        load_tile(sum, sums);
+        clear_tile(sum);
         const RowsAt<Row, R> row(a, stride);
         each_step<R, C, shared, 1>(w, panel_bytes, inputs, ahead, [&](int64_t k, const uint8_t* at) SLUICE_HERE {
             add_products(
@@ -175,14 +167,13 @@ struct Bf16Tile : FloatSums {
     using Row = std::conditional_t<bf16_rows, uint16_t, float>;
     static constexpr int max_rows = Simd::tile_rows;
 
-    static constexpr int64_t block_inputs(int64_t inputs) { return inputs; }
     static constexpr int64_t panel_offset(int64_t k) { return k * panel_outputs * 2; }
 
     template <int R, int C, bool shared>
     static void add(const Row* a, int64_t stride, const uint8_t* w, int64_t panel_bytes, int64_t inputs, int, Ahead ahead, float* sums) {
         constexpr int V = panel_vectors * C;
         F sum[R][V];
-        load_tile(sum, sums);
+        clear_tile(sum);
         const RowsAt<Row, R> row(a, stride);
         each_step<R, C, shared, 2>(w, panel_bytes, inputs, ahead, [&](int64_t k, const uint8_t* at) SLUICE_HERE {
             const auto pairs = [&](int v) SLUICE_HERE { return Simd::load_lanes(vector_at<4>(at, panel_bytes, v)); };
@@ -212,6 +203,7 @@ struct PairTile {
     static constexpr int pairs = 2 / weight_bytes;  // of a step
 
     static constexpr int64_t row_block(int64_t inputs) { return fixed_scale_words + inputs; }
+    static constexpr bool adds_blocks = true;
     static constexpr int64_t block_inputs(int64_t inputs) { return fixed_block(inputs); }
     static constexpr int64_t panel_offset(int64_t k) { return k * panel_outputs * weight_bytes; }
     static F total(const float* sums, const uint8_t* after, int v) {
@@ -266,12 +258,11 @@ SLUICE_INLINE void add_bytes(I (&sum)[R][V], const Row* a, int64_t stride, const
 }
 
 // Rows are unsigned, 128 too high: what that adds is taken off at the end.
-struct Int8Tile {
+struct Int8Tile : OneBlock {
     using Row = uint8_t;
     static constexpr int max_rows = Simd::tile_rows;
 
     static constexpr int64_t row_block(int64_t inputs) { return inputs; }
-    static constexpr int64_t block_inputs(int64_t inputs) { return equal_blocks(inputs, 512); }
     static constexpr int64_t panel_offset(int64_t k) { return k * panel_outputs; }
     static F total(const float* sums, const uint8_t* after, int v) {
         const float* scale = (const float*)after + v * width;
@@ -283,7 +274,7 @@ struct Int8Tile {
     static void add(const Row* a, int64_t stride, const uint8_t* w, int64_t panel_bytes, int64_t inputs, int, Ahead ahead, float* sums) {
         constexpr int V = panel_vectors * C;
         I sum[R][V];
-        load_tile(sum, sums);
+        clear_tile(sum);
         add_bytes<R, C, shared>(sum, a, stride, w, panel_bytes, inputs, ahead);
         store_tile(sum, sums);
     }
@@ -294,7 +285,6 @@ struct Int4Tile : FloatSums {
     using Row = uint8_t;
     static constexpr int max_rows = Simd::tile_rows * 2 / 3;  // the excess takes registers too
 
-    static constexpr int64_t block_inputs(int64_t inputs) { return inputs; }
     static constexpr int64_t panel_offset(int64_t) { return 0; }  // nothing comes after the inputs
 
     template <int R, int C, bool shared>

@@ -60,6 +60,27 @@ inline simde__m512 cvtph_ps(__m256i x) {
     } out = {{_mm256_cvtph_ps(_mm256_castsi256_si128(x)), _mm256_cvtph_ps(_mm256_extracti128_si256(x, 1))}};
     return same_bits<simde__m512>(out);
 }
+inline __m256i cvtneps_pbh(simde__m512 x) {
+    Ints in = same_bits<Ints>(x);
+    Halves out;
+    for (int i = 0; i < 16; ++i) {
+        const unsigned bits = (unsigned)in.lane[i], magnitude = bits & 0x7fffffffu;
+        if (magnitude > 0x7f800000u) out.lane[i] = (unsigned short)(bits >> 16 | 0x40);
+        else if (magnitude < 0x00800000u) out.lane[i] = (unsigned short)(bits >> 31 << 15);
+        else out.lane[i] = (unsigned short)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+    }
+    return same_bits<__m256i>(out);
+}
+// Of numbers below 2^-126 the instruction takes none.
+inline simde__m512i normal_halves(simde__m512i x) {
+    struct Both {
+        unsigned short lane[32];
+    } out = same_bits<Both>(x);
+    for (int i = 0; i < 32; ++i) {
+        if ((out.lane[i] & 0x7f80) == 0) out.lane[i] &= 0x8000;
+    }
+    return same_bits<simde__m512i>(out);
+}
 inline __m256 extractf32x8_ps(simde__m512 x, int high) {
     struct Both {
         __m256 half[2];
@@ -90,6 +111,11 @@ inline void mask_storeu_ps(float* p, simde__mmask16 mask, simde__m512 x) {
 #define _mm512_cvtepi32_ps(x) emulated::cvtepi32_ps(x)
 #define _mm512_cvtps_epi32(x) emulated::cvtps_epi32(x)
 #define _mm512_cvtph_ps(x) emulated::cvtph_ps(x)
+#undef _mm512_dpbf16_ps
+#define _mm512_dpbf16_ps(sum, a, b)                                                        \
+    simde_mm512_dpbf16_ps(sum, (simde__m512bh)emulated::normal_halves((simde__m512i)(a)), \
+                          (simde__m512bh)emulated::normal_halves((simde__m512i)(b)))
+#define _mm512_cvtneps_pbh(x) emulated::cvtneps_pbh(x)
 #undef _mm512_extractf32x8_ps
 #define _mm512_extractf32x8_ps(x, high) emulated::extractf32x8_ps(x, high)
 #undef _mm512_mask_cmp_ps_mask
