@@ -1,10 +1,12 @@
 """A function of tensors, recorded once as the operators that it called, and run again without Python between them, or beside Python.
 
 Between two calls of a layer, Python costs 15 µs where arithmetic has just emptied the caches, which is every call of a step; checks,
-memory for outputs and torch's dispatch cost another 5, which a program spends on all calls of a layer but attention in its first run
-only, and on those of all layers together, with what they need in the caches (`python -m tests.bench.step`). The program is right for inputs of the shapes and strides it was recorded with, save
-dimensions that only operators look at, and for a function that reads no value of its inputs in Python: a read that torch sees is
-refused. Tensors that are neither inputs nor made by the function are kept and used again as they are: weights, caches.
+memory for outputs and torch's dispatch cost another 5. A program has these once for most of a layer's calls, in its first run, and
+those of attention for all layers together, with what they need in the caches (`python -m tests.bench.step`).
+
+The program is right for inputs of the shapes and strides it was recorded with, save dimensions that only operators look at, and for a
+function that reads no value of its inputs in Python: a read that torch sees is refused. Tensors that are neither inputs nor made by the
+function are kept and used again as they are: weights, caches.
 """
 
 from collections.abc import Callable
