@@ -38,7 +38,10 @@ struct Workspace {
         }
         // Of few sizes: programs of other numbers of rows take the same.
         constexpr int64_t least = 4096;
-        if (best == blocks.size()) blocks.push_back(at::empty({(int64_t)std::bit_ceil((uint64_t)std::max(bytes, least))}, at::kByte));
+        if (best == blocks.size()) {
+            const c10::InferenceMode any_mode(false);
+            blocks.push_back(at::empty({(int64_t)std::bit_ceil((uint64_t)std::max(bytes, least))}, at::kByte));
+        }
         return best;
     }
 };
@@ -126,7 +129,7 @@ public:
         TORCH_CHECK(finished_ && (int64_t)inputs.size() == num_inputs_, "run takes ", num_inputs_, " inputs of a finished program");
         const Alone alone(*this);
         const std::shared_ptr<Workspace>& workspace = Workspace::of_this_thread();
-        const bool first = workspace_ != workspace;
+        const bool first = workspace_ != workspace || operators_ != &sluice::operators();
         if (first) begin_anew();
         for (int64_t i = 0; i < num_inputs_; ++i) registers_[i].value = inputs[i];
         int64_t ran = 0, count = (int64_t)calls_.size();
@@ -140,17 +143,20 @@ public:
         }
         run_prepared(ran, count);
         workspace_ = workspace;
+        operators_ = &sluice::operators();
         return registers_[result_].value.toTensor();
     }
 
 private:
-    // A run: what is not fixed ends with it.
+    // A run: what is not fixed ends with it, while whoever began it still holds the inputs: the last to let go of a tensor of Python's needs
+    // Python's lock, which the waiter may have.
     class Alone {
     public:
         explicit Alone(Program& program) : program_(program) {
             TORCH_CHECK(!program.running_.test_and_set(std::memory_order_acquire), "the program is running");
         }
         ~Alone() {
+            program_.stack_.clear();
             for (Register& one : program_.registers_) {
                 if (!one.fixed) one.value = IValue();
             }
@@ -180,6 +186,7 @@ private:
             taken.resize(workspace_.blocks.size(), -1);
             taken[block] = std::max(program_.registers_[to.root].last_read, call_);
             to.fixed = true;
+            const c10::InferenceMode any_mode(false);  // later runs may be in another
             to.value = workspace_.blocks[block].narrow(0, 0, bytes).view(type).view(sizes);
             return to.value.toTensor();
         }
@@ -250,12 +257,16 @@ private:
 
     // A call in the first run: whether the next ones need it.
     void settle(Call& call) {
-        const bool fixed = std::ranges::all_of(call.reads, [&](int64_t from) { return from < 0 || registers_[from].fixed; });
+        bool fixed = std::ranges::all_of(call.reads, [&](int64_t from) { return from < 0 || registers_[from].fixed; });
+        // Preparing checks integers, and whoever keeps them may write others.
+        for (const IValue& one : call.constants) fixed &= !one.isTensor() || !is_index(one.toTensor());
         if (call.kind == Call::Kind::view) {
             for (int64_t i = 0; i < call.num_writes; ++i) registers_[call.first_write + i].fixed = fixed;
         }
         call.settled = fixed && call.kind != Call::Kind::immediate && registers_[call.first_write].fixed;
     }
+
+    static bool is_index(const Tensor& x) { return x.scalar_type() == at::kLong || x.scalar_type() == at::kInt; }
 
     // What was prepared of calls [first, last); lets go of what they read. Gives `last`.
     int64_t run_prepared(int64_t first, int64_t last) {
@@ -277,6 +288,7 @@ private:
     std::vector<Call> calls_;
     std::atomic_flag running_{};
     std::shared_ptr<Workspace> workspace_;  // that it was first run in; what is fixed lies there
+    const sluice::Operators* operators_ = nullptr;  // that it was first run with
     std::vector<int64_t> taken_until_;      // of each of its blocks, the last call that reads or writes it
     torch::jit::Stack stack_;
 };

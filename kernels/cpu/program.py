@@ -43,8 +43,8 @@ class Program:
 
 
 class RecordError(Exception):
-    """The function looked at a number inside a tensor, so that its calls depend on more than shapes, or calls an operator with what
-    a program does not hold: a number in a tensor's place, a list of tensors."""
+    """The function looked at a number inside a tensor, so that its calls depend on more than shapes, changes a tensor's shape in place,
+    or calls an operator with what a program does not hold: a number in a tensor's place, a list of tensors."""
 
 
 def record(function: Callable[..., Tensor], inputs: list[Tensor]) -> tuple[Tensor, Program]:
@@ -88,6 +88,8 @@ class _Recorder(TorchDispatchMode):
         values = given if isinstance(given, tuple | list) else (given,)
         if not all(isinstance(value, Tensor) for value in values):
             raise RecordError(f"the function reads a number of a tensor ({func})")
+        if torch.Tag.inplace_view in func.tags:
+            raise RecordError(f"the function changes a tensor's shape in place ({func})")
         for argument, one in zip(func._schema.arguments, arguments, strict=True):
             in_list = isinstance(one, list | tuple) and any(isinstance(part, Tensor) for part in one)
             if in_list or (str(argument.type) == "Tensor" and not isinstance(one, Tensor)):

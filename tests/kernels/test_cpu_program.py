@@ -123,6 +123,67 @@ def test_a_first_run_that_fails_leaves_nothing_behind() -> None:
             assert torch.equal(program.run([torch.tensor(ids)]), look_up(torch.tensor(ids)))
 
 
+def test_a_run_that_failed_keeps_nothing_of_its_inputs() -> None:
+    """Whoever drops the last of Python's tensors needs Python's lock; a later run would wait for it, and its waiter for the run."""
+    script = """
+import torch
+from kernels.cpu import choose
+from kernels.cpu.program import record
+assert choose("auto").instruction_set
+embedding = torch.ops.sluice_cpu.embedding.default
+with torch.inference_mode():
+    _, program = record(lambda table, ids: embedding(table, ids), [torch.ones(4, 16), torch.tensor([3])])
+    for ids in ([4], [3], [4], [3]):
+        begun = program.start([torch.ones(4, 16), torch.tensor(ids)])
+        if ids == [4]:
+            try:
+                begun.synchronize()
+            except IndexError:
+                print("refused")
+        del begun
+"""
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
+    assert found.stdout.split() == ["refused"] * 2
+
+
+def test_operators_that_are_selected_later_are_not_given_what_others_packed() -> None:
+    linear = torch.ops.sluice_cpu.linear.default
+    weight = torch.ops.sluice_cpu.pack.default(torch.randn(SIZE, SIZE), "float32", False, 0)
+    x = torch.randn(3, SIZE)
+    _, program = record(
+        lambda x: linear(linear(x, weight, None, 0.0, None, None, None), weight, None, 0.0, None, None, None), [x]
+    )
+    before = program.run([x])
+    chosen, *_, scalar = torch.ops.sluice_cpu.available.default()
+    try:
+        torch.ops.sluice_cpu.select.default(scalar)
+        with pytest.raises(RuntimeError, match="packed was made for another instruction set"):
+            program.run([x])
+    finally:
+        torch.ops.sluice_cpu.select.default(chosen)
+    assert torch.equal(program.run([x]), before)
+
+
+def test_ids_that_a_function_keeps_are_checked_in_every_run() -> None:
+    table, ids = torch.randn(4, SIZE), torch.tensor([0, 3])
+    _, program = record(lambda x: torch.ops.sluice_cpu.embedding.default(table, ids).add(x), [torch.zeros(2, SIZE)])
+    program.run([torch.zeros(2, SIZE)])
+    ids[1] = 4
+    with pytest.raises(IndexError, match="outside the table of 4 rows"):
+        program.run([torch.zeros(2, SIZE)])
+
+
+def test_a_first_run_in_inference_mode_binds_no_later_one() -> None:
+    linear = torch.ops.sluice_cpu.linear.default
+    weight = torch.ops.sluice_cpu.pack.default(torch.randn(SIZE, SIZE), "float32", False, 0)
+    with torch.inference_mode(False):
+        x = torch.randn(3, SIZE)
+        _, program = record(lambda x: linear(x, weight, None, 0.0, None, None, None).clamp_(min=0.0).neg(), [x])
+        with torch.inference_mode():
+            first = program.run([x])
+        assert torch.equal(program.run([x]), first)
+
+
 def test_dimensions_that_only_operators_look_at_may_change() -> None:
     _, program = record(lambda x: x.sum(dim=1), [torch.ones(2, 3)])
     assert program.run([torch.ones(2, 5)]).tolist() == [5.0, 5.0]
@@ -131,6 +192,11 @@ def test_dimensions_that_only_operators_look_at_may_change() -> None:
 def test_a_function_that_reads_a_number_is_refused() -> None:
     with pytest.raises(RecordError, match="reads a number of a tensor"):
         record(lambda x: x.repeat(x.sum().item()), [torch.ones(3, dtype=torch.int64)])
+
+
+def test_a_change_of_shape_in_place_is_refused() -> None:
+    with pytest.raises(RecordError, match="changes a tensor's shape in place"):
+        record(lambda x: x.neg().t_(), [torch.ones(2, 2)])
 
 
 @pytest.mark.parametrize(
