@@ -13,12 +13,15 @@
 #include <sched.h>
 #endif
 
+#include "courtesy.h"
+
 namespace sluice {
 namespace {
 
 constexpr int most_threads = 256;
 
 thread_local bool beside = false;  // whether this is the thread of TasksBeside
+thread_local Courtesy courtesy;
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -245,7 +248,10 @@ bool Share::find() {
 }
 
 bool Share::take(int64_t& first, int64_t& last) {
-    if (found_ < 0 && !find()) return false;
+    if (found_ < 0) {
+        courtesy.give_way();
+        if (!find()) return false;
+    }
     first = found_ * grain_;
     last = std::min(count_, first + grain_);
     found_ = -1;
