@@ -68,6 +68,13 @@ class EngineConfig:
     max_num_seqs: int = 64
     """Sequences that run at once."""
 
+    preferred_num_seqs: int = 0
+    """Sequences up to which a newcomer runs at once. With so many running, one more makes the tokens of all of them slower in proportion:
+    it waits `max_queue_delay_ms` at most for one of them to end. 0: 16 on a CPU, `max_num_seqs` (nobody waits for that) on a GPU."""
+
+    max_queue_delay_ms: int = 300
+    """Most that a newcomer waits so; a backlog that has waited longer fills `max_num_seqs`."""
+
     max_num_waiting: int = 1024
     """Sequences that wait inside the engine; admission keeps this queue short, so reaching it refuses with `overloaded`."""
 
@@ -130,11 +137,14 @@ class EngineConfig:
             "num_blocks",
             "kv_cache_bytes",
             "max_prefill_chunk",
+            "preferred_num_seqs",
             "num_threads",
             "stand_in_tokens_per_s",
         ):
             if getattr(self, name) < 0:
                 raise ConfigError(f"engine.{name} must not be negative (0: chosen for you)", field=f"engine.{name}")
+        if self.max_queue_delay_ms < 0:
+            raise ConfigError("engine.max_queue_delay_ms must not be negative", field="engine.max_queue_delay_ms")
         if not 0 <= self.nice <= 19:
             raise ConfigError("engine.nice must lie in [0, 19]", field="engine.nice")
         if not 0.0 <= self.watermark < 0.5:

@@ -32,6 +32,9 @@ from kernels.ops import Operators, for_device
 
 Progress = Callable[[float, str], None]
 
+PREFERRED_NUM_SEQS_ON_CPU = 16
+"""About where a decode's products take as long as reading the weights for them: from there on a step grows with its sequences."""
+
 
 def resolve_device(name: str) -> torch.device:
     """`auto`: the first GPU, else the CPU. Raises `ConfigError` for a device that is not there."""
@@ -114,6 +117,8 @@ class Engine:
                 max_num_batched_tokens=config.max_num_batched_tokens,
                 max_model_len=pool.max_model_len,
                 max_prefill_chunk=config.max_prefill_chunk,
+                preferred_num_seqs=config.preferred_num_seqs or (PREFERRED_NUM_SEQS_ON_CPU if device.type == "cpu" else 0),
+                max_queue_delay_ns=config.max_queue_delay_ms * 1_000_000,
                 enable_prefix_cache=config.enable_prefix_cache,
                 policy=config.policy,
                 watermark=config.watermark,

@@ -82,6 +82,14 @@ class EngineSection(Section):
     max_num_seqs: int = Field(default=64, ge=1)
     """Sequences that run at once."""
 
+    preferred_num_seqs: int = Field(default=0, ge=0)
+    """Sequences up to which a newcomer runs at once. With so many running, one more makes the tokens of all of them slower in proportion:
+    it waits max_queue_delay_ms at most for one of them to end, which makes the slowest requests of a busy hour faster and first tokens
+    of a rush later. 0: 16 on a CPU, max_num_seqs (nobody waits for that) on a GPU."""
+
+    max_queue_delay_ms: int = Field(default=300, ge=0)
+    """Most that a newcomer waits so; 0: not at all. A backlog that has waited longer fills max_num_seqs."""
+
     max_num_waiting: int = Field(default=1024, ge=1)
     """Sequences that may wait inside the engine."""
 

@@ -10,7 +10,8 @@ from engine.errors import ConfigError
 class SchedulerConfig:
     """Sizes and rules of one scheduler, resolved from `EngineConfig` and the model. Raises `ConfigError` naming the field.
 
-    `max_prefill_chunk` 0 means the whole token budget. `max_num_waiting` bounds sequences, not requests.
+    `max_prefill_chunk` 0 means the whole token budget. `max_num_waiting` bounds sequences, not requests. With `preferred_num_seqs`
+    running (0: `max_num_seqs`), one that came less than `max_queue_delay_ns` ago is not let in yet.
     """
 
     num_blocks: int
@@ -20,6 +21,8 @@ class SchedulerConfig:
     max_num_batched_tokens: int
     max_model_len: int
     max_prefill_chunk: int = 0
+    preferred_num_seqs: int = 0
+    max_queue_delay_ns: int = 0
     enable_prefix_cache: bool = True
     policy: Policy = "fcfs"
     watermark: float = 0.01
@@ -30,8 +33,9 @@ class SchedulerConfig:
         for name in sizes:
             if getattr(self, name) < 1:
                 raise ConfigError(f"engine.{name} must be at least 1", field=f"engine.{name}")
-        if self.max_prefill_chunk < 0:
-            raise ConfigError("engine.max_prefill_chunk must not be negative", field="engine.max_prefill_chunk")
+        for name in ("max_prefill_chunk", "preferred_num_seqs", "max_queue_delay_ns"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"engine.{name} must not be negative", field=f"engine.{name}")
         if not 0.0 <= self.watermark < 0.5:
             raise ConfigError("engine.watermark must lie in [0, 0.5)", field="engine.watermark")
         if self.policy not in ("fcfs", "priority"):

@@ -26,6 +26,7 @@ class Planner:
     def __init__(self, config: SchedulerConfig) -> None:
         self._config = config
         self._max_chunk = config.max_prefill_chunk or config.max_num_batched_tokens
+        self._preferred = config.preferred_num_seqs or config.max_num_seqs
         self._watermark_blocks = int(config.num_blocks * config.watermark)
         self.token_budget = config.max_num_batched_tokens
         self.pool = BlockPool(config.num_blocks)
@@ -56,10 +57,10 @@ class Planner:
         chunks.extend(self._longer)
         return StepPlan(step=step, starts=tuple(self._starts), chunks=tuple(chunks))
 
-    @property
-    def singles_follow(self) -> bool:
-        """Whether the next plan can but hold single tokens of what runs."""
-        may_let_in = bool(self.waiting.items and self._free_slots)
+    def singles_follow(self, now_ns: int) -> bool:
+        """Whether a plan made now can but hold single tokens of what runs."""
+        waiting = self.waiting.items
+        may_let_in = bool(waiting and self._free_slots) and not self._bides(waiting[0], now_ns)
         return not may_let_in and all(
             len(sequence.token_ids) - sequence.num_computed_tokens - sequence.num_scheduled_tokens <= 1
             for sequence in self.running.items
@@ -170,7 +171,7 @@ class Planner:
 
     def _let_in(self, left: int, roots: dict[str, bytes], now_ns: int) -> None:
         """Lets waiting sequences in by the rule of `waiting`. One fits when all its known tokens do, beside what running prefills
-        still need and the watermark; with nothing running the first always fits (I7, I9)."""
+        still need and the watermark; with nothing running the first always fits (I7, I9). Nobody passes one that bides its time."""
         config, items = self._config, self.waiting.items
         spare = self.pool.num_available
         for sequence in self.running.items:
@@ -179,6 +180,8 @@ class Planner:
         i = 0
         while left and self._free_slots and i < len(items) and len(skipped) < MAX_SKIPPED:
             sequence = items[i]
+            if self._bides(sequence, now_ns):
+                return
             keeps_all = sequence.num_preemptions >= MAX_PREEMPTIONS
             hits = self._find_cached(sequence, roots)
             end = sequence.max_total_tokens if keeps_all else len(sequence.token_ids)
@@ -197,6 +200,11 @@ class Planner:
             if keeps_all:
                 sequence.block_ids.extend(self.pool.allocate(config.num_blocks_for(end) - len(hits)))
             left -= self._run(sequence, left, sequence)
+
+    def _bides(self, sequence: Sequence, now_ns: int) -> bool:
+        """Whether it waits, though there may be room, for one of those that run to end: it has come just now, and so many run that one
+        more makes all of them slower."""
+        return len(self.running) >= self._preferred and now_ns - sequence.added_ns < self._config.max_queue_delay_ns
 
     def _find_cached(self, sequence: Sequence, roots: dict[str, bytes]) -> list[int]:
         if not self._config.enable_prefix_cache:

@@ -123,7 +123,7 @@ class Scheduler:
         if len(self._in_flight) != 1:
             raise RuntimeError(f"{len(self._in_flight)} steps are under way; one must be")
         self._end_marked()  # it may free a slot
-        if self._planner.was_short or (singles and not self._planner.singles_follow):
+        if self._planner.was_short or (singles and not self._planner.singles_follow(now_ns)):
             return None
         plan = self._plan(now_ns, ahead=True)
         return plan if plan.chunks else None

@@ -66,6 +66,49 @@ def test_an_older_prefill_leaves_every_decode_its_token() -> None:
     assert [lengths(harness.step()) for _ in range(3)] == [[1, 3]] * 3
 
 
+def test_a_newcomer_waits_for_one_of_many_to_end() -> None:
+    harness = Harness(preferred_num_seqs=2, max_queue_delay_ns=1000)
+    harness.add(request("a", 1, max_tokens=3))
+    harness.add(request("b", 1, max_tokens=9))
+    harness.step()
+    harness.add(request("c", 5))
+    assert [lengths(harness.step()) for _ in range(3)] == [[1, 1], [1, 1], [1, 5]]
+
+
+def test_a_newcomer_waits_no_longer_than_it_may() -> None:
+    harness = Harness(preferred_num_seqs=1, max_queue_delay_ns=5)
+    harness.add(request("a", 1, max_tokens=20))
+    harness.step()
+    harness.add(request("b", 2))
+    # A step is two nanoseconds: its schedule comes at 1, 3 and 5 behind the arrival.
+    assert [lengths(harness.step()) for _ in range(3)] == [[1], [1], [1, 2]]
+
+
+def test_nobody_passes_a_newcomer_that_waits() -> None:
+    harness = Harness(preferred_num_seqs=1, max_queue_delay_ns=9, policy="priority", num_blocks=32)
+    harness.add(request("a", 1, max_tokens=20))
+    harness.step()
+    harness.add(request("b", 3))
+    for _ in range(3):
+        harness.step()
+    harness.add(request("c", 2, priority=-1))
+    # Three steps later "b" has waited long enough, not so "c", which comes first.
+    assert [lengths(harness.step()) for _ in range(5)] == [[1], [1], [1], [1], [1, 2, 3]]
+
+
+def test_single_tokens_follow_while_a_newcomer_waits() -> None:
+    harness = Harness(preferred_num_seqs=1, max_queue_delay_ns=6)
+    harness.add(request("a", 1, max_tokens=20))
+    harness.step()
+    harness.add(request("b", 2))
+    added_ns = harness.now_ns
+    harness.schedule()
+    assert harness.scheduler.schedule_ahead(added_ns + 6, singles=True) is None
+    ahead = harness.scheduler.schedule_ahead(added_ns + 5, singles=True)
+    assert ahead is not None
+    assert lengths(ahead) == [1]
+
+
 def test_only_new_blocks_are_sent() -> None:
     harness = Harness(block_size=2)
     harness.add(request(prompt=3, max_tokens=4))

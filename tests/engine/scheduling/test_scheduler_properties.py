@@ -42,6 +42,8 @@ def make_harness(program: Program) -> Harness:
         enable_prefix_cache=program.below(4) > 0,
         policy=("fcfs", "priority")[program.below(2)],
         watermark=(0.0, 0.0, 0.4)[program.below(3)],
+        preferred_num_seqs=(0, 1, 3)[program.below(3)],
+        max_queue_delay_ns=(0, 4, 1000)[program.below(3)],
     )
 
 
