@@ -72,8 +72,8 @@ class EngineConfig:
     """Sequences up to which a newcomer runs at once. With so many running, one more makes the tokens of all of them slower in proportion:
     it waits `max_queue_delay_ms` at most for one of them to end. 0: 16 on a CPU, `max_num_seqs` (nobody waits for that) on a GPU."""
 
-    max_queue_delay_ms: int = 300
-    """Most that a newcomer waits so; a backlog that has waited longer fills `max_num_seqs`."""
+    max_queue_delay_ms: int = 0
+    """Most that a newcomer waits so; what has waited longer fills `max_num_seqs`. 0, as for a batch whose end alone counts: nobody does."""
 
     max_num_waiting: int = 1024
     """Sequences that wait inside the engine; admission keeps this queue short, so reaching it refuses with `overloaded`."""

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <chrono>
+#include <cstdint>
 #ifdef __linux__
 #include <fcntl.h>
 #include <sched.h>
@@ -22,6 +23,7 @@ public:
     void give_way() {
 #ifdef __linux__
         using namespace std::chrono_literals;
+        if (++asked_ % 4) return;  // asking for the time, thousands of times a step, took 0.5 % of it
         const auto now = std::chrono::steady_clock::now().time_since_epoch();
         if (now < next_) return;
         next_ = now + 1ms;
@@ -48,6 +50,7 @@ private:
 
     std::chrono::nanoseconds next_{0}, looked_{0}, waited_{0};
     int file_ = -1;
+    uint32_t asked_ = 0;
     bool crowded_ = false;
 #endif
 };
