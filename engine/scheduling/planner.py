@@ -60,7 +60,7 @@ class Planner:
     def singles_follow(self, now_ns: int) -> bool:
         """Whether a plan made now can but hold single tokens of what runs."""
         waiting = self.waiting.items
-        may_let_in = bool(waiting and self._free_slots) and not self._bides(waiting[0], now_ns)
+        may_let_in = bool(waiting and self._free_slots) and not self._held_back(waiting[0], now_ns)
         return not may_let_in and all(
             len(sequence.token_ids) - sequence.num_computed_tokens - sequence.num_scheduled_tokens <= 1
             for sequence in self.running.items
@@ -171,7 +171,7 @@ class Planner:
 
     def _let_in(self, left: int, roots: dict[str, bytes], now_ns: int) -> None:
         """Lets waiting sequences in by the rule of `waiting`. One fits when all its known tokens do, beside what running prefills
-        still need and the watermark; with nothing running the first always fits (I7, I9). Nobody passes one that bides its time."""
+        still need and the watermark; with nothing running the first always fits (I7, I9). Nobody passes one that is held back."""
         config, items = self._config, self.waiting.items
         spare = self.pool.num_available
         for sequence in self.running.items:
@@ -180,7 +180,7 @@ class Planner:
         i = 0
         while left and self._free_slots and i < len(items) and len(skipped) < MAX_SKIPPED:
             sequence = items[i]
-            if self._bides(sequence, now_ns):
+            if self._held_back(sequence, now_ns):
                 return
             keeps_all = sequence.num_preemptions >= MAX_PREEMPTIONS
             hits = self._find_cached(sequence, roots)
@@ -201,9 +201,9 @@ class Planner:
                 sequence.block_ids.extend(self.pool.allocate(config.num_blocks_for(end) - len(hits)))
             left -= self._run(sequence, left, sequence)
 
-    def _bides(self, sequence: Sequence, now_ns: int) -> bool:
-        """Whether it waits, though there may be room, for one of those that run to end: it has come just now, and so many run that one
-        more makes all of them slower."""
+    def _held_back(self, sequence: Sequence, now_ns: int) -> bool:
+        """Whether it waits, though there may be room, for one of those that run to end: it has come just now, and with so many running
+        one more makes all of them slower."""
         return len(self.running) >= self._preferred and now_ns - sequence.added_ns < self._config.max_queue_delay_ns
 
     def _find_cached(self, sequence: Sequence, roots: dict[str, bytes]) -> list[int]:

@@ -20,6 +20,14 @@ namespace sluice {
 // scheduler's own shares hold.
 class Courtesy {
 public:
+#ifdef __linux__
+    Courtesy() = default;
+    Courtesy(const Courtesy&) = delete;
+    ~Courtesy() {
+        if (file_ >= 0) close(file_);
+    }
+#endif
+
     void give_way() {
 #ifdef __linux__
         using namespace std::chrono_literals;

@@ -206,6 +206,8 @@ class Inference:
         echoed = {calls.REQUEST_ID: call.request_id, calls.TRACE_ID: tracing.trace_id(span)}
         echoed |= {key: headers[key] for key in (calls.CORRELATION_ID,) if key in headers}
         try:
+            # The engine, on its own core, hears of it first.
+            await asyncio.sleep(0)
             await context.send_initial_metadata(tuple((key, value) for key, value in echoed.items() if value))
         except BaseException:
             await running.aclose()
