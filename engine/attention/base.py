@@ -6,9 +6,11 @@ An `AttentionMetadata` describes one step's flat batch and is shared by all laye
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor, device, dtype
+
+Recordable = Literal["nothing", "single tokens", "any step"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,11 +63,11 @@ class AttentionMetadata:
 class AttentionBackend(Protocol):
     """RoPE, KV write and paged attention of one layer, for a flat batch.
 
-    `recordable`: of a step of single tokens, `prepare` and `forward` use the metadata's tensors alone, and read none of them in Python.
+    `recordable`: of which steps `prepare` and `forward` use the metadata's tensors alone, and read none of them in Python.
     """
 
     name: str
-    recordable: bool
+    recordable: Recordable
 
     def allocate(self, spec: KVCacheSpec, num_blocks: int, on: device) -> tuple[LayerCache, ...]:
         """One cache a layer, zeroed."""

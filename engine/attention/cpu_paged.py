@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor, device, dtype
 
-from engine.attention.base import AttentionMetadata, KVCacheSpec, LayerCache
+from engine.attention.base import AttentionMetadata, KVCacheSpec, LayerCache, Recordable
 from kernels.cpu import attention
 
 
@@ -26,7 +26,7 @@ class CpuPagedAttention:
     """
 
     name = "cpu_paged"
-    recordable = True
+    recordable: Recordable = "any step"
 
     def __init__(self) -> None:
         self._memory: attention.CacheMemory | None = None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, device
 from torch.nn.functional import scaled_dot_product_attention
 
-from engine.attention.base import AttentionMetadata, KVCacheSpec, LayerCache
+from engine.attention.base import AttentionMetadata, KVCacheSpec, LayerCache, Recordable
 from engine.attention.torch_plan import Group, Long, make_groups, make_longs
 
 
@@ -36,7 +36,7 @@ class TorchPagedAttention:
     """The `AttentionBackend` of torch. A layer's keys and values of a slot lie side by side: one gather reads both."""
 
     name = "torch_paged"
-    recordable = False
+    recordable: Recordable = "nothing"
 
     def allocate(self, spec: KVCacheSpec, num_blocks: int, on: device) -> tuple[LayerCache, ...]:
         """One cache a layer, zeroed: views of [num_blocks, block_size, 2, num_kv_heads, head_dim]."""

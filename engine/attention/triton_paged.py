@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, device
 
-from engine.attention.base import AttentionMetadata, KVCacheSpec, LayerCache
+from engine.attention.base import AttentionMetadata, KVCacheSpec, LayerCache, Recordable
 from kernels.triton.paged_attention import attend
 from kernels.triton.paged_plan import PagedPlan
 from kernels.triton.rotary_kv_write import rotary_kv_write
@@ -24,7 +24,7 @@ class TritonPagedAttention:
     """
 
     name = "triton_paged"
-    recordable = True
+    recordable: Recordable = "single tokens"
 
     def allocate(self, spec: KVCacheSpec, num_blocks: int, on: device) -> tuple[LayerCache, ...]:
         """One cache a layer, zeroed: storage [num_blocks, Hkv, K and V, block_size, D] seen as the border's shape."""

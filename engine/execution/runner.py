@@ -23,8 +23,8 @@ from engine.execution.captured_steps import CapturedSteps, known_ids
 from engine.execution.forward_batch import ForwardBatch
 from engine.execution.host_batch import ON_DEVICE, HostBatch
 from engine.execution.memory import lacks_memory
+from engine.execution.recorded_steps import RecordedSteps
 from engine.execution.sampler import PendingSample, Sampler
-from engine.execution.single_steps import SingleSteps
 from engine.execution.slot_table import Ints, SlotTable
 from engine.scheduling.step import Chunk, ChunkResult, Follow, StepPlan, StepResult
 from kernels.ops import Operators
@@ -105,16 +105,18 @@ class Runner:
         self._block_size = block_size
         self._slots = SlotTable(num_slots=num_slots, max_tokens=max_model_len, block_size=block_size)
         self._sampler = Sampler(num_slots=num_slots, vocab_size=vocab_size, device=device, operators=operators)
-        self._single_steps: SingleSteps | None = None
+        self._recorded_steps: RecordedSteps | None = None
         single_tokens = operators.single_tokens
-        if operators.record is not None and single_tokens is not None and backend.recordable:
+        if operators.record is not None and single_tokens is not None and backend.recordable == "any step":
             tokens, blocks = torch.from_numpy(self._slots.tokens), torch.from_numpy(self._slots.blocks)
-            self._single_steps = SingleSteps(operators.record, lambda chunks: single_tokens(tokens, blocks, chunks, block_size))
+            self._recorded_steps = RecordedSteps(
+                operators.record, lambda chunks: single_tokens(tokens, blocks, chunks, block_size)
+            )
         self._finds_best = operators.greedy_linear is not None
         self.overlaps = overlap
         # What was drawn last in each slot, for the step that follows before the host knows.
         self._drawn = torch.zeros(num_slots, dtype=torch.int64, device=device)
-        captures = device.type == "cuda" and backend.recordable
+        captures = device.type == "cuda" and backend.recordable != "nothing"
         self._captured = (
             CapturedSteps(logits=self._logits, hidden=self._hidden, drawn=self._drawn, block_size=block_size)
             if captures
@@ -135,8 +137,8 @@ class Runner:
                     self._backend.will_write(chunk.new_block_ids)
             if not chunks:
                 return _nothing(chunks)
-            if self._single_steps is not None and all(chunk.samples and chunk.num_tokens == 1 for chunk in chunks):
-                return self._launch_singles(self._single_steps, chunks)
+            if self._recorded_steps is not None and all(chunk.samples and chunk.num_tokens == 1 for chunk in chunks):
+                return self._launch_singles(self._recorded_steps, chunks)
             self._settle()
             columns = np.array(
                 [(chunk.slot, chunk.start, chunk.num_tokens, chunk.samples, chunk.follows) for chunk in chunks], np.int64
@@ -204,7 +206,7 @@ class Runner:
         if self.overlaps:
             self._drawn.index_copy_(0, slots, pending.tokens.clamp(min=0))
 
-    def _launch_singles(self, steps: SingleSteps, chunks: tuple[Chunk, ...]) -> Launched:
+    def _launch_singles(self, steps: RecordedSteps, chunks: tuple[Chunk, ...]) -> Launched:
         """Single tokens that all sample; greedy ones alone run beside the caller."""
         batch, where = steps.batch(chunks)
         slots = where.numpy()
@@ -223,8 +225,8 @@ class Runner:
 
     def _settle(self) -> None:
         """Waits for steps that run beside the caller: what comes next computes on its own thread, and with what they draw."""
-        if self._single_steps is not None:
-            self._single_steps.settle()
+        if self._recorded_steps is not None:
+            self._recorded_steps.settle()
 
     def _draw(self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata, slots: Tensor, tokens: Tensor) -> Tensor:
         """Every row's greedy token into `tokens`, [T] int64, and as what its slot drew last; an id may be what the slot drew before."""
@@ -244,7 +246,10 @@ class Runner:
     def _some(self, batch: HostBatch) -> Tensor:
         """Hidden states of the rows that any other step wants, [N, H]."""
         hidden = self._captured.hidden(batch) if self._captured is not None else None
-        return hidden if hidden is not None else self._hidden(*self._to_device(batch))
+        if hidden is not None:
+            return hidden
+        sent = self._to_device(batch)
+        return self._hidden(*sent) if self._recorded_steps is None else self._recorded_steps.run_chunks(self._hidden, *sent)
 
     def _states(self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata, rows: Tensor | None) -> Tensor:
         """[T] ids and positions to [N, H] hidden states of `rows`, [N] int64; None: of all."""

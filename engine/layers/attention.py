@@ -40,16 +40,18 @@ class Attention(Module):
     def forward(
         self, qkv: Tensor, positions: Tensor, backend: AttentionBackend, cache: LayerCache, metadata: AttentionMetadata
     ) -> Tensor:
-        """qkv: [T, (Hq + 2 Hkv) * D]; positions: [T] int64; out: [T, Hq * D]."""
-        q, k, v = qkv.view(qkv.shape[0], -1, self._head_dim).split(self._num_heads, dim=1)
+        """qkv: [T, (Hq + 2 Hkv) * D]; positions: [T] int64; out: [T, Hq * D]. T is nowhere said as a number: a recorded step is run
+        with others."""
+        q, k, v = qkv.view(-1, sum(self._num_heads), self._head_dim).split(self._num_heads, dim=1)
         q, k = self._normed(q, self.q_norm), self._normed(k, self.k_norm)
         out = backend.forward(
             q, k, v, self._cos_sin, positions, cache, metadata, self._scale, self._sliding_window, self.out_dtype
         )
-        return out.view(out.shape[0], -1)
+        return out.view(-1, self._num_heads[0] * self._head_dim)
 
     def _normed(self, heads: Tensor, norm: Norm | None) -> Tensor:
         """[T, heads, D]: each head is a row of its own to the operator."""
         if norm is None:
             return heads
-        return self._ops.rms_norm(heads.reshape(-1, self._head_dim), norm.weight, norm.eps).view(heads.shape)
+        # Copied for one token too, whose heads lie together as they are: what is recorded of it has to be right for more.
+        return self._ops.rms_norm(heads.clone().view(-1, self._head_dim), norm.weight, norm.eps).view(-1, *heads.shape[1:])

@@ -122,7 +122,7 @@ class DecoderLayer(Module):
         qkv = self.qkv(x)
         heads = self.attention(qkv, positions, batch.backend, batch.caches[self._index], batch.attention)
         if rows is not None:
-            heads, x = heads[rows], x[rows]
+            heads, x = heads.index_select(0, rows), x.index_select(0, rows)
         x = self.out(heads, x)
         wide = self.gate_up(x)
         down: Tensor = self.down(wide, x)

@@ -14,6 +14,7 @@ using sluice::max_item_rows;
 
 constexpr int chunk_lines = attention_chunk / line_lanes;
 constexpr int64_t tokens_written_at_once = 2;
+constexpr int64_t rows_asked_ahead = 8;
 
 // Where the lines [first, last) of one chunk lie: `keys` of the first step, `bytes in order` for asking ahead and for values.
 struct Lines {
@@ -127,14 +128,24 @@ private:
         return lines;
     }
 
+    struct Place {
+        int64_t token;
+        int64_t head;  // of the queries
+    };
+
+    Place place_of(int64_t row) const {
+        const int64_t head = item_->head_first + row / item_->row_count, among = item_->row_first + row % item_->row_count;
+        return {call_.starts[item_->seq] + among / group_, head * group_ + among % group_};
+    }
+
     void load_queries() {
         alignas(64) float rotated[max_head_dim];
-        const AttentionItem& item = *item_;
+        const auto start_of = [&](const Place& at) { return at.token * call_.q_stride + at.head * dim_; };
         for (int64_t row = 0; row < rows_; ++row) {
-            const int64_t head = item.head_first + row / item.row_count, among = item.row_first + row % item.row_count;
-            const int64_t token = call_.starts[item.seq] + among / group_;
-            const int64_t start = token * call_.q_stride + (head * group_ + among % group_) * dim_;
-            rotate(call_.q, start, call_.rows, call_.cos_sin + call_.positions[token] * dim_, dim_, rotated, queries_ + row * dim_);
+            if (row + rows_asked_ahead < rows_) expect_numbers(call_.q, start_of(place_of(row + rows_asked_ahead)), dim_, call_.rows);
+            const Place at = place_of(row);
+            const float* cos_sin = call_.cos_sin + call_.positions[at.token] * dim_;
+            rotate(call_.q, start_of(at), call_.rows, cos_sin, dim_, rotated, queries_ + row * dim_);
         }
     }
 
@@ -321,11 +332,9 @@ private:
     }
 
     void write() {
-        const AttentionItem& item = *item_;
         for (int64_t row = 0; row < rows_; ++row) {
-            const int64_t head = item.head_first + row / item.row_count, among = item.row_first + row % item.row_count;
-            const int64_t token = call_.starts[item.seq] + among / group_;
-            const int64_t start = (token * call_.q_heads + head * group_ + among % group_) * dim_;
+            const Place at = place_of(row);
+            const int64_t start = (at.token * call_.q_heads + at.head) * dim_;
             float* result = state(row);
             const F share = Simd::div(Simd::set1(1.0f), Simd::set1(total_of(result, dim_)));
             for (int64_t d = 0; d < dim_; d += width) {

@@ -57,12 +57,20 @@ inline void write_token(const Attention& call, int64_t token) {
     }
 }
 
-// Asks for the lines that write_token will write of a token alone in its block.
+// Asks for numbers [start, start + count) of q, k or v: rows of them lie too far apart for the processor to foresee the next.
+inline void expect_numbers(const void* x, int64_t start, int64_t count, Type type) {
+    const int64_t wide = type == Type::f32 ? 4 : 2;
+    for (int64_t byte = 0; byte < count * wide; byte += 64) __builtin_prefetch((const char*)x + start * wide + byte);
+}
+
+// Asks for what write_token will read, and for the lines that it will write of a token alone in its block.
 template <class Cache>
 inline void expect_token(const Attention& call, int64_t token) {
     using Stored = typename Cache::Stored;
     const int64_t slot = call.slots[token], row = call.block_size * Cache::pair;
     if (slot < 0) return;
+    expect_numbers(call.k, token * call.k_stride, call.kv_heads * call.dim, call.rows);
+    expect_numbers(call.v, token * call.v_stride, call.kv_heads * call.dim, call.rows);
     const int64_t place = slot / call.block_size * call.block_stride + slot % call.block_size * Cache::pair;
     const Stored* key = (const Stored*)call.k_cache + place;
     for (int64_t i = 0; i < call.kv_heads * call.dim / Cache::pair; ++i) __builtin_prefetch(key + i * row, 1);

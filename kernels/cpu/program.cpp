@@ -4,6 +4,7 @@
 // Values live in registers: the inputs first, then what each call gives. Operators that can be prepared (prepared_calls.h) are, one after
 // another, and run together where a call comes that cannot. What they give has a place in memory, the same in every run; a call that
 // reads nothing but such places and constants is prepared in the first run, once and for all. Of a layer's calls, that leaves attention.
+// Where inputs have other numbers of rows than in the run before, all of it is done anew.
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/InferenceMode.h>
 #include <torch/custom_class.h>
@@ -49,7 +50,8 @@ struct Workspace {
 struct Register {
     int64_t root;            // the first register with this one's memory
     int64_t last_read = -1;  // of a root: the last call that reads that memory
-    bool fixed = false;      // whether every run has it in the same place
+    bool fixed = false;      // whether every run has it in the same place,
+    size_t block = 0;        // in which block of the workspace, where a root has one
     IValue value;
 };
 
@@ -129,7 +131,8 @@ public:
         TORCH_CHECK(finished_ && (int64_t)inputs.size() == num_inputs_, "run takes ", num_inputs_, " inputs of a finished program");
         const Alone alone(*this);
         const std::shared_ptr<Workspace>& workspace = Workspace::of_this_thread();
-        const bool first = workspace_ != workspace || operators_ != &sluice::operators();
+        std::vector<int64_t> rows = rows_of(inputs);
+        const bool first = workspace_ != workspace || operators_ != &sluice::operators() || rows_ != rows;
         if (first) begin_anew();
         for (int64_t i = 0; i < num_inputs_; ++i) registers_[i].value = inputs[i];
         int64_t ran = 0, count = (int64_t)calls_.size();
@@ -144,6 +147,7 @@ public:
         run_prepared(ran, count);
         workspace_ = workspace;
         operators_ = &sluice::operators();
+        rows_ = std::move(rows);
         return registers_[result_].value.toTensor();
     }
 
@@ -182,16 +186,34 @@ private:
             if (to.root == program_.registers_[program_.result_].root) return at::empty(sizes, type);
             std::vector<int64_t>& taken = program_.taken_until_;
             const int64_t bytes = c10::multiply_integers(sizes) * (int64_t)c10::elementSize(type);
-            const size_t block = workspace_.find(bytes, [&](size_t i) { return i >= taken.size() || taken[i] < call_; });
+            const Register* residual = residual_to_write_over(sizes, type);
+            to.block = residual ? residual->block
+                                : workspace_.find(bytes, [&](size_t i) { return i >= taken.size() || taken[i] < call_; });
             taken.resize(workspace_.blocks.size(), -1);
-            taken[block] = std::max(program_.registers_[to.root].last_read, call_);
+            taken[to.block] = std::max(program_.registers_[to.root].last_read, call_);
             to.fixed = true;
             const c10::InferenceMode any_mode(false);  // later runs may be in another
-            to.value = workspace_.blocks[block].narrow(0, 0, bytes).view(type).view(sizes);
+            to.value = workspace_.blocks[to.block].narrow(0, 0, bytes).view(type).view(sizes);
             return to.value.toTensor();
         }
 
     private:
+        // What the call adds to a product, if nobody reads it after or beside that: each number of it is read by whoever writes the sum.
+        // A prompt's hidden states then pass through the caches once a product, not twice.
+        const Register* residual_to_write_over(at::IntArrayRef sizes, at::ScalarType type) const {
+            const Call& call = program_.calls_[call_];
+            const auto at = call.op.schema().argumentIndexWithName("residual");
+            if (!at || call.reads[*at] < 0) return nullptr;
+            const int64_t from = call.reads[*at];
+            const Register& residual = program_.registers_[from];
+            if (!residual.fixed || residual.root != from || residual.last_read != call_) return nullptr;
+            for (size_t i = 0; i < call.reads.size(); ++i) {
+                if (i != (size_t)*at && call.reads[i] >= 0 && program_.registers_[call.reads[i]].root == from) return nullptr;
+            }
+            const Tensor& value = residual.value.toTensor();
+            return value.sizes() == sizes && value.scalar_type() == type ? &residual : nullptr;
+        }
+
         Program& program_;
         Workspace& workspace_;
         int64_t call_;
@@ -218,6 +240,12 @@ private:
     void add_register(int64_t shares) {
         registers_.push_back({});
         registers_.back().root = shares < 0 ? (int64_t)registers_.size() - 1 : registers_[shares].root;
+    }
+
+    static std::vector<int64_t> rows_of(const std::vector<Tensor>& inputs) {
+        std::vector<int64_t> rows;
+        for (const Tensor& one : inputs) rows.push_back(one.dim() ? one.size(0) : 0);
+        return rows;
     }
 
     void begin_anew() {
@@ -289,6 +317,7 @@ private:
     std::atomic_flag running_{};
     std::shared_ptr<Workspace> workspace_;  // that it was first run in; what is fixed lies there
     const sluice::Operators* operators_ = nullptr;  // that it was first run with
+    std::vector<int64_t> rows_;                     // of each input of that run
     std::vector<int64_t> taken_until_;      // of each of its blocks, the last call that reads or writes it
     torch::jit::Stack stack_;
 };

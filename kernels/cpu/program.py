@@ -4,9 +4,9 @@ Between two calls of a layer, Python costs 15 µs where arithmetic has just empt
 memory for outputs and torch's dispatch cost another 5. A program has these once for most of a layer's calls, in its first run, and
 those of attention for all layers together, with what they need in the caches (`python -m tests.bench.step`).
 
-The program is right for inputs of the shapes and strides it was recorded with, save dimensions that only operators look at, and for a
-function that reads no value of its inputs in Python: a read that torch sees is refused. Tensors that are neither inputs nor made by the
-function are kept and used again as they are: weights, caches.
+The program is right for inputs of the shapes and strides it was recorded with, save dimensions that only operators look at (a number of
+rows that the function never says), and for a function that reads no value of its inputs in Python: a read that torch sees is refused.
+Tensors that are neither inputs nor made by the function are kept and used again as they are: weights, caches.
 """
 
 from collections.abc import Callable

@@ -65,7 +65,7 @@ class Phases:
         loop = engine._loop
         self._runner: Any = loop._executor
         sampler = self._runner._sampler
-        self._programs = self._runner._single_steps
+        self._programs = self._runner._recorded_steps
         for owner, method, phase in (
             (loop._scheduler, "schedule", "schedule"),
             (self._programs or self._runner, "batch" if self._programs else "_batch", "inputs"),
@@ -90,9 +90,9 @@ class Phases:
     @contextmanager
     def layers_in_python(self) -> Iterator[None]:
         """The model's own loop over its layers, as where nothing can be recorded."""
-        self._runner._single_steps = None
+        self._runner._recorded_steps = None
         yield
-        self._runner._single_steps = self._programs
+        self._runner._recorded_steps = self._programs
 
 
 def window(engine: Engine, names: str, batch: int, steps: int, phases: Phases) -> tuple[list[float], list[StepOutput]]:

@@ -65,10 +65,10 @@ def _deep(residual_from_afar: bool) -> Callable[[Tensor], Tensor]:
     def deep(x: Tensor) -> Tensor:
         first = kept = norm(x, ones, 1e-5)
         for i, weight in enumerate(weights):
-            _, middle, _ = linear(kept, wide, None, 0.0, None, None, None).view(len(x), 3, SIZE).unbind(1)
+            _, middle, _ = linear(kept, wide, None, 0.0, None, None, None).view(-1, 3, SIZE).unbind(1)
             kept = linear(norm(kept, ones, 1e-5), weight, None, 0.0, None, kept, None)
             if i % 5 == 0:
-                kept = linear(middle.contiguous(), weight, None, 0.0, None, kept, None)
+                kept = linear(middle.clone(), weight, None, 0.0, None, kept, None)
             if i % 7 == 0:
                 kept.view(-1).clamp_(min=-1.0)
         return linear(kept, weights[0], None, 0.0, None, first if residual_from_afar else None, None)
@@ -94,15 +94,52 @@ def test_outputs_share_memory_as_soon_as_nobody_reads_them(residual_from_afar) -
             assert torch.equal(given[0], deep(x))
 
 
-def test_other_shapes_are_refused_by_operators_that_have_a_place() -> None:
+@pytest.mark.parametrize("residual_from_afar", [False, True])
+def test_the_number_of_rows_may_change_from_run_to_run(residual_from_afar) -> None:
+    linear, deep = torch.ops.sluice_cpu.linear.default, _deep(residual_from_afar)
+    square = torch.ops.sluice_cpu.pack.default(torch.randn(SIZE, SIZE) / 4, "float32", False, 0)
+
+    def of_some(x: Tensor, rows: Tensor) -> Tensor:
+        middle = linear(x, square, None, 0.0, None, None, None)
+        return deep(linear(middle, square, None, 0.0, None, middle, None).index_select(0, rows)).neg()
+
+    _, program = record(of_some, [torch.randn(5, SIZE), torch.tensor([4])])
+    for rows, some in ((3, [1]), (40, [0, 39, 7]), (40, [2, 4]), (40, [5, 6]), (1, []), (1, [0]), (300, [299])):
+        inputs = [torch.randn(rows, SIZE), torch.tensor(some, dtype=torch.int64)]
+        for _ in range(2):
+            assert torch.equal(program.run(inputs), of_some(*inputs))
+
+
+def test_a_sum_is_written_over_its_residual_only_where_nobody_else_reads_that() -> None:
+    linear = torch.ops.sluice_cpu.linear.default
+    weight, other = (torch.ops.sluice_cpu.pack.default(torch.randn(SIZE, SIZE) / 4, "float32", False, 0) for _ in range(2))
+
+    def sums(x: Tensor) -> Tensor:
+        a = linear(x, weight, None, 0.0, None, x, None)
+        b = linear(a, other, None, 0.0, None, a, None)  # all of its row is read
+        c = linear(a, weight, None, 0.0, None, b, None)
+        d = linear(c, other, None, 0.0, None, c.view(-1, SIZE), None)  # the same, through a view
+        e = linear(d, weight, None, 0.0, None, c, None)
+        f = linear(e, other, None, 0.0, None, b, torch.bfloat16)
+        return linear(f.to(torch.float32), other, None, 0.0, None, e, None).neg()
+
+    x = torch.randn(70, SIZE)
+    _, program = record(sums, [x])
+    before = x.clone()
+    for _ in range(3):
+        assert torch.equal(program.run([x]), sums(x))
+        assert torch.equal(x, before)
+
+
+def test_other_shapes_of_a_row_are_refused_by_operators_that_have_a_place() -> None:
     linear = torch.ops.sluice_cpu.linear.default
     weight = torch.ops.sluice_cpu.pack.default(torch.randn(SIZE, SIZE), "float32", False, 0)
-    _, program = record(lambda x: linear(x, weight, None, 0.0, None, None, None).neg(), [torch.randn(3, SIZE)])
-    program.run([torch.randn(3, SIZE)])
+    _, program = record(lambda x: linear(x.t().contiguous(), weight, None, 0.0, None, None, None).neg(), [torch.randn(SIZE, 3)])
+    program.run([torch.randn(SIZE, 3)])
     with pytest.raises(RuntimeError, match="recorded for other shapes"):
-        program.run([torch.randn(4, SIZE)])
-    x = torch.randn(3, SIZE)
-    assert torch.equal(program.run([x]), linear(x, weight, None, 0.0, None, None, None).neg())
+        program.run([torch.randn(SIZE, 4)])
+    x = torch.randn(SIZE, 3)
+    assert torch.equal(program.run([x]), linear(x.t().contiguous(), weight, None, 0.0, None, None, None).neg())
 
 
 def test_a_first_run_that_fails_leaves_nothing_behind() -> None:

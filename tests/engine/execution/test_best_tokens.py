@@ -46,7 +46,7 @@ class Asked:
     def __init__(self, engine: Engine) -> None:
         self.calls: list[tuple[bool, int]] = []
         runner = engine._loop._executor
-        runner._single_steps = None
+        runner._recorded_steps = None
         model = runner._model
         for name, best in (("best_tokens", True), ("compute_logits", False)):
             setattr(model, name, self._noted(best, getattr(model, name)))
@@ -127,7 +127,7 @@ def test_a_row_that_is_not_finite_ends_with_an_error_and_the_others_go_on(model_
     alone = run(engine)["a"]
     runner = engine._loop._executor
     model, forward = runner._model, runner._model.forward
-    runner._single_steps = None
+    runner._recorded_steps = None
 
     def spoilt(input_ids: Tensor, positions: Tensor, batch: object) -> Tensor:
         hidden = forward(input_ids, positions, batch)

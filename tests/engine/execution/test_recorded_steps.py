@@ -1,4 +1,4 @@
-"""Steps of single tokens say bit for bit what the model's own Python says, recorded or run again."""
+"""Recorded steps say bit for bit what the model's own Python says, when they are recorded and when they are run again."""
 
 from pathlib import Path
 
@@ -8,8 +8,9 @@ from torch import Tensor
 
 from engine import Engine, EngineConfig, Request, SamplingParams
 from engine.attention.base import AttentionMetadata
-from engine.execution.single_steps import Compute, SingleSteps, SingleTokens
+from engine.execution.recorded_steps import Compute, RecordedSteps, SingleTokens
 from kernels.cpu.program import Program
+from tests.engine.models.families import save
 from tests.engine.tiny_model import VOCAB, write_tiny_model
 
 
@@ -35,7 +36,7 @@ def _said(engine: Engine, lengths: list[int]) -> dict[str, list[tuple[int, float
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_recorded_steps_say_what_the_models_own_python_says(model_dir, dtype, monkeypatch):
     config = EngineConfig(model_dir=str(model_dir), dtype=dtype, num_blocks=64, enable_prefix_cache=False)
-    monkeypatch.setattr(SingleSteps, "_recorded", unrecorded)
+    monkeypatch.setattr(RecordedSteps, "_recorded", unrecorded)
     own = _said(Engine(config), [3, 17, 40])
     monkeypatch.undo()
     recorded = Engine(config)
@@ -44,7 +45,44 @@ def test_recorded_steps_say_what_the_models_own_python_says(model_dir, dtype, mo
     assert (first, again) == (own, own)
 
 
-def unrecorded(self: SingleSteps, compute: Compute, inputs: list[Tensor]) -> Tensor:
+WITH_HEADS_OF_16 = {"hidden_size": 64, "head_dim": 16}
+
+
+@pytest.mark.parametrize("first", [1, 9])
+@pytest.mark.parametrize(
+    ("family", "overrides"),
+    [
+        ("Llama", {"attention_bias": True, "mlp_bias": True}),
+        ("Mistral", {"sliding_window": 7}),
+        ("Qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}),
+        ("Qwen3", {}),
+    ],
+)
+def test_chunks_of_any_number_of_tokens_run_what_one_recorded(tmp_path, family, overrides, first):
+    save(tmp_path, family, WITH_HEADS_OF_16 | overrides)
+    runner = Engine(EngineConfig(model_dir=str(tmp_path), num_blocks=16, block_size=16))._loop._executor
+    steps, calls = runner._recorded_steps, []
+    if steps is None:
+        pytest.fail("the C++ operators cannot be built here; install g++", pytrace=False)
+    steps._record, record = lambda *given: calls.append("recorded") or record(*given), steps._record
+    with torch.inference_mode():
+        for length, rows in ((first, [first - 1]), (5, [4]), (48, []), (1, [0]), (30, [29, 3, 7]), (30, [2])):
+            numbers = torch.arange(length)
+            metadata = AttentionMetadata(
+                query_start_loc=torch.tensor([0, length], dtype=torch.int32),
+                seq_lens=torch.tensor([length], dtype=torch.int32),
+                block_tables=torch.tensor([[3, 1, 2]], dtype=torch.int32),
+                slot_mapping=torch.tensor([3, 1, 2])[numbers // 16] * 16 + numbers % 16,
+                num_single_token_chunks=0,
+                max_query_len=length,
+                max_seq_len=length,
+            )
+            given = (numbers * 7 % 61, numbers, metadata, torch.tensor(rows, dtype=torch.int64))
+            assert torch.equal(steps.run_chunks(runner._hidden, *given), runner._hidden(*given))
+    assert calls == ["recorded"]
+
+
+def unrecorded(self: RecordedSteps, compute: Compute, num_singles: int, inputs: list[Tensor]) -> Tensor:
     """The model's own Python each time."""
 
     def plain(function, values):
@@ -52,12 +90,12 @@ def unrecorded(self: SingleSteps, compute: Compute, inputs: list[Tensor]) -> Ten
 
     self._record, record = plain, self._record
     try:
-        return SINGLE_STEPS_RECORDED(self, compute, inputs)
+        return STEPS_RECORDED(self, compute, num_singles, inputs)
     finally:
         self._record = record
 
 
-SINGLE_STEPS_RECORDED = SingleSteps._recorded
+STEPS_RECORDED = RecordedSteps._recorded
 
 
 class Done:
@@ -108,11 +146,11 @@ def _batch(num_seqs: int) -> SingleTokens:
     )
 
 
-def _steps(recorder: FakeRecorder) -> SingleSteps:
-    return SingleSteps(recorder.record, lambda columns: ())
+def _steps(recorder: FakeRecorder) -> RecordedSteps:
+    return RecordedSteps(recorder.record, lambda columns: ())
 
 
-def _step(steps: SingleSteps, compute: Compute, num_seqs: int) -> list[float]:
+def _step(steps: RecordedSteps, compute: Compute, num_seqs: int) -> list[float]:
     return steps.run(compute, _batch(num_seqs)).tolist()
 
 
@@ -136,6 +174,28 @@ def test_each_thing_wanted_of_a_step_is_recorded_apart() -> None:
     steps = _steps(recorder)
     assert [_step(steps, compute, 2) for compute in (_sum, _ids, _sum, _ids)] == [[1, 4], [0, 1], [1, 4], [0, 1]]
     assert recorder.calls == ["recorded 2", "recorded 2", "ran 2", "ran 2"]
+
+
+def test_steps_of_any_chunks_are_recorded_once_and_apart_from_single_tokens() -> None:
+    recorder = FakeRecorder()
+    steps = _steps(recorder)
+
+    def chunks(compute: Compute, num_tokens: int, *more: Tensor) -> list[float]:
+        batch = _batch(num_tokens)
+        metadata = AttentionMetadata(
+            query_start_loc=torch.tensor([0, num_tokens], dtype=torch.int32),
+            seq_lens=batch.seq_lens,
+            block_tables=batch.block_tables,
+            slot_mapping=batch.slot_mapping,
+            num_single_token_chunks=0,
+            max_query_len=num_tokens,
+            max_seq_len=num_tokens,
+        )
+        return steps.run_chunks(compute, batch.input_ids, batch.positions, metadata, *more).tolist()
+
+    _step(steps, _sum, 2)
+    assert [chunks(_sum, 2), chunks(_sum, 3), chunks(_into, 1, torch.tensor([7]))] == [[1, 4], [1, 4, 7], [0]]
+    assert recorder.calls == ["recorded 2", "recorded 2", "ran 3", "recorded 1"]
 
 
 def test_a_recording_that_failed_is_made_anew() -> None:

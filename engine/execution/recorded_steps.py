@@ -1,9 +1,9 @@
-"""Steps in which every sequence computes one token and samples, without the Python of the model's layers: recorded once a number of
-sequences.
+"""Steps without the Python of the model's layers: those in which every sequence computes one token and samples, recorded once a number
+of sequences, and all others, recorded once.
 
 What a captured graph is to a GPU: the same operators on the same weights and caches with this step's tensors, so a step says bit for bit
-what the model's own `forward` says. A step may run beside its caller, behind those begun before. Owner of the programs: at most one for
-each number of slots and each thing wanted of a step.
+what the model's own `forward` says. A step of single tokens may run beside its caller, behind those begun before. Owner of the programs:
+of each thing wanted of a step at most one for each number of slots, and one for any chunks.
 """
 
 from collections.abc import Callable
@@ -34,7 +34,7 @@ class SingleTokens:
     slot_mapping: Tensor
 
 
-class SingleSteps:
+class RecordedSteps:
     """Runs functions of input_ids, positions, metadata and further tensors.
 
     `record`: `kernels.cpu.program.record`; `single_tokens`: the operator of that name, bound to the slots' tokens and blocks.
@@ -43,7 +43,7 @@ class SingleSteps:
     def __init__(self, record: Record, single_tokens: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
         self._record = record
         self._single_tokens = single_tokens
-        self._programs: dict[tuple[Compute, int], Program] = {}
+        self._programs: dict[tuple[Compute, int], Program] = {}  # of single tokens, by their number; 0: of any chunks
         self._last: Running | None = None
 
     def batch(self, chunks: tuple[Chunk, ...]) -> tuple[SingleTokens, Tensor]:
@@ -57,9 +57,16 @@ class SingleSteps:
 
     def run(self, compute: Compute, batch: SingleTokens, *more: Tensor) -> Tensor:
         """What `compute` gives; no step that was begun may be under way."""
-        inputs = _inputs(batch, more)
-        program = self._programs.get((compute, len(batch.input_ids)))
-        return self._recorded(compute, inputs) if program is None else program.run(inputs)
+        return self._run(compute, len(batch.input_ids), _inputs(batch, more))
+
+    def run_chunks(
+        self, compute: Compute, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata, *more: Tensor
+    ) -> Tensor:
+        """What `compute` gives of chunks of any length; no step that was begun may be under way."""
+        tables, mapping = metadata.block_tables, metadata.slot_mapping
+        return self._run(
+            compute, 0, [input_ids, positions, metadata.query_start_loc, metadata.seq_lens, tables, mapping, *more]
+        )
 
     def start(self, compute: Compute, batch: SingleTokens, *more: Tensor) -> Running | None:
         """Begins what `run` does; what counts is what `compute` writes into `more` and into what it keeps. None: it is done, for its
@@ -68,7 +75,7 @@ class SingleSteps:
         program = self._programs.get((compute, len(batch.input_ids)))
         if program is None:
             self.settle()
-            self._recorded(compute, inputs)
+            self._recorded(compute, len(batch.input_ids), inputs)
             return None
         self._last = program.start(inputs)
         return self._last
@@ -79,9 +86,11 @@ class SingleSteps:
             last, self._last = self._last, None
             last.wait()
 
-    def _recorded(self, compute: Compute, inputs: list[Tensor]) -> Tensor:
-        num_seqs = len(inputs[0])
+    def _run(self, compute: Compute, num_singles: int, inputs: list[Tensor]) -> Tensor:
+        program = self._programs.get((compute, num_singles))
+        return self._recorded(compute, num_singles, inputs) if program is None else program.run(inputs)
 
+    def _recorded(self, compute: Compute, num_singles: int, inputs: list[Tensor]) -> Tensor:
         def whole(
             ids: Tensor, places: Tensor, starts: Tensor, lens: Tensor, tables: Tensor, mapping: Tensor, *more: Tensor
         ) -> Tensor:
@@ -90,14 +99,14 @@ class SingleSteps:
                 seq_lens=lens,
                 block_tables=tables,
                 slot_mapping=mapping,
-                num_single_token_chunks=num_seqs,
-                max_query_len=1,
                 # What is recorded reads the tensors alone.
+                num_single_token_chunks=0,
+                max_query_len=0,
                 max_seq_len=0,
             )
             return compute(ids, places, metadata, *more)
 
-        result, self._programs[compute, num_seqs] = self._record(whole, inputs)
+        result, self._programs[compute, num_singles] = self._record(whole, inputs)
         return result
 
 
