@@ -57,16 +57,19 @@ class RecordedSteps:
 
     def run(self, compute: Compute, batch: SingleTokens, *more: Tensor) -> Tensor:
         """What `compute` gives; no step that was begun may be under way."""
-        return self._run(compute, len(batch.input_ids), _inputs(batch, more))
+        inputs, num_seqs = _inputs(batch, more), len(batch.input_ids)
+        program = self._programs.get((compute, num_seqs))
+        return self._recorded(compute, num_seqs, inputs) if program is None else program.run(inputs)
 
     def run_chunks(
-        self, compute: Compute, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata, *more: Tensor
+        self, compute: Compute, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata, rows: Tensor
     ) -> Tensor:
         """What `compute` gives of chunks of any length; no step that was begun may be under way."""
-        tables, mapping = metadata.block_tables, metadata.slot_mapping
-        return self._run(
-            compute, 0, [input_ids, positions, metadata.query_start_loc, metadata.seq_lens, tables, mapping, *more]
-        )
+        if (compute, 0) not in self._programs:
+            self._recorded(compute, 0, _few_tokens())
+        starts, lens = metadata.query_start_loc, metadata.seq_lens
+        inputs = [input_ids, positions, starts, lens, metadata.block_tables, metadata.slot_mapping, rows]
+        return self._programs[compute, 0].run(inputs)
 
     def start(self, compute: Compute, batch: SingleTokens, *more: Tensor) -> Running | None:
         """Begins what `run` does; what counts is what `compute` writes into `more` and into what it keeps. None: it is done, for its
@@ -85,10 +88,6 @@ class RecordedSteps:
         if self._last is not None:
             last, self._last = self._last, None
             last.wait()
-
-    def _run(self, compute: Compute, num_singles: int, inputs: list[Tensor]) -> Tensor:
-        program = self._programs.get((compute, num_singles))
-        return self._recorded(compute, num_singles, inputs) if program is None else program.run(inputs)
 
     def _recorded(self, compute: Compute, num_singles: int, inputs: list[Tensor]) -> Tensor:
         def whole(
@@ -120,3 +119,11 @@ def _inputs(batch: SingleTokens, more: tuple[Tensor, ...]) -> list[Tensor]:
         batch.slot_mapping,
         *more,
     ]
+
+
+def _few_tokens() -> list[Tensor]:
+    """Inputs to record a step of chunks with: one that writes nothing into the cache. Whatever is recorded is kept until it is over, in
+    all layers; and of one token or row, unlike these, what lies apart and what lies together are the same."""
+    ids, rows = torch.zeros(3, dtype=torch.int64), torch.tensor([0, 2])
+    starts, lens, tables = (torch.tensor(numbers, dtype=torch.int32) for numbers in ([0, 3], [3], [[0]]))
+    return [ids, torch.arange(3), starts, lens, tables, torch.full((3,), -1), rows]

@@ -53,5 +53,5 @@ class Attention(Module):
         """[T, heads, D]: each head is a row of its own to the operator."""
         if norm is None:
             return heads
-        # Copied for one token too, whose heads lie together as they are: what is recorded of it has to be right for more.
-        return self._ops.rms_norm(heads.clone().view(-1, self._head_dim), norm.weight, norm.eps).view(-1, *heads.shape[1:])
+        apart = heads if heads.is_contiguous() else heads.clone()
+        return self._ops.rms_norm(apart.view(-1, self._head_dim), norm.weight, norm.eps).view(-1, *heads.shape[1:])

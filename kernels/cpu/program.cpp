@@ -20,7 +20,8 @@ using at::Tensor;
 using c10::IValue;
 using sluice::PreparedCall;
 
-// Memory for what the program that a thread runs gives and reads, one program at a time.
+// Memory for what the program that a thread runs gives and reads, one program at a time. It is kept: up to four times what the largest
+// run takes, since blocks are of few sizes.
 struct Workspace {
     std::vector<Tensor> blocks;  // bytes
 
@@ -206,7 +207,7 @@ private:
             if (!at || call.reads[*at] < 0) return nullptr;
             const int64_t from = call.reads[*at];
             const Register& residual = program_.registers_[from];
-            if (!residual.fixed || residual.root != from || residual.last_read != call_) return nullptr;
+            if (!residual.fixed || residual.last_read != call_) return nullptr;  // of a view there is no last read
             for (size_t i = 0; i < call.reads.size(); ++i) {
                 if (i != (size_t)*at && call.reads[i] >= 0 && program_.registers_[call.reads[i]].root == from) return nullptr;
             }

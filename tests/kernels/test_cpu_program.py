@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -110,25 +111,77 @@ def test_the_number_of_rows_may_change_from_run_to_run(residual_from_afar) -> No
             assert torch.equal(program.run(inputs), of_some(*inputs))
 
 
-def test_a_sum_is_written_over_its_residual_only_where_nobody_else_reads_that() -> None:
+BROAD = 208  # some panels of every instruction set, so that rows are read after others' sums are written
+
+
+def _reads_more_than_each_number(x: Tensor, linear: Callable[..., Tensor], weight: Tensor) -> Tensor:
+    return linear(x, weight, None, 0.0, None, x, None)
+
+
+def _of_another_type(x: Tensor, linear: Callable[..., Tensor], weight: Tensor) -> Tensor:
+    return linear(linear(x, weight, None, 0.0, None, None, None), weight, None, 0.0, None, x, torch.bfloat16).float()
+
+
+def _read_later(x: Tensor, linear: Callable[..., Tensor], weight: Tensor) -> Tensor:
+    once = linear(linear(x, weight, None, 0.0, None, None, None), weight, None, 0.0, None, x, None)
+    return linear(once, weight, None, 0.0, None, x, None)
+
+
+def _read_later_through_a_view(x: Tensor, linear: Callable[..., Tensor], weight: Tensor) -> Tensor:
+    parts = x.view(-1, 2, BROAD // 2)
+    once = linear(linear(x, weight, None, 0.0, None, None, None), weight, None, 0.0, None, x, None)
+    return linear(once, weight, None, 0.0, None, parts.flip(1).view(-1, BROAD), None)
+
+
+def _a_view(x: Tensor, linear: Callable[..., Tensor], weight: Tensor) -> Tensor:
+    once = linear(x, weight, None, 0.0, None, None, None)
+    return linear(once, weight, None, 0.0, None, x.view(-1, BROAD), None)
+
+
+@pytest.mark.parametrize(
+    "sums", [_reads_more_than_each_number, _of_another_type, _read_later, _read_later_through_a_view, _a_view]
+)
+def test_a_residual_that_somebody_else_reads_is_not_written_over(sums) -> None:
     linear = torch.ops.sluice_cpu.linear.default
-    weight, other = (torch.ops.sluice_cpu.pack.default(torch.randn(SIZE, SIZE) / 4, "float32", False, 0) for _ in range(2))
+    weight = torch.ops.sluice_cpu.pack.default(torch.randn(BROAD, BROAD) / 8, "float32", False, 0)
 
-    def sums(x: Tensor) -> Tensor:
-        a = linear(x, weight, None, 0.0, None, x, None)
-        b = linear(a, other, None, 0.0, None, a, None)  # all of its row is read
-        c = linear(a, weight, None, 0.0, None, b, None)
-        d = linear(c, other, None, 0.0, None, c.view(-1, SIZE), None)  # the same, through a view
-        e = linear(d, weight, None, 0.0, None, c, None)
-        f = linear(e, other, None, 0.0, None, b, torch.bfloat16)
-        return linear(f.to(torch.float32), other, None, 0.0, None, e, None).neg()
+    def function(x: Tensor) -> Tensor:
+        first = linear(x, weight, None, 0.0, None, None, None)
+        return linear(sums(first, linear, weight), weight, None, 0.0, None, None, None).neg()
 
-    x = torch.randn(70, SIZE)
-    _, program = record(sums, [x])
-    before = x.clone()
-    for _ in range(3):
-        assert torch.equal(program.run([x]), sums(x))
-        assert torch.equal(x, before)
+    x = torch.randn(500, BROAD)
+    _, program = record(function, [x])
+    assert all(torch.equal(program.run([x]), function(x)) for _ in range(3))
+
+
+def test_sums_upon_sums_take_the_memory_of_one() -> None:
+    """By what torch's profiler sees of the memory that a first run takes, in a thread that has none yet."""
+    linear = torch.ops.sluice_cpu.linear.default
+    weight = torch.ops.sluice_cpu.pack.default(torch.randn(BROAD, BROAD) / 8, "float32", False, 0)
+    wide = torch.ops.sluice_cpu.pack.default(torch.randn(3 * BROAD, BROAD) / 8, "float32", False, 0)
+
+    def sums(x: Tensor, back: Tensor) -> Tensor:
+        x = linear(x, weight, None, 0.0, None, None, None)
+        for _ in range(4):
+            x = linear(linear(x, wide, None, 0.0, None, None, None), back, None, 0.0, None, x, None)
+        return x.neg()
+
+    back = torch.ops.sluice_cpu.pack.default(torch.randn(BROAD, 3 * BROAD) / 8, "float32", False, 0)
+    x = torch.randn(300, BROAD)
+    _, program = record(lambda x: sums(x, back), [x])
+    taken: list[int] = []
+
+    def first_run() -> None:
+        with torch.inference_mode(), torch.autograd.profiler.profile(profile_memory=True) as seen:
+            given = program.run([x])
+        assert torch.equal(given, sums(x, back))
+        taken.extend(event.cpu_memory_usage for event in seen.function_events if event.name == "aten::empty")
+
+    thread = threading.Thread(target=first_run)
+    thread.start()
+    thread.join()
+    one = x.numel() * x.itemsize
+    assert sorted(taken) == [2 ** (one - 1).bit_length(), 2 ** (3 * one - 1).bit_length()]
 
 
 def test_other_shapes_of_a_row_are_refused_by_operators_that_have_a_place() -> None:

@@ -33,9 +33,17 @@ def _said(engine: Engine, lengths: list[int]) -> dict[str, list[tuple[int, float
     return said
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_recorded_steps_say_what_the_models_own_python_says(model_dir, dtype, monkeypatch):
-    config = EngineConfig(model_dir=str(model_dir), dtype=dtype, num_blocks=64, enable_prefix_cache=False)
+@pytest.mark.parametrize("num_batched", [512, 16], ids=["whole prompts", "chunks"])
+@pytest.mark.parametrize(("dtype", "quantize"), [("float32", ""), ("bfloat16", ""), ("bfloat16", "int8"), ("bfloat16", "int4")])
+def test_recorded_steps_say_what_the_models_own_python_says(model_dir, dtype, quantize, num_batched, monkeypatch):
+    config = EngineConfig(
+        model_dir=str(model_dir),
+        dtype=dtype,
+        quantize=quantize,
+        num_blocks=64,
+        enable_prefix_cache=False,
+        max_num_batched_tokens=num_batched,
+    )
     monkeypatch.setattr(RecordedSteps, "_recorded", unrecorded)
     own = _said(Engine(config), [3, 17, 40])
     monkeypatch.undo()
@@ -48,7 +56,6 @@ def test_recorded_steps_say_what_the_models_own_python_says(model_dir, dtype, mo
 WITH_HEADS_OF_16 = {"hidden_size": 64, "head_dim": 16}
 
 
-@pytest.mark.parametrize("first", [1, 9])
 @pytest.mark.parametrize(
     ("family", "overrides"),
     [
@@ -58,28 +65,44 @@ WITH_HEADS_OF_16 = {"hidden_size": 64, "head_dim": 16}
         ("Qwen3", {}),
     ],
 )
-def test_chunks_of_any_number_of_tokens_run_what_one_recorded(tmp_path, family, overrides, first):
+def test_chunks_of_any_number_of_tokens_run_what_was_recorded(tmp_path, family, overrides):
     save(tmp_path, family, WITH_HEADS_OF_16 | overrides)
     runner = Engine(EngineConfig(model_dir=str(tmp_path), num_blocks=16, block_size=16))._loop._executor
-    steps, calls = runner._recorded_steps, []
+    steps = runner._recorded_steps
     if steps is None:
         pytest.fail("the C++ operators cannot be built here; install g++", pytrace=False)
-    steps._record, record = lambda *given: calls.append("recorded") or record(*given), steps._record
     with torch.inference_mode():
-        for length, rows in ((first, [first - 1]), (5, [4]), (48, []), (1, [0]), (30, [29, 3, 7]), (30, [2])):
-            numbers = torch.arange(length)
-            metadata = AttentionMetadata(
-                query_start_loc=torch.tensor([0, length], dtype=torch.int32),
-                seq_lens=torch.tensor([length], dtype=torch.int32),
-                block_tables=torch.tensor([[3, 1, 2]], dtype=torch.int32),
-                slot_mapping=torch.tensor([3, 1, 2])[numbers // 16] * 16 + numbers % 16,
-                num_single_token_chunks=0,
-                max_query_len=length,
-                max_seq_len=length,
-            )
-            given = (numbers * 7 % 61, numbers, metadata, torch.tensor(rows, dtype=torch.int64))
+        # Chunks (tokens before, tokens) of one or two sequences, and the rows wanted.
+        for chunks, rows in (
+            ([(0, 48)], []),
+            ([(0, 1)], [0]),
+            ([(1, 30), (0, 5)], [29, 34, 3]),
+            ([(31, 1), (5, 9)], [0, 9]),
+            ([(14, 17)], [16]),
+            ([(14, 17)], [2]),
+        ):
+            given = _chunks(chunks, torch.tensor(rows, dtype=torch.int64))
             assert torch.equal(steps.run_chunks(runner._hidden, *given), runner._hidden(*given))
-    assert calls == ["recorded"]
+
+
+def _chunks(chunks: list[tuple[int, int]], rows: Tensor) -> tuple[Tensor, Tensor, AttentionMetadata, Tensor]:
+    """A step's inputs for `Runner._hidden`; each sequence has three blocks of 16 tokens."""
+    tables = torch.tensor([[3, 1, 2], [9, 8, 7]], dtype=torch.int32)[: len(chunks)]
+    places = [torch.arange(before, before + count) for before, count in chunks]
+    slots = [table[place // 16].long() * 16 + place % 16 for table, place in zip(tables, places, strict=True)]
+    starts = torch.tensor([0, *(count for _, count in chunks)], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    longest = max(before + count for before, count in chunks)
+    metadata = AttentionMetadata(
+        query_start_loc=starts,
+        seq_lens=torch.tensor([before + count for before, count in chunks], dtype=torch.int32),
+        block_tables=tables[:, : -(-longest // 16)].contiguous(),
+        slot_mapping=torch.cat(slots),
+        num_single_token_chunks=0,
+        max_query_len=longest,
+        max_seq_len=longest,
+    )
+    positions = torch.cat(places)
+    return positions * 7 % 61, positions, metadata, rows
 
 
 def unrecorded(self: RecordedSteps, compute: Compute, num_singles: int, inputs: list[Tensor]) -> Tensor:
@@ -176,11 +199,15 @@ def test_each_thing_wanted_of_a_step_is_recorded_apart() -> None:
     assert recorder.calls == ["recorded 2", "recorded 2", "ran 2", "ran 2"]
 
 
-def test_steps_of_any_chunks_are_recorded_once_and_apart_from_single_tokens() -> None:
-    recorder = FakeRecorder()
+def test_steps_of_any_chunks_are_recorded_once_with_a_few_tokens_that_write_nothing() -> None:
+    recorder, mappings = FakeRecorder(), []
     steps = _steps(recorder)
 
-    def chunks(compute: Compute, num_tokens: int, *more: Tensor) -> list[float]:
+    def compute(ids: Tensor, places: Tensor, metadata: AttentionMetadata, rows: Tensor) -> Tensor:
+        mappings.append(metadata.slot_mapping.tolist())
+        return (ids + places)[rows]
+
+    def chunks(num_tokens: int, rows: list[int]) -> list[int]:
         batch = _batch(num_tokens)
         metadata = AttentionMetadata(
             query_start_loc=torch.tensor([0, num_tokens], dtype=torch.int32),
@@ -191,11 +218,11 @@ def test_steps_of_any_chunks_are_recorded_once_and_apart_from_single_tokens() ->
             max_query_len=num_tokens,
             max_seq_len=num_tokens,
         )
-        return steps.run_chunks(compute, batch.input_ids, batch.positions, metadata, *more).tolist()
+        return steps.run_chunks(compute, batch.input_ids, batch.positions, metadata, torch.tensor(rows)).tolist()
 
-    _step(steps, _sum, 2)
-    assert [chunks(_sum, 2), chunks(_sum, 3), chunks(_into, 1, torch.tensor([7]))] == [[1, 4], [1, 4, 7], [0]]
-    assert recorder.calls == ["recorded 2", "recorded 2", "ran 3", "recorded 1"]
+    assert [chunks(900, [899]), chunks(2, [1, 0])] == [[1798], [2, 0]]
+    assert recorder.calls == ["recorded 3", "ran 900", "ran 2"]
+    assert mappings == [[-1] * 3, list(range(900)), [0, 1]]
 
 
 def test_a_recording_that_failed_is_made_anew() -> None:
