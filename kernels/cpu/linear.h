@@ -207,29 +207,33 @@ private:
             const uint8_t* w = panels + panel * header.panel_bytes + Tile::panel_offset(k);
             int64_t size = std::min(block, inputs - k);
             int64_t share = (size == inputs ? header.panel_bytes : Tile::panel_offset(size)) / tiles;
+            const Asks asks = tiles == 1 ? Asks::alone : tiles == 2 && Tile::waits_for_memory ? Asks::far : Asks::near;
             // Tiles of nearly equal height: none so low that its few sums wait for each other.
             for (int64_t i = 0; i < tiles; ++i) {
                 int64_t top = count * i / tiles, bottom = count * (i + 1) / tiles;
                 Ahead ahead{w + header.panel_bytes + share * i, (tiles > 1 ? 128 : 64) / tiles};
-                add_tile<1>((int)(bottom - top), tiles > 1, a + top * stride, w, size, at_once, ahead, to + top * at_once * panel_outputs);
+                add_tile<1>((int)(bottom - top), asks, a + top * stride, w, size, at_once, ahead, to + top * at_once * panel_outputs);
             }
         }
     }
 
     template <int R>
-    void add_tile(int height, bool shared, const Row* a, const uint8_t* w, int64_t size, int64_t at_once, Ahead ahead, float* to) {
+    void add_tile(int height, Asks asks, const Row* a, const uint8_t* w, int64_t size, int64_t at_once, Ahead ahead, float* to) {
         if constexpr (R <= Tile::max_rows) {
-            if (height != R) return add_tile<R + 1>(height, shared, a, w, size, at_once, ahead, to);
-            if (!shared && at_once > 1) return tile<R, panels_at_once(R), false>(a, w, size, ahead, to);
-            if (!shared) return tile<R, 1, false>(a, w, size, ahead, to);
-            if constexpr (2 * R >= Tile::max_rows) tile<R, 1, true>(a, w, size, ahead, to);  // of nearly equal ones, none is lower
+            if (height != R) return add_tile<R + 1>(height, asks, a, w, size, at_once, ahead, to);
+            if (asks == Asks::alone && at_once > 1) return tile<R, panels_at_once(R), Asks::alone>(a, w, size, ahead, to);
+            if (asks == Asks::alone) return tile<R, 1, Asks::alone>(a, w, size, ahead, to);
+            if constexpr (2 * R >= Tile::max_rows) {  // of nearly equal ones, none is lower
+                if (asks == Asks::near) tile<R, 1, Asks::near>(a, w, size, ahead, to);
+                else tile<R, 1, Asks::far>(a, w, size, ahead, to);
+            }
         }
     }
 
     // Not inlined: among other tiles, its sums would not be given registers.
-    template <int R, int C, bool shared>
+    template <int R, int C, Asks asks>
     [[gnu::noinline]] void tile(const Row* a, const uint8_t* w, int64_t size, Ahead ahead, float* to) {
-        Tile::template add<R, C, shared>(a, stride, w, header.panel_bytes, size, header.group, ahead, to);
+        Tile::template add<R, C, asks>(a, stride, w, header.panel_bytes, size, header.group, ahead, to);
     }
 
     [[no_unique_address]] RowShape shape_;

@@ -33,7 +33,7 @@ struct ByteScreenTile : OneBlock {
         return Simd::mul(Simd::load(sums + v * width), Simd::load((const float*)after + v * width));
     }
 
-    template <int R, int C, bool shared>
+    template <int R, int C, Asks asks>
     static void add(const Row* a, int64_t stride, const uint8_t* w, int64_t panel_bytes, int64_t inputs, int, Ahead ahead, float* sums) {
         constexpr int V = panel_vectors * C;
         const int64_t fine = fine_inputs(inputs);
@@ -41,12 +41,12 @@ struct ByteScreenTile : OneBlock {
         const uint8_t* excess = w + panel_offset(inputs) + 4 * panel_outputs;
         I sum[R][V];
         clear_tile(sum);
-        add_bytes<R, C, shared>(sum, bytes, stride, w, panel_bytes, fine, ahead);
+        add_bytes<R, C, asks>(sum, bytes, stride, w, panel_bytes, fine, ahead);
         each<R>([&](auto r) SLUICE_HERE { each<V>([&](auto v) SLUICE_HERE { sum[r][v] = Simd::times_128(sum[r][v]); }); });
-        add_bytes<R, C, shared>(sum, bytes + fine, stride, w, panel_bytes, fine, ahead);
+        add_bytes<R, C, asks>(sum, bytes + fine, stride, w, panel_bytes, fine, ahead);
         put<false>(sum, a, stride, offsetof(ScreenRow, fine_scale), excess, panel_bytes, sums);
         clear_tile(sum);
-        add_bytes<R, C, shared>(sum, bytes + 2 * fine, stride, w + panel_offset(fine), panel_bytes, inputs - fine, ahead);
+        add_bytes<R, C, asks>(sum, bytes + 2 * fine, stride, w + panel_offset(fine), panel_bytes, inputs - fine, ahead);
         put<true>(sum, a, stride, offsetof(ScreenRow, scale), excess + 4 * panel_outputs, panel_bytes, sums);
     }
 

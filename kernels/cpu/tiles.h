@@ -5,9 +5,10 @@
 //   Row, row_block(inputs)  what rows.h makes of a row, and elements of it that a block of inputs takes
 //   block_inputs(inputs)    inputs of a block
 //   panel_offset(k)         bytes before input k in a panel; what stands for all inputs comes after the last
-//   add<R, C, shared>(a, stride, w, panel_bytes, inputs, group, ahead, sums)
+//   add<R, C, asks>(a, stride, w, panel_bytes, inputs, group, ahead, sums)
 //                           multiplies a block: `a` rows `stride` elements apart, `w` in the first of C panels `panel_bytes` apart, `sums`
-//                           [R][C * panel_outputs], lanes of 32 bits; `shared`: other tiles multiply the block too
+//                           [R][C * panel_outputs], lanes of 32 bits
+//   waits_for_memory        whether two tiles take less time than a block's way from memory
 //   adds_blocks             whether there are several blocks, whose sums are added to what stands in `sums`
 //   total(sums, after, v)   vector v of a panel's sums in floats, `after` the panel's inputs
 #pragma once
@@ -82,18 +83,22 @@ struct Ahead {
     int64_t step;
 };
 
+// What a tile asks for: alone with its block; one of several, into the first cache; one of two that wait for memory, each of which brings
+// half a panel, into the second: so much would push what they multiply out of the first.
+enum class Asks { alone, near, far };
+
 // Once for `steps` steps of each panel. Low tiles ask for each of their own C panels a little ahead; high ones, whose panel is in the cache
 // after the first of them, for what comes a panel later. Those that share a block ask for half as many lines each: what a tile does
 // beside its products counts.
-template <int R, int C, bool shared, int steps>
+template <int R, int C, Asks asks, int steps>
 SLUICE_INLINE void prefetch(const uint8_t* at, int64_t panel_bytes, Ahead& ahead) {
     if constexpr (C > 1 || R == 1) {
         each<C>([&](auto c) SLUICE_HERE {
             for (int b = 0; b < steps * step_bytes; b += 64) __builtin_prefetch(at + c * panel_bytes + b + prefetch_bytes);
         });
-    } else if constexpr (shared || !Simd::reads_ahead) {
-        for (int b = 0; b < steps * step_bytes; b += shared ? 128 : 64) {
-            __builtin_prefetch(ahead.at);
+    } else if constexpr (asks != Asks::alone || !Simd::reads_ahead) {
+        for (int b = 0; b < steps * step_bytes; b += asks == Asks::alone ? 64 : 128) {
+            __builtin_prefetch(ahead.at, 0, asks == Asks::far ? 2 : 3);
             ahead.at += ahead.step;
         }
     }
@@ -114,10 +119,10 @@ struct RowsAt {
 };
 
 // step(k, w) for every `size` inputs, two at a time: what a loop does beside its products counts too.
-template <int R, int C, bool shared, int size, class Step>
+template <int R, int C, Asks asks, int size, class Step>
 SLUICE_INLINE void each_step(const uint8_t* w, int64_t panel_bytes, int64_t inputs, Ahead& ahead, Step step) {
     for (int64_t k = 0; k < inputs; k += 2 * size, w += 2 * step_bytes) {
-        prefetch<R, C, shared, 2>(w, panel_bytes, ahead);
+        prefetch<R, C, asks, 2>(w, panel_bytes, ahead);
         step(k, w);
         step(k + size, w + step_bytes);
     }
@@ -133,6 +138,7 @@ constexpr auto add_product = [](F sum, F x, F weights) SLUICE_HERE { return Simd
 
 struct OneBlock {
     static constexpr bool adds_blocks = false;
+    static constexpr bool waits_for_memory = true;
     static constexpr int64_t block_inputs(int64_t inputs) { return inputs; }
 };
 
@@ -148,13 +154,13 @@ struct FloatTile : FloatSums {
 
     static constexpr int64_t panel_offset(int64_t k) { return k * panel_outputs * 4; }
 
-    template <int R, int C, bool shared>
+    template <int R, int C, Asks asks>
     static void add(const Row* a, int64_t stride, const uint8_t* w, int64_t panel_bytes, int64_t inputs, int, Ahead ahead, float* sums) {
         constexpr int V = panel_vectors * C;
         F sum[R][V];
         clear_tile(sum);
         const RowsAt<Row, R> row(a, stride);
-        each_step<R, C, shared, 1>(w, panel_bytes, inputs, ahead, [&](int64_t k, const uint8_t* at) SLUICE_HERE {
+        each_step<R, C, asks, 1>(w, panel_bytes, inputs, ahead, [&](int64_t k, const uint8_t* at) SLUICE_HERE {
             add_products(
                 sum, [&](int r) SLUICE_HERE { return Simd::set1(row[r][k]); },
                 [&](int v) SLUICE_HERE { return Simd::load((const float*)vector_at<4>(at, panel_bytes, v)); }, add_product);
@@ -169,13 +175,13 @@ struct Bf16Tile : FloatSums {
 
     static constexpr int64_t panel_offset(int64_t k) { return k * panel_outputs * 2; }
 
-    template <int R, int C, bool shared>
+    template <int R, int C, Asks asks>
     static void add(const Row* a, int64_t stride, const uint8_t* w, int64_t panel_bytes, int64_t inputs, int, Ahead ahead, float* sums) {
         constexpr int V = panel_vectors * C;
         F sum[R][V];
         clear_tile(sum);
         const RowsAt<Row, R> row(a, stride);
-        each_step<R, C, shared, 2>(w, panel_bytes, inputs, ahead, [&](int64_t k, const uint8_t* at) SLUICE_HERE {
+        each_step<R, C, asks, 2>(w, panel_bytes, inputs, ahead, [&](int64_t k, const uint8_t* at) SLUICE_HERE {
             const auto pairs = [&](int v) SLUICE_HERE { return Simd::load_lanes(vector_at<4>(at, panel_bytes, v)); };
             if constexpr (Simd::bf16_dot) {
                 add_products(
@@ -204,19 +210,20 @@ struct PairTile {
 
     static constexpr int64_t row_block(int64_t inputs) { return fixed_scale_words + inputs; }
     static constexpr bool adds_blocks = true;
+    static constexpr bool waits_for_memory = true;
     static constexpr int64_t block_inputs(int64_t inputs) { return fixed_block(inputs); }
     static constexpr int64_t panel_offset(int64_t k) { return k * panel_outputs * weight_bytes; }
     static F total(const float* sums, const uint8_t* after, int v) {
         return Simd::mul(Simd::load(sums + v * width), Simd::load((const float*)after + v * width));
     }
 
-    template <int R, int C, bool shared>
+    template <int R, int C, Asks asks>
     static void add(const Row* a, int64_t stride, const uint8_t* w, int64_t panel_bytes, int64_t inputs, int, Ahead ahead, float* sums) {
         constexpr int V = panel_vectors * C;
         I sum[R][V];
         clear_tile(sum);
         const RowsAt<Row, R> row(a + fixed_scale_words, stride);
-        each_step<R, C, shared, 2 * pairs>(w, panel_bytes, inputs, ahead, [&](int64_t k, const uint8_t* at) SLUICE_HERE {
+        each_step<R, C, asks, 2 * pairs>(w, panel_bytes, inputs, ahead, [&](int64_t k, const uint8_t* at) SLUICE_HERE {
             each<pairs>([&](auto pair) SLUICE_HERE {
                 add_products(
                     sum, [&](int r) SLUICE_HERE { return Simd::set1_lane(row[r] + k + 2 * pair); },
@@ -246,10 +253,10 @@ using FixedTile = PairTile<2>;
 constexpr int nibbles_summed = 32;
 
 // Adds the products of rows of unsigned bytes, `stride` apart, with bytes of weights.
-template <int R, int C, bool shared, int V, class Row>
+template <int R, int C, Asks asks, int V, class Row>
 SLUICE_INLINE void add_bytes(I (&sum)[R][V], const Row* a, int64_t stride, const uint8_t* w, int64_t panel_bytes, int64_t inputs, Ahead& ahead) {
     const RowsAt<Row, R> row(a, stride);
-    each_step<R, C, shared, 4>(w, panel_bytes, inputs, ahead, [&](int64_t k, const uint8_t* at) SLUICE_HERE {
+    each_step<R, C, asks, 4>(w, panel_bytes, inputs, ahead, [&](int64_t k, const uint8_t* at) SLUICE_HERE {
         add_products(
             sum, [&](int r) SLUICE_HERE { return Simd::set1_lane(row[r] + k); },
             [&](int v) SLUICE_HERE { return Simd::load_lanes(vector_at<4>(at, panel_bytes, v)); },
@@ -261,6 +268,7 @@ SLUICE_INLINE void add_bytes(I (&sum)[R][V], const Row* a, int64_t stride, const
 struct Int8Tile : OneBlock {
     using Row = uint8_t;
     static constexpr int max_rows = Simd::tile_rows;
+    static constexpr bool waits_for_memory = screens_by_bytes;
 
     static constexpr int64_t row_block(int64_t inputs) { return inputs; }
     static constexpr int64_t panel_offset(int64_t k) { return k * panel_outputs; }
@@ -270,12 +278,12 @@ struct Int8Tile : OneBlock {
         return Simd::mul(Simd::to_float(exact), Simd::load(scale));
     }
 
-    template <int R, int C, bool shared>
+    template <int R, int C, Asks asks>
     static void add(const Row* a, int64_t stride, const uint8_t* w, int64_t panel_bytes, int64_t inputs, int, Ahead ahead, float* sums) {
         constexpr int V = panel_vectors * C;
         I sum[R][V];
         clear_tile(sum);
-        add_bytes<R, C, shared>(sum, a, stride, w, panel_bytes, inputs, ahead);
+        add_bytes<R, C, asks>(sum, a, stride, w, panel_bytes, inputs, ahead);
         store_tile(sum, sums);
     }
 };
@@ -284,16 +292,17 @@ struct Int8Tile : OneBlock {
 struct Int4Tile : FloatSums {
     using Row = uint8_t;
     static constexpr int max_rows = Simd::tile_rows * 2 / 3;  // the excess takes registers too
+    static constexpr bool waits_for_memory = false;
 
     static constexpr int64_t panel_offset(int64_t) { return 0; }  // nothing comes after the inputs
 
-    template <int R, int C, bool shared>
+    template <int R, int C, Asks asks>
     static void add(const Row* a, int64_t stride, const uint8_t* w, int64_t panel_bytes, int64_t inputs, int group, Ahead ahead, float* sums) {
         constexpr int V = panel_vectors * C;
         static const uint8_t excess_bytes[4] = {128, 128, 128, 128};
         const I excess_row = Simd::set1_lane(excess_bytes);
         // It asks at every step, not once for two.
-        if (shared) ahead.step = ahead.step * step_bytes / ((step_bytes + 127) / 128 * 128);
+        if (asks != Asks::alone) ahead.step = ahead.step * step_bytes / ((step_bytes + 127) / 128 * 128);
         const int together = group % nibbles_summed ? nibbles_summed / 2 : nibbles_summed;
         F total[R][V];
         clear_tile(total);
@@ -305,7 +314,7 @@ struct Int4Tile : FloatSums {
                 clear_tile(sum);
                 clear_tile(excess);
                 for (int64_t i = k; i < k + together; i += 8, at += step_bytes) {
-                    prefetch<R, C, shared, 1>(at, panel_bytes, ahead);
+                    prefetch<R, C, asks, 1>(at, panel_bytes, ahead);
                     each<2>([&](auto half) SLUICE_HERE {
                         add_products(
                             sum, [&](int r) SLUICE_HERE { return Simd::set1_lane(a + r * stride + i + 4 * half); },
