@@ -12,6 +12,7 @@ from collections import OrderedDict
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
 from aiokafka.structs import ConsumerRecord
 
@@ -22,10 +23,12 @@ from service.contract import PromptRequest, SamplingFields
 from service.errors import SetupError
 from service.kafka import Topics
 from service.kafka.connection import Connection
+from service.kafka.embedded import embedded_cluster
 
 _CONNECT_S = 10.0
-_FETCH_WAIT_MS = 20
-"""Kafka answers a fetch when something comes; the embedded broker only after this time, and it must not be most of a latency."""
+_FETCH_WAIT_MS, _EMBEDDED_FETCH_WAIT_MS = 500, 20
+"""Kafka answers a fetch when something comes, and each one costs it as much as a record. The embedded broker answers only after this
+time, which must not be most of a latency."""
 _MAX_EARLY = 4_096
 
 
@@ -55,19 +58,20 @@ class KafkaTarget:
         # What the client has to say reaches the person as one error.
         logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
         chunks, results = self._topics.chunks, self._topics.results
-        consumer = self._consumer = AIOKafkaConsumer(
-            chunks,
-            results,
-            **self._connection.aiokafka(),
-            auto_offset_reset="latest",
-            isolation_level="read_committed",
-            enable_auto_commit=False,
-            fetch_max_wait_ms=_FETCH_WAIT_MS,
-        )
         self._producer = AIOKafkaProducer(**self._connection.aiokafka())
         try:
             async with asyncio.timeout(_CONNECT_S):
                 await self._producer.start()
+                embedded = await self._is_embedded()
+                consumer = self._consumer = AIOKafkaConsumer(
+                    chunks,
+                    results,
+                    **self._connection.aiokafka(),
+                    auto_offset_reset="latest",
+                    isolation_level="read_committed",
+                    enable_auto_commit=False,
+                    fetch_max_wait_ms=_EMBEDDED_FETCH_WAIT_MS if embedded else _FETCH_WAIT_MS,
+                )
                 await consumer.start()
                 for topic in (chunks, results):
                     if not consumer.partitions_for_topic(topic):
@@ -84,7 +88,12 @@ class KafkaTarget:
             ) from error
         self._reading = asyncio.create_task(self._read(consumer), name="bench results")
         partitions = consumer.partitions_for_topic(results) or ()
-        return {"target": f"kafka://{self._connection.bootstrap}", "topic": self._topics.prompts, "partitions": len(partitions)}
+        return {
+            "target": f"kafka://{self._connection.bootstrap}",
+            "embedded_broker": embedded,
+            "topic": self._topics.prompts,
+            "partitions": len(partitions),
+        }
 
     async def ask(self, planned: Planned, on_tokens: OnTokens) -> Answer:
         assert self._producer is not None
@@ -120,6 +129,14 @@ class KafkaTarget:
                 with contextlib.suppress(KafkaError):
                     await client.stop()
         self._consumer = self._producer = None
+
+    async def _is_embedded(self) -> bool:
+        admin = AIOKafkaAdminClient(**self._connection.aiokafka())
+        try:
+            await admin.start()
+            return embedded_cluster((await admin.describe_cluster())["cluster_id"])
+        finally:
+            await admin.close()
 
     async def _read(self, consumer: AIOKafkaConsumer) -> None:
         try:

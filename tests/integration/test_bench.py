@@ -47,10 +47,21 @@ async def test_kafka_from_prompts_to_chunks_and_results(tiny_model_dir: Path, to
     where = ("--brokers", broker.bootstrap, "--set", f"kafka.topic_prefix={broker.prefix}")
     async with serve(values(tiny_model_dir, broker=broker)):
         code, out, errors = await run("bench", *where, *SMALL)
-    (found,) = json.loads(out)["runs"]
-    assert (code, errors) == (0, "")
+    report = json.loads(out)
+    (found,) = report["runs"]
+    assert (code, errors, report["endpoint"]["embedded_broker"]) == (0, "", False)
     assert (found["num_finished"], found["output_tokens"], found["errors"]) == (12, 96, {})
     assert found["ttft_ms"]["count"] == 12
+
+
+async def test_kafka_on_an_embedded_broker_which_answers_late(tiny_model_dir: Path) -> None:
+    embedded = {"enabled": True, "embedded": True, "bootstrap_servers": "127.0.0.1:0"}
+    async with serve(values(tiny_model_dir, kafka=embedded)) as sluice:
+        code, out, errors = await run("bench", "--brokers", sluice.facts["kafka"], *SMALL)
+    report = json.loads(out)
+    (found,) = report["runs"]
+    assert (code, errors, report["endpoint"]["embedded_broker"]) == (0, "", True)
+    assert (found["num_finished"], found["output_tokens"], found["errors"]) == (12, 96, {})
 
 
 async def test_a_sweep_runs_at_shares_of_what_the_closed_loop_reached(tiny_model_dir: Path) -> None:
