@@ -8,15 +8,18 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 import psutil
 
+from tests.servers import kafka
 from tests.servers.tied import tie
 
+BROKER = {"broker_jvm": kafka.SHORT_LIVED, "broker_settings": kafka.TWO_CORES}
+"""What a report says of `small_broker`."""
 START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 60.0
 
@@ -86,6 +89,11 @@ def _started(process: "subprocess.Popen[str]", words: IO[str], start: float, tim
         ready_s=time.perf_counter() - start,
         load_s=said["load_s"],
     )
+
+
+def small_broker() -> AbstractContextManager[kafka.KafkaServer]:
+    """A broker that shares two cores with what is measured."""
+    return kafka.running("bench", kafka.SHORT_LIVED, kafka.TWO_CORES)
 
 
 def resident_bytes(process: psutil.Process) -> int:

@@ -22,8 +22,7 @@ from service.cli.demo_model import ensure_demo_model
 from service.tokenization import Tokenization
 from tests.bench import report
 from tests.bench.load_run import TRANSPORTS, fixed, plan, run_load
-from tests.bench.served import Served, resident_bytes, serving
-from tests.servers import kafka
+from tests.bench.served import BROKER, Served, resident_bytes, serving, small_broker
 
 Prompts = list[tuple[int, ...]]
 KV_BYTES = 256 * 2**20
@@ -110,7 +109,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     prefer_short_spin()
     model = ensure_demo_model()
     with (
-        kafka.running("bench", kafka.SHORT_LIVED) as broker,
+        small_broker() as broker,
         serving(
             "--brokers", broker.bootstrap, "--set", "kafka.create_topics=true", "--set", f"engine.kv_cache_bytes={KV_BYTES}"
         ) as served,
@@ -119,7 +118,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         results = compare(engine, Tokenization(model), served, arguments, broker_pid=broker.pid)
         memory = resident_bytes(served.process)
     results["parent_mib_after"] = round(memory / 2**20)
-    return report.emit("service", vars(arguments) | {"broker_jvm": kafka.SHORT_LIVED}, results | {"probe": report.probe()})
+    return report.emit("service", vars(arguments) | BROKER, results | {"probe": report.probe()})
 
 
 if __name__ == "__main__":

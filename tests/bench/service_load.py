@@ -16,8 +16,7 @@ from service.bench.summary import Summary
 from service.bench.workload import Workload
 from tests.bench import report
 from tests.bench.load_run import TRANSPORTS, fixed, plan, run_load
-from tests.bench.served import resident_bytes, serving
-from tests.servers import kafka
+from tests.bench.served import BROKER, resident_bytes, serving, small_broker
 
 
 def parse() -> argparse.Namespace:
@@ -53,7 +52,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     loads = tuple(float(load) for load in arguments.loads.split(","))
     results: dict[str, Any] = {"added_ttft_ms": {}, "spread_lengths": {}}
     with (
-        kafka.running("bench", kafka.SHORT_LIVED) as broker,
+        small_broker() as broker,
         serving("--brokers", broker.bootstrap, "--set", "kafka.create_topics=true") as served,
     ):
         alone = plan(fixed(arguments.prompt_tokens, 2), requests=arguments.alone, concurrency=1, warm_up=4)
@@ -76,7 +75,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             [run], _ = run_load(served, "grpc", spread, shape)
             results["spread_lengths"][shape] = figures(run.summary)
         results["parent_mib_after"] = round(resident_bytes(served.process) / 2**20)
-    return report.emit("service_load", vars(arguments) | {"broker_jvm": kafka.SHORT_LIVED}, results | {"probe": report.probe()})
+    return report.emit("service_load", vars(arguments) | BROKER, results | {"probe": report.probe()})
 
 
 if __name__ == "__main__":

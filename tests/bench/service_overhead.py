@@ -14,8 +14,7 @@ from service.cli.demo_model import ensure_demo_model
 from tests.bench import report
 from tests.bench.kafka_echo import two_hops_ms
 from tests.bench.load_run import TRANSPORTS, fixed, plan, run_load
-from tests.bench.served import resident_bytes, serving
-from tests.servers import kafka
+from tests.bench.served import BROKER, resident_bytes, serving, small_broker
 
 
 def parse() -> argparse.Namespace:
@@ -44,7 +43,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     spent: dict[str, dict[str, list[float]]] = {name: {} for name in TRANSPORTS}
     rates: dict[str, list[float]] = {name: [] for name in TRANSPORTS}
     first: dict[str, Any] = {}
-    with kafka.running("bench", kafka.SHORT_LIVED) as broker, serving("--brokers", broker.bootstrap, *flags) as served:
+    with small_broker() as broker, serving("--brokers", broker.bootstrap, *flags) as served:
         for block in range(arguments.blocks):
             for name in TRANSPORTS:
                 [run], cost = run_load(served, name, load, f"{name} {block}", broker.pid)
@@ -65,7 +64,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "two_hops_without_sluice_ms": hops,
         "parent_mib_after": round(parent / 2**20),
     }
-    return report.emit("service_overhead", vars(arguments) | {"broker_jvm": kafka.SHORT_LIVED}, results)
+    return report.emit("service_overhead", vars(arguments) | BROKER, results)
 
 
 if __name__ == "__main__":
