@@ -54,6 +54,8 @@ public:
         item_ = &item;
         heads_ = item.head_last - item.head_first;
         rows_ = heads_ * item.row_count;
+        if (writes(item)) write_token<Cache>(call_, call_.starts[item.seq], item.head_first, item.head_last);
+        if (next && writes(*next)) expect_token<Cache>(call_, call_.starts[next->seq], next->head_first, next->head_last);
         load_queries();
         Lines here = lines_of(item, item.chunk_first), after;
         for (int chunk = item.chunk_first; chunk < item.chunk_last; ++chunk) {
@@ -85,6 +87,11 @@ public:
     }
 
 private:
+    // Whether the item's token is its own to write: of single tokens it is with whoever sees the last position.
+    bool writes(const AttentionItem& item) const {
+        return call_.single_tokens && (item.unit < 0 || item.chunk_last == item.unit_chunk_last);
+    }
+
     static int64_t line_bytes(int64_t dim) { return matrices ? line_lanes * dim * (int64_t)sizeof(Stored) : 0; }
     float* state(int64_t row) { return state_ + row * result_size(dim_); }
     float* partial(int chunk, int64_t row) {
@@ -369,10 +376,12 @@ inline void attend(const Attention& call) {
     for (int64_t i = 0; i < call.num_items; ++i) {
         if (call.items[i].unit >= 0) unfinished[call.items[i].unit] = call.items[i].unit_parts;
     }
-    sluice::parallel_for(call.tokens, tokens_written_at_once, [&](int64_t token) {
-        if (token + 1 < call.tokens) expect_token<Cache>(call, token + 1);
-        write_token<Cache>(call, token);
-    });
+    if (!call.single_tokens) {
+        sluice::parallel_for(call.tokens, tokens_written_at_once, [&](int64_t token) {
+            if (token + 1 < call.tokens) expect_token<Cache>(call, token + 1, 0, call.kv_heads);
+            write_token<Cache>(call, token, 0, call.kv_heads);
+        });
+    }
     sluice::parallel(call.num_items, 1, [&](sluice::Share& share) {
         Worker<Cache> worker(call, partials, unfinished, scratch(1, Worker<Cache>::scratch_bytes(call.dim)));
         int64_t first, last, next;

@@ -161,6 +161,7 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
                     header->q_heads == q_heads && header->kv_heads == kv_heads && header->window == window,
                 "plan was made for other sequences, heads or another window");
     check_places(call, num_seqs, num_blocks, cos_sin.size(0));
+    call.single_tokens = sluice::tokens_are_single(call, num_seqs);
     Tensor out = sluice::new_output({tokens, q_heads, dim}, out_dtype.value_or(rows));
     TORCH_CHECK(out.scalar_type() == at::kFloat || out.scalar_type() == at::kBFloat16, "out_dtype must be float32 or bfloat16, not ",
                 out.scalar_type());

@@ -40,6 +40,7 @@ struct Attention {
     int64_t k_stride;
     int64_t v_stride;
     int64_t tokens;
+    bool single_tokens;    // as attention_plan.h says: whoever attends one writes it
     int64_t q_heads;
     int64_t kv_heads;
     int64_t dim;               // a multiple of 16, at most max_head_dim

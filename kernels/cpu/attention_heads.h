@@ -33,9 +33,9 @@ inline void rotate(const void* x, int64_t start, Type type, const float* cos_sin
     for (int64_t i = 0; i < dim; i += width) Simd::store_bf16(out + i, Simd::load(room + i));
 }
 
-// Keys (rotated) and values of one token into their slot.
+// Keys (rotated) and values of heads [head_first, head_last) of one token into their slot.
 template <class Cache>
-inline void write_token(const Attention& call, int64_t token) {
+inline void write_token(const Attention& call, int64_t token, int64_t head_first, int64_t head_last) {
     using Stored = typename Cache::Stored;
     constexpr int pair = Cache::pair;
     const int64_t slot = call.slots[token], dim = call.dim, block_size = call.block_size;
@@ -44,7 +44,7 @@ inline void write_token(const Attention& call, int64_t token) {
     const float* cos_sin = call.cos_sin + call.positions[token] * dim;
     alignas(64) float rotated[max_head_dim];
     alignas(64) Stored row[max_head_dim];
-    for (int64_t head = 0; head < call.kv_heads; ++head) {
+    for (int64_t head = head_first; head < head_last; ++head) {
         const int64_t start = place + head * dim * block_size;
         rotate(call.k, token * call.k_stride + head * dim, call.rows, cos_sin, dim, rotated, row);
         Stored* key = (Stored*)call.k_cache + start + offset * pair;
@@ -65,15 +65,16 @@ inline void expect_numbers(const void* x, int64_t start, int64_t count, Type typ
 
 // Asks for what write_token will read, and for the lines that it will write of a token alone in its block.
 template <class Cache>
-inline void expect_token(const Attention& call, int64_t token) {
+inline void expect_token(const Attention& call, int64_t token, int64_t head_first, int64_t head_last) {
     using Stored = typename Cache::Stored;
     const int64_t slot = call.slots[token], row = call.block_size * Cache::pair;
     if (slot < 0) return;
-    expect_numbers(call.k, token * call.k_stride, call.kv_heads * call.dim, call.rows);
-    expect_numbers(call.v, token * call.v_stride, call.kv_heads * call.dim, call.rows);
+    const int64_t first = head_first * call.dim, count = (head_last - head_first) * call.dim;
+    expect_numbers(call.k, token * call.k_stride + first, count, call.rows);
+    expect_numbers(call.v, token * call.v_stride + first, count, call.rows);
     const int64_t place = slot / call.block_size * call.block_stride + slot % call.block_size * Cache::pair;
-    const Stored* key = (const Stored*)call.k_cache + place;
-    for (int64_t i = 0; i < call.kv_heads * call.dim / Cache::pair; ++i) __builtin_prefetch(key + i * row, 1);
+    const Stored* key = (const Stored*)call.k_cache + place + first * call.block_size;
+    for (int64_t i = 0; i < count / Cache::pair; ++i) __builtin_prefetch(key + i * row, 1);
 }
 
 }  // namespace SLUICE_ISA

@@ -23,6 +23,18 @@ constexpr int64_t least_cost = 512;  // rows times positions below which a cut c
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Whether whoever attends a sequence can write its keys and values, too: it has one token, whose slot is its last position's, and one item
+// has all rows of a key head there. (A block that is being written is in one sequence's table alone.)
+inline bool tokens_are_single(const Attention& call, int64_t num_seqs) {
+    if (call.tokens != num_seqs || call.q_heads / call.kv_heads > prompt_rows) return false;
+    for (int64_t seq = 0; seq < num_seqs; ++seq) {
+        if (call.starts[seq] != seq) return false;
+        const int64_t last = call.seq_lens[seq] - 1, block = call.tables[seq * call.table_stride + last / call.block_size];
+        if (call.slots[seq] != block * call.block_size + last % call.block_size) return false;
+    }
+    return true;
+}
+
 class AttentionPlanner {
 public:
     AttentionPlanner(const int32_t* starts, const int32_t* seq_lens, int64_t num_seqs, int64_t q_heads, int64_t kv_heads, int64_t window)

@@ -98,6 +98,24 @@ def test_any_heads_and_blocks_will_do(every_isa, heads, head_dim, block_size, dt
     check(Case.make([(100, 1), (300, 40), (7, 7)], heads=heads, head_dim=head_dim, block_size=block_size, dtype=dtype))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("heads", [(9, 3), (48, 1), (49, 1), (4, 4)])
+def test_single_tokens_of_any_heads(every_isa, threads, heads, dtype):
+    """Written by whoever attends them, unless several share a key head."""
+    torch.set_num_threads(3)
+    check(Case.make(SIZES["decodes of odd lengths"], heads=heads, dtype=dtype))
+
+
+def test_single_tokens_may_have_slots_in_any_context(every_isa):
+    """All are written before any is read."""
+    case = Case.make([(100, 1), (40, 1), (33, 1)])
+    own = int(case.slot_mapping[2])
+    for cache in case.context:
+        cache[own // 16, own % 16] = 1.0
+    case.slot_mapping[2] = int(case.block_tables[0, 3]) * 16 + 5
+    check(case)
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_random_shapes(best_isa, seed):
     draw = random.Random(seed)
@@ -131,6 +149,17 @@ def test_a_token_with_slot_minus_one_is_not_written(best_isa):
     keys, values = by_slot(caches[0], keys=True).flatten(0, 1), by_slot(caches[1], keys=False).flatten(0, 1)
     assert bool(keys[left].isnan().all() and values[left].isnan().all())
     assert int(keys.isnan().any(dim=(1, 2)).logical_not().sum()) == 19
+
+
+def test_a_single_token_with_slot_minus_one_is_not_written(best_isa):
+    case = Case.make([(20, 1), (30, 1)])
+    left = int(case.slot_mapping[0])
+    case.slot_mapping[0] = -1
+    caches = case.caches()
+    case.run(caches)
+    keys = by_slot(caches[0], keys=True).flatten(0, 1)
+    assert bool(keys[left].isnan().all())
+    assert int(keys.isnan().any(dim=(1, 2)).logical_not().sum()) == 19 + 30
 
 
 @pytest.mark.parametrize("part", ["q", "k", "v"])

@@ -183,6 +183,7 @@ void fuzz_attention(const Operators& operators, Chance& chance) {
     call.table_stride = stride;
     call.seq_lens = lens.data();
     call.starts = starts.data();
+    call.single_tokens = sluice::tokens_are_single(call, num_seqs);
     call.items = items.of<sluice::AttentionItem>();
     call.num_items = (int64_t)plan.items.size();
     call.units = plan.units;
