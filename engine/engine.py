@@ -137,6 +137,7 @@ class Engine:
             attention_backend=backend.name,
             max_model_len=pool.max_model_len,
             vocab_size=spec.vocab_size,
+            hidden_size=spec.hidden_size,
             num_blocks=pool.num_blocks,
             block_size=config.block_size,
             max_num_seqs=config.max_num_seqs,

@@ -17,14 +17,15 @@ too, OMP_WAIT_POLICY=active lets those spin on the same cores.
 """
 
 import os
+from collections.abc import MutableMapping
 
 SPIN_COUNT = "3000"
 
 
-def prefer_short_spin() -> None:
-    """Sets GOMP_SPINCOUNT for this process unless the user has said how to wait. Has no effect once torch is imported."""
-    if not os.environ.get("OMP_WAIT_POLICY") and not os.environ.get("GOMP_SPINCOUNT"):
-        os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
+def prefer_short_spin(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Sets GOMP_SPINCOUNT unless the user has said how to wait. Has no effect on this process once torch is imported."""
+    if not environment.get("OMP_WAIT_POLICY") and not environment.get("GOMP_SPINCOUNT"):
+        environment["GOMP_SPINCOUNT"] = SPIN_COUNT
 
 
 def pin_threads() -> None:

@@ -178,6 +178,7 @@ class EngineFacts:
     attention_backend: str
     max_model_len: int
     vocab_size: int
+    hidden_size: int
     num_blocks: int
     block_size: int
     max_num_seqs: int

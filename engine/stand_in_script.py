@@ -104,6 +104,7 @@ def stand_in_facts(config: EngineConfig) -> EngineFacts:
         attention_backend="none",
         max_model_len=context,
         vocab_size=vocab_size,
+        hidden_size=0,
         num_blocks=-(-context // config.block_size) * config.max_num_seqs,
         block_size=config.block_size,
         max_num_seqs=config.max_num_seqs,

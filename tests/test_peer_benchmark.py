@@ -65,6 +65,7 @@ def turn(rate: float, *, disturbed: bool = False) -> Json:
 def run_of(blocks: list[dict[str, Json]], *, commit: str = "c", case: str = "decode 8/32") -> Json:
     probe = {"read_gb_per_s": 10.0, "fp32_gflop_per_s": 100.0, "bf16_gflop_per_s": 50.0}
     facts = {"weight_bytes": 10**9, "num_parameters": 10**9, "kv_cache_bytes": 3200, "num_blocks": 10, "block_size": 16}
+    facts |= {"vocab_size": 200_000, "hidden_size": 1_000}
     systems = {
         "sluice": {"label": "Sluice engine", "kind": "ours", "bits": 16, "facts": facts},
         "llama.cpp-bf16": {"label": "llama.cpp BF16", "kind": "peer", "bits": 16, "facts": {}},
@@ -110,6 +111,12 @@ def test_the_limit_is_the_slower_of_reading_and_multiplying() -> None:
     case = summary.summarise([run_of([{"sluice": turn(30)}])])["cases"]["decode 8/32"]
     # 8 rows x 2 operations x 1e9 parameters at 100 GFLOP/s: 160 ms; 1 GB and 264 tokens of 20 bytes at 10 GB/s: 100 ms.
     assert case["limit"] == {"bandwidth_tokens_per_s": 80.0, "arithmetic_tokens_per_s": 50.0, "tokens_per_s": 50.0}
+
+
+def test_of_a_prompt_one_row_goes_through_the_head() -> None:
+    case = summary.summarise([run_of([{"sluice": turn(30)}], case="prefill 512")])["cases"]["prefill 512"]
+    # 2 x (512 rows x 0.8e9 parameters + 0.2e9) at 100 GFLOP/s: 8.196 s.
+    assert case["limit"]["arithmetic_tokens_per_s"] == 62.5
 
 
 def test_runs_of_different_commits_do_not_merge() -> None:

@@ -21,6 +21,8 @@ constexpr int prompt_rows = 48;      // rows of one key head that share what the
 constexpr int items_a_thread = 4;    // so that the threads end together
 constexpr int64_t least_cost = 512;  // rows times positions below which a cut costs more than it gives
 
+constexpr int64_t most_partial_rows = 1 << 16;  // results of chunks that a step keeps: 37 MB of heads of 128 numbers
+
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Whether whoever attends a sequence can write its keys and values, too: it has one token, whose slot is its last position's, and one item
@@ -76,7 +78,8 @@ private:
 
     void split(const AttentionItem& whole, int64_t wanted) {
         const int64_t chunks = whole.chunk_last - whole.chunk_first, heads = whole.head_last - whole.head_first;
-        const int64_t chunk_parts = std::clamp<int64_t>(wanted, 1, chunks);
+        const bool room = plan_.partial_rows + chunks * whole.row_count * heads <= most_partial_rows;
+        const int64_t chunk_parts = room ? std::clamp<int64_t>(wanted, 1, chunks) : 1;
         const int64_t head_parts = std::clamp<int64_t>(wanted / chunk_parts, 1, heads);
         for (int64_t i = 0; i < head_parts; ++i) {
             AttentionItem item = whole;

@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -58,11 +59,12 @@ def choose(wanted: str, tell: Callable[[str], None] = lambda what: None) -> Choi
         return Choice(instruction_set="", reason="plain torch, as configured")
     try:
         _load(tell)
-        name = torch.ops.sluice_cpu.select.default(wanted)
     except BuildError as error:
         if wanted != "auto":
             raise
         return Choice(instruction_set="", reason=f"plain torch: {error}")
+    try:
+        name = torch.ops.sluice_cpu.select.default(wanted)
     except (RuntimeError, ValueError) as error:
         found = ", ".join(torch.ops.sluice_cpu.available.default())
         raise BuildError(f"instruction set {wanted!r} is not one that this processor has: {found}") from error
@@ -87,47 +89,56 @@ def runnable() -> tuple[str, ...]:
 
 
 def library_path() -> Path:
-    """Where the built library lies, built or not. Raises `BuildError` when there is no compiler to build it with."""
-    compiler = _compiler()
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout.splitlines()[:1]
+    """Where the built library lies, built or not. Raises `BuildError` when there is no compiler to build it with, or no place."""
+    version = _version(_compiler())
     told = hashlib.sha256(repr((torch.__version__, sys.version_info[:2], version, runnable(), _FLAGS)).encode())
     for source in sorted([*_SOURCES.glob("*.cpp"), *_SOURCES.glob("*.h")]):
         told.update(source.name.encode() + source.read_bytes())
-    cache = Path(os.environ.get("SLUICE_CACHE") or Path.home() / ".cache" / "sluice")
+    try:
+        cache = Path(os.environ.get("SLUICE_CACHE") or Path.home() / ".cache" / "sluice")
+    except RuntimeError as error:
+        raise BuildError("there is no home directory; set SLUICE_CACHE") from error
     return cache / "build" / f"sluice_cpu-{told.hexdigest()[:16]}" / "sluice_cpu.so"
 
 
-def _compiler() -> str:
-    named = os.environ.get("CXX")
-    found = shutil.which(named) if named else shutil.which("g++") or shutil.which("clang++")
-    if found is None:
-        raise BuildError(
-            f"no C++ compiler ({named or 'g++ or clang++'}); install g++ for operators that are several times faster"
-        )
-    return found
+def _compiler() -> list[str]:
+    """As a command, which may have words of its own (CXX="ccache g++")."""
+    named = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    if shutil.which(named[0]) is None:
+        raise BuildError(f"no C++ compiler ({named[0]}); install g++ for operators that are several times faster")
+    if any("clang" in line for line in _version(named)):
+        # It does not take `#pragma GCC target`, by which each source says what it is compiled for.
+        raise BuildError(f"{shlex.join(named)} is clang, which cannot compile the operators; install g++, or name it in CXX")
+    return named
+
+
+def _version(compiler: list[str]) -> list[str]:
+    """The first line that it says of itself."""
+    return subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout.splitlines()[:1]
 
 
 def _load(tell: Callable[[str], None]) -> None:
     if hasattr(torch.ops.sluice_cpu, "linear"):
         return
     library = library_path()
-    if not library.exists():
-        with _alone(library.parent):
-            if not library.exists():
-                _build(library, tell)
-    torch.ops.load_library(str(library))
+    try:
+        if not library.exists():
+            with _alone(library.parent):
+                if not library.exists():
+                    _build(library, tell)
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        # Of another user, full, read-only, or not to be run from.
+        raise BuildError(f"{library.parent} cannot be used ({error}); set SLUICE_CACHE to another folder") from error
 
 
 @contextmanager
 def _alone(directory: Path) -> Iterator[None]:
     """Holds the directory's lock; the kernel frees it when the holder dies."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with (directory / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
-    except OSError as error:
-        raise BuildError(f"{directory} cannot be written ({error.strerror}); set SLUICE_CACHE") from error
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _build(library: Path, tell: Callable[[str], None]) -> None:
@@ -135,7 +146,7 @@ def _build(library: Path, tell: Callable[[str], None]) -> None:
 
     # The interpreter's own folder has the ninja that was installed beside it, whether or not the environment is activated.
     os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
-    os.environ["CXX"] = _compiler()
+    os.environ["CXX"] = shlex.join(_compiler())
     if not cpp_extension.is_ninja_available():
         raise BuildError("ninja is missing; pip install ninja")
     tell("building the C++ operators for this processor, once (about a minute)")
@@ -170,4 +181,6 @@ def _build(library: Path, tell: Callable[[str], None]) -> None:
         except (RuntimeError, subprocess.CalledProcessError) as error:
             log.write_text(str(error), "utf-8")
             raise BuildError(f"the compiler failed; its words are in {log}") from error
-        (Path(work) / "sluice_cpu.so").rename(library)
+        # Torch numbers the file where an earlier try of this process has failed.
+        [made] = Path(work).glob("sluice_cpu*.so")
+        made.rename(library)

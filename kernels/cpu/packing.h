@@ -176,14 +176,18 @@ inline void pack_int8_row(const float* row, int64_t in_features, int output, uin
     ((int32_t*)(panel + inputs * panel_outputs + 4 * panel_outputs))[output] = 128 * sum;
 }
 
+constexpr uint16_t half_nan = 0x7e00;
+
 inline void pack_int4_row(const float* row, int64_t in_features, int output, int group, uint8_t* panel) {
     for (int64_t start = 0; start < in_features; start += group, panel += group_bytes(group)) {
         int64_t end = start + group < in_features ? start + group : in_features;
-        float extreme = 0.0f;
+        float extreme = 0.0f, wrong = 0.0f;
         for (int64_t k = start; k < end; ++k) {
             if (std::fabs(row[k]) > std::fabs(extreme)) extreme = row[k];
+            wrong += row[k] * 0.0f;
         }
-        uint16_t half = float_to_half(extreme / -8.0f);
+        // A group with a weight that is infinite or no number has no number for its scale.
+        uint16_t half = wrong == 0.0f ? float_to_half(extreme / -8.0f) : half_nan;
         float scale = half_to_float(half), inverse = scale != 0.0f ? 1.0f / scale : 0.0f;
         ((uint16_t*)(panel + (int64_t)group / 2 * panel_outputs))[output] = half;
         for (int64_t k = 0; k < group; ++k) {

@@ -73,15 +73,17 @@ inline float largest_magnitude(const float* x, int64_t count) {
     return Simd::largest(found);
 }
 
-// int8 and int4: symmetric to 8 bits by the row's largest magnitude, plus 128 for products of unsigned bytes.
+// int8 and int4: symmetric to 8 bits by the row's largest magnitude, plus 128 for products of unsigned bytes. A row with an infinite or no
+// number has no number for its scale.
 inline void prepare_row(const Linear& call, int64_t row, int64_t in, int64_t inputs, uint8_t* out, float* floats, float* scale) {
-    F found = Simd::zero();
+    F found = Simd::zero(), wrong = Simd::zero();
     each_of_row(call, row, in, [&](int64_t i, int n, F x) SLUICE_HERE {
         store_typed(floats, i, x, n, Type::f32);
         found = Simd::max(magnitude(x), found);
+        wrong = Simd::fma(x, Simd::zero(), wrong);
     });
     const float largest = Simd::largest(found);
-    *scale = largest / 127.0f;
+    *scale = largest / 127.0f + Simd::sum(wrong);
     const F inverse = Simd::set1(largest > 0.0f ? 127.0f / largest : 0.0f), excess = Simd::set1(128.0f);
     const auto quantised = [&](F x) SLUICE_HERE { return Simd::add(Simd::round(Simd::mul(x, inverse)), excess); };
     int64_t i = 0;

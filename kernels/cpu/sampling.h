@@ -271,7 +271,7 @@ inline float near_limit(SampleSpace& space, int64_t count) {
     for (int64_t start = 0; start < space.padded; start += sum_block) {
         F least = Simd::load(space.distances + start);
         for (int64_t j = start + width; j < start + sum_block; j += width) least = Simd::min(least, Simd::load(space.distances + j));
-        nearest[blocks++] = -Simd::largest(Simd::sub(Simd::zero(), least));
+        nearest[blocks++] = 0.0f - Simd::largest(Simd::sub(Simd::zero(), least));  // never -0, whose bits are not those of 0
     }
     if (count > blocks / 2) return never;
     std::nth_element(nearest, nearest + count - 1, nearest + blocks);

@@ -269,6 +269,7 @@ struct TasksBeside::State {
     std::deque<Task> tasks;
     std::atomic<uint32_t> begun{0};
     std::atomic<uint32_t> over{0};
+    bool threadless = false;  // none was to be had: whoever begins a task runs it
 
     void work() {
         beside = true;
@@ -298,7 +299,11 @@ struct TasksBeside::State {
 };
 
 TasksBeside::TasksBeside() : state_(new State) {
-    std::thread([state = state_] { state->work(); }).detach();
+    try {
+        std::thread([state = state_] { state->work(); }).detach();
+    } catch (const std::system_error&) {
+        state_->threadless = true;
+    }
     // Nothing that a task uses may be taken down under it.
     std::atexit([] { instance().state_->drain(); });
 }
@@ -309,6 +314,11 @@ TasksBeside& TasksBeside::instance() {
 }
 
 void TasksBeside::begin(std::function<void()> task, std::atomic<uint32_t>& done) {
+    if (state_->threadless) {
+        task();
+        done.store(1, std::memory_order_release);
+        return;
+    }
     {
         const std::lock_guard<std::mutex> lock(state_->mutex);
         state_->tasks.push_back({std::move(task), &done, omp_get_max_threads()});

@@ -8,7 +8,9 @@ import asyncio
 import contextlib
 import json
 import logging
+import time
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
@@ -23,6 +25,7 @@ from service.contract import PromptRequest, SamplingFields
 from service.errors import SetupError
 from service.kafka import Topics
 from service.kafka.connection import Connection
+from service.kafka.control import cancel_record
 from service.kafka.embedded import embedded_cluster
 
 _CONNECT_S = 10.0
@@ -42,16 +45,24 @@ class KafkaTarget:
     """`connection`: how the brokers are reached."""
 
     def __init__(
-        self, connection: Connection, *, topic_prefix: str = "sluice.", model: str = "", ignore_eos: bool = True
+        self,
+        connection: Connection,
+        *,
+        topic_prefix: str = "sluice.",
+        model: str = "",
+        ignore_eos: bool = True,
+        wall_ns: Callable[[], int] = time.time_ns,
     ) -> None:
         self._connection = connection
         self._topics = Topics(topic_prefix)
         self._model = model
         self._ignore_eos = ignore_eos
+        self._wall_ns = wall_ns
         self._producer: AIOKafkaProducer | None = None
         self._consumer: AIOKafkaConsumer | None = None
         self._reading: asyncio.Task[None] | None = None
         self._waiting: dict[str, _Waiting] = {}
+        self._endings: set[asyncio.Task[None]] = set()
         self._early: OrderedDict[str, list[ConsumerRecord]] = OrderedDict()
 
     async def open(self) -> dict[str, Any]:
@@ -116,10 +127,17 @@ class KafkaTarget:
             for record in self._early.pop(key, ()):
                 self._take(waiting, record)
             return _answer(await waiting.result)
+        except asyncio.CancelledError:
+            ending = asyncio.create_task(self._end(self._producer, key), name=f"end {key}")
+            self._endings.add(ending)
+            ending.add_done_callback(self._endings.discard)
+            raise
         finally:
             del self._waiting[key]
 
     async def close(self) -> None:
+        if self._endings:
+            await asyncio.wait(self._endings, timeout=_CONNECT_S)
         reading, self._reading = self._reading, None
         if reading is not None:
             reading.cancel()
@@ -129,6 +147,12 @@ class KafkaTarget:
                 with contextlib.suppress(KafkaError):
                     await client.stop()
         self._consumer = self._producer = None
+
+    async def _end(self, producer: AIOKafkaProducer, request_id: str) -> None:
+        """Asks whoever runs a request to end it."""
+        record = cancel_record(self._topics.control, request_id, time_ns=self._wall_ns())
+        with contextlib.suppress(KafkaError):
+            await producer.send_and_wait(record.topic, record.value, key=record.key, headers=list(record.headers))
 
     async def _is_embedded(self) -> bool:
         admin = AIOKafkaAdminClient(**self._connection.aiokafka())

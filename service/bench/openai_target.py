@@ -83,9 +83,10 @@ class OpenAiTarget:
         return json.dumps(body).encode()
 
     async def _follow(self, stream: Any, on_tokens: OnTokens) -> Answer:
-        num_messages, usage = 0, None
+        num_messages, usage, ended = 0, None, False
         async for data in stream:
             if data == "[DONE]":
+                ended = True
                 continue
             try:
                 event = json.loads(data)
@@ -94,9 +95,13 @@ class OpenAiTarget:
             if "error" in event:
                 raise _failure(event["error"])
             usage = event.get("usage") or usage
-            if any(_text(choice) for choice in event.get("choices") or ()):
+            choices = event.get("choices") or ()
+            ended = ended or any(choice.get("finish_reason") for choice in choices)
+            if any(_text(choice) for choice in choices):
                 num_messages += 1
                 on_tokens(1)
+        if not ended:
+            raise TargetError("internal", "the stream ended without a result")
         if usage is None:
             return Answer(prompt_tokens=0, completion_tokens=num_messages)
         details = usage.get("prompt_tokens_details") or {}

@@ -38,6 +38,10 @@ class Run:
     load: float = 0.0
 
 
+class SweepError(Exception):
+    """The closed loop was too short to say what a share of its rate is."""
+
+
 class Bench:
     """`execute` runs the plan; `new_draw` gives the uniform draws of a named stream, the same each time."""
 
@@ -62,19 +66,20 @@ class Bench:
         return len(self._plan.loads) + 1
 
     async def execute(self) -> None:
-        """Raises `TargetError` when the warm-up fails; requests that fail later are counted."""
+        """Raises `TargetError` when the warm-up fails, `SweepError`; requests that fail later are counted."""
         plan = self._plan
         self.current_name = "warm-up"
-        await warm_up(self.target, plan.workload.requests(self._new_draw("warm-up")), plan.warm_up, plan.limits.timeout_s)
+        await warm_up(self.target, plan.workload.requests(self._new_draw, "warm-up"), plan.warm_up, plan.limits.timeout_s)
         if plan.rate:
             await self._open(f"{plan.rate:g} a second", plan.rate, 0.0)
             return
-        closed = await self._closed()
+        closed = (await self._closed()).summary
+        if plan.loads and closed.num_steady < plan.concurrency:
+            raise SweepError(
+                f"{closed.num_steady} requests ended before the last was sent, which tells no rate at {plan.concurrency} in flight"
+            )
         for load in plan.loads:
-            rate = load * closed.summary.steady_requests_per_s
-            if rate <= 0:
-                return
-            await self._open(f"{load:.0%} load", rate, load)
+            await self._open(f"{load:.0%} load", load * closed.steady_requests_per_s, load)
 
     def interrupted(self) -> Run | None:
         """The run under way, with what has ended so far; None where nothing has."""
@@ -95,7 +100,7 @@ class Bench:
         self._end(drive, rate=rate, load=load)
 
     def _begin(self, name: str, stream: str) -> Drive:
-        requests = self._plan.workload.requests(self._new_draw(f"requests {stream}"))
+        requests = self._plan.workload.requests(self._new_draw, f"requests {stream}")
         self.current_name = name
         self.current = Drive(self.target, requests, self._plan.limits, clock=self._clock, sleep=self._sleep)
         return self.current

@@ -40,7 +40,8 @@ class Quantiles:
 class Summary:
     """One run. `elapsed_s`: from its start to the last end. `errors`: how many requests ended with which code.
 
-    `steady_requests_per_s`: of a closed loop while every place was taken, which is what the endpoint can do at that concurrency.
+    `steady_requests_per_s`: of a closed loop while every place was taken, which is what the endpoint can do at that concurrency;
+    `num_steady` requests ended by then.
     `added_ttft_ms`: TTFT less the engine's own part (first scheduled to first token), where the endpoint tells it.
     `late_ms`: how long after its due instant a request was sent: large values mean that this process could not keep up.
     """
@@ -53,6 +54,7 @@ class Summary:
     cached_prompt_tokens: int
     output_tokens: int
     requests_per_s: float
+    num_steady: int
     steady_requests_per_s: float
     output_tokens_per_s: float
     e_tps: float
@@ -77,6 +79,7 @@ def summarize(samples: Sequence[Sample], started_s: float, targets: Targets) -> 
     in_time = [sample for sample in finished if not targets.deadline_s or _e2e_s(sample) <= targets.deadline_s]
     good = [sample for sample in in_time if _keeps(sample, targets)]
     e2e = quantiles([_e2e_s(sample) for sample in finished])
+    num_steady, steady_s = _steady(samples, started_s)
 
     def rate(count: float) -> float:
         return count / elapsed_s if elapsed_s else 0.0
@@ -90,7 +93,8 @@ def summarize(samples: Sequence[Sample], started_s: float, targets: Targets) -> 
         cached_prompt_tokens=sum(sample.answer.cached_prompt_tokens for sample in finished if sample.answer),
         output_tokens=_tokens(finished),
         requests_per_s=rate(len(finished)),
-        steady_requests_per_s=_steady(samples, started_s),
+        num_steady=num_steady,
+        steady_requests_per_s=num_steady / steady_s if steady_s > 0 else 0.0,
         output_tokens_per_s=rate(_tokens(finished)),
         e_tps=rate(_tokens(in_time)),
         goodput_per_s=rate(len(good)),
@@ -152,12 +156,11 @@ def _keeps(sample: Sample, targets: Targets) -> bool:
     return keeps_ttft and (not targets.tpot_s or each is None or each <= targets.tpot_s)
 
 
-def _steady(samples: Sequence[Sample], started_s: float) -> float:
-    """Ends a second until the last request was sent: after that places stay empty."""
+def _steady(samples: Sequence[Sample], started_s: float) -> tuple[int, float]:
+    """How many ended until the last request was sent (after that places stay empty), and the seconds until then."""
     last_sent_s = max((sample.sent_s for sample in samples), default=started_s)
-    window_s = last_sent_s - started_s
     ended = sum(sample.answer is not None and sample.ended_s <= last_sent_s for sample in samples)
-    return ended / window_s if window_s > 0 else 0.0
+    return ended, last_sent_s - started_s
 
 
 def _tokens(samples: Sequence[Sample]) -> int:

@@ -4,7 +4,7 @@ Guarantee: a seed gives the same requests everywhere. How many tokens a prompt r
 has that. Prompts differ from their first word on, except for the prefix that they share.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from service.bench.lengths import Draw, Lengths
@@ -38,14 +38,15 @@ class Planned:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """What is sent. `shared_prefix_tokens`: words that every prompt begins with, beside its own."""
+    """What is sent. `shared_prefix_tokens`: words that every prompt of every run begins with, beside its own."""
 
     lengths: Lengths
     shared_prefix_tokens: int = 0
 
-    def requests(self, uniform: Draw) -> Iterator[Planned]:
-        """Endless."""
-        prefix = words(self.shared_prefix_tokens, uniform)
+    def requests(self, new_draw: Callable[[str], Draw], stream: str) -> Iterator[Planned]:
+        """Endless; those of another stream have other words, and the same prefix."""
+        prefix = words(self.shared_prefix_tokens, new_draw("prefix"))
+        uniform = new_draw(stream)
         index = 0
         while True:
             num_prompt, num_output = self.lengths.draw(uniform)

@@ -15,7 +15,7 @@ from service.bench.grpc_target import GrpcTarget
 from service.bench.kafka_target import KafkaTarget
 from service.bench.lengths import SHAPES, Lengths
 from service.bench.openai_target import ENDPOINTS, OpenAiTarget
-from service.bench.run import Bench, Plan
+from service.bench.run import Bench, Plan, SweepError
 from service.bench.summary import Targets
 from service.bench.target import Target, TargetError
 from service.bench.workload import Workload
@@ -118,7 +118,14 @@ def bench(
             rich_help_panel=_WORK,
         ),
     ] = True,
-    seed: Annotated[int, typer.Option("--seed", help="Same seed, same requests and arrivals.", rich_help_panel=_WORK)] = 0,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            "--seed",
+            help="Same seed, same requests and arrivals; a prefix cache then knows them the second time. Default: drawn, and shown.",
+            rich_help_panel=_WORK,
+        ),
+    ] = None,
     deadline: Annotated[
         float, typer.Option("--deadline", min=0, help="Seconds for a whole request; 0: none.", rich_help_panel=_GOALS)
     ] = 0.0,
@@ -136,9 +143,11 @@ def bench(
 
     Closed loop by default; --rate opens it, --load sweeps from light to heavy. E-TPS: output tokens of requests that met --deadline, a
     second. Goodput: requests that met --deadline, --ttft and --tpot, a second. In an open loop latency counts from the instant at which a
-    request was due, so a stall shows in full. Ctrl-C prints what was measured so far. Prompts are generated from --seed; OPENAI_API_KEY is
-    sent to --url where it is set.
+    request was due, so a stall shows in full. TTFT: to the first token. TPOT: a token after it, on a request's average. ITL: between two
+    messages with tokens, as a reader sees them. p99/p50: of whole requests. Ctrl-C prints what was measured so far. Prompts are generated
+    from --seed; OPENAI_API_KEY is sent to --url where it is set.
     """
+    seed = random.SystemRandom().randrange(1_000_000) if seed is None else seed
     settings = settings_from(config, overrides, {"kafka": {"bootstrap_servers": brokers or None}})
     plan = Plan(
         workload=Workload(
@@ -164,7 +173,11 @@ def bench(
         report.show(interrupted=True)
         raise
     except TargetError as error:
-        raise SetupError(f"the warm-up failed: {error.code}: {error}", exit_code=1) from error
+        hint = "; begin with fewer requests: --warm-up" if error.code == "overloaded" and plan.warm_up > 1 else ""
+        raise SetupError(f"the warm-up failed: {error.code}: {error}{hint}", exit_code=1) from error
+    except SweepError as error:
+        report.show()
+        raise SetupError(f"--load: {error}; give it more with --requests or --duration", exit_code=1) from error
     report.show()
     if not any(run.summary.num_finished for run in work.runs):
         raise SetupError("no request ended well", exit_code=1)
@@ -222,7 +235,8 @@ def _loads(text: str, rate: float) -> tuple[float, ...]:
         raise SetupError(f"--load {text}: write it as 0.1..0.9, or as shares between 0 and 2 with commas, as 0.1,0.5,0.9")
     if not dots:
         return loads
-    return tuple(step / 10 for step in range(round(loads[0] * 10), round(loads[1] * 10) + 1)) or loads[:1]
+    # Steps of a tenth from the first on; a last that floating point puts a hair beyond counts.
+    return tuple(round(loads[0] + step / 10, 6) for step in range(int((loads[1] - loads[0]) * 10 + 1e-6) + 1))
 
 
 def _one_of(option: str, value: str, allowed: tuple[Known, ...]) -> Known:

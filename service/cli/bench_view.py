@@ -48,6 +48,7 @@ class Report:
         elif runs:
             output.out.print(rates(runs))
             output.out.print(latencies(runs))
+            output.out.print(f"[dim]seed {self._seed}[/]")
             for run in runs:
                 for code, count in run.summary.errors.items():
                     output.out.print(f"[red]{escape(run.name)}: {count} x {escape(code)}[/]")
@@ -86,7 +87,7 @@ class Report:
 
 def rates(runs: list[Run]) -> Table:
     """What each run did."""
-    table = _table("Throughput", ("ended well", "requests/s", "goodput/s", "tokens/s", "E-TPS", "prompt"))
+    table = _table("Throughput", ("ended well", "requests/s", "goodput/s", "tokens/s", "E-TPS", "prompt tokens", "cached"))
     for run in runs:
         it = run.summary
         table.add_row(
@@ -97,6 +98,7 @@ def rates(runs: list[Run]) -> Table:
             f"{it.output_tokens_per_s:.1f}",
             f"{it.e_tps:.1f}",
             f"{it.prompt_tokens:,}",
+            f"{it.cached_prompt_tokens:,}",
         )
     return table
 

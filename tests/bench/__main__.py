@@ -1,6 +1,6 @@
 """`make bench`: each benchmark in a process of its own, one after another; one JSON document on standard output, of those that ran.
 
-Exits 1 when one of them did not.
+Exits 1 when one of them did not, 130 at Ctrl-C, with those that had.
 """
 
 import json
@@ -29,21 +29,26 @@ BENCHMARKS = (
 
 def main() -> int:
     prefer_short_spin()
-    reports, failed = {}, False
+    reports, code = {}, 0
     for name in sys.argv[1:] or BENCHMARKS:
         print(f"{name} …", file=sys.stderr, flush=True)
         command = [sys.executable, "-m", f"tests.bench.{name}"]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ) as benchmark:
-            tie(benchmark.pid)
-            said, _ = benchmark.communicate()
+        try:
+            with subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ) as benchmark:
+                tie(benchmark.pid)
+                said, _ = benchmark.communicate()
+        except KeyboardInterrupt:
+            # It heard it, too. What is over is not lost.
+            code = 130
+            break
         if benchmark.returncode != 0:
             print(f"error: {name} ended with {benchmark.returncode}", file=sys.stderr)
-            failed = True
+            code = 1
             continue
         reports[name] = json.loads(said)
     json.dump(reports, sys.stdout, indent=1)
     print()
-    return int(failed)
+    return code
 
 
 if __name__ == "__main__":

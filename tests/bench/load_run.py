@@ -76,12 +76,13 @@ def run_load(served: Served, transport: str, wanted: Plan, seed: str, broker_pid
     before = [_cpu_s(process) for process in processes]
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(go(work.target))
-    warm_up = wanted.warm_up * wanted.workload.lengths.output_tokens
-    tokens = warm_up + sum(run.summary.output_tokens for run in work.runs)
-    spent = [(_cpu_s(process) - start) / tokens * 1e6 for process, start in zip(processes, before, strict=True)]
+    after = [_cpu_s(process) for process in processes]
     failed = {code: count for run in work.runs for code, count in run.summary.errors.items()}
     if failed:
         raise RuntimeError(f"requests failed: {failed}")
+    warm_up = wanted.warm_up * wanted.workload.lengths.output_tokens
+    tokens = warm_up + sum(run.summary.output_tokens for run in work.runs)
+    spent = [(end - start) / tokens * 1e6 for start, end in zip(before, after, strict=True)]
     return work.runs, Cost(*spent) if broker_pid is not None else Cost(*spent, 0.0)
 
 

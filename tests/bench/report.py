@@ -67,7 +67,7 @@ def spread(values: Sequence[float], digits: int = 2) -> dict[str, Any]:
 def quantiles(values: Sequence[float], digits: int = 2) -> dict[str, float]:
     """p50, p90 and p99 by nearest rank."""
     ordered = sorted(values)
-    return {f"p{q}": round(ordered[min(len(ordered) - 1, int(len(ordered) * q / 100))], digits) for q in (50, 90, 99)}
+    return {f"p{q}": round(ordered[-(-q * len(ordered) // 100) - 1], digits) for q in (50, 90, 99)}
 
 
 def emit(name: str, parameters: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:

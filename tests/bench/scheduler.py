@@ -4,7 +4,6 @@
 `hash_us`: median microseconds to name all blocks of a prompt of 2,048 tokens.
 """
 
-import json
 import statistics
 from time import perf_counter_ns
 
@@ -12,6 +11,7 @@ from engine.request import Request, SamplingParams
 from engine.scheduling.prefix_cache import extend_hashes, root_hash
 from engine.scheduling.scheduler import Scheduler, SchedulerConfig
 from engine.scheduling.step import ChunkResult, StepResult
+from tests.bench import report
 
 NUM_PROMPT_TOKENS = 1000
 NUM_STEPS = 200
@@ -76,7 +76,8 @@ def measure_hash(num_tokens: int) -> float:
 def main() -> None:
     """Measures and prints."""
     decodes = {str(num_seqs): measure_steps(num_seqs) for num_seqs in (8, 64, 256)}
-    print(json.dumps({"decodes": decodes, "hash_2048_tokens_us": measure_hash(2048)}, indent=2))
+    parameters = {"num_prompt_tokens": NUM_PROMPT_TOKENS, "steps": NUM_STEPS}
+    report.print_report(report.emit("scheduler", parameters, {"decodes": decodes, "hash_2048_tokens_us": measure_hash(2048)}))
 
 
 if __name__ == "__main__":

@@ -73,10 +73,13 @@ def serving(*arguments: str, log: Path | None = None, start_timeout_s: float = S
 
 def _started(process: "subprocess.Popen[str]", words: IO[str], start: float, timeout_s: float) -> Served:
     late = threading.Timer(timeout_s, process.kill)
+    late.daemon = True
     late.start()
     assert process.stdout is not None
-    line = process.stdout.readline()
-    late.cancel()
+    try:
+        line = process.stdout.readline()
+    finally:
+        late.cancel()
     if not line:
         process.wait()
         words.seek(0)

@@ -54,8 +54,8 @@ def offline(engine: Engine, prompts: Prompts, arguments: argparse.Namespace, blo
 
 def tokenized(tokenization: Tokenization, arguments: argparse.Namespace, seed: str, count: int) -> Prompts:
     """So many texts of a load as the service would tokenise them."""
-    draw = random.Random(seed).random
-    texts = itertools.islice(fixed(arguments.prompt_tokens, arguments.new_tokens).requests(draw), count)
+    load = fixed(arguments.prompt_tokens, arguments.new_tokens)
+    texts = itertools.islice(load.requests(lambda stream: random.Random(f"{seed} {stream}").random, "offline"), count)
 
     async def encode() -> Prompts:
         return [await tokenization.encode_text(planned.text) for planned in texts]

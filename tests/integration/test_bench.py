@@ -12,16 +12,16 @@ import pytest
 from tests.integration.app_harness import WAIT_S, Sluice, command, run, serve, values
 from tests.integration.kafka_harness import Broker
 
-ENDED = re.compile(r'^sluice_requests_total\{.*code="ok".*\} (\S+)$', re.MULTILINE)
 SMALL = ("--requests", "12", "--concurrency", "4", "--prompt-tokens", "6", "--output-tokens", "8", "--json")
 
 
-async def ended(sluice: Sluice, count: int) -> None:
-    """Waits until the service has ended so many requests well."""
+async def ended(sluice: Sluice, count: int, code: str = "ok") -> None:
+    """Waits until the service has ended so many requests with `code`."""
+    counted = re.compile(rf'^sluice_requests_total\{{.*code="{code}".*\}} (\S+)$', re.MULTILINE)
 
     def so_far() -> float:
         with urlopen(f"http://{sluice.facts['admin']}/metrics", timeout=5) as response:
-            return sum(map(float, ENDED.findall(response.read().decode())))
+            return sum(map(float, counted.findall(response.read().decode())))
 
     async with asyncio.timeout(WAIT_S):
         while await asyncio.to_thread(so_far) < count:  # noqa: ASYNC110 - what is waited for tells nobody
@@ -52,6 +52,17 @@ async def test_kafka_from_prompts_to_chunks_and_results(tiny_model_dir: Path, to
     assert (code, errors, report["endpoint"]["embedded_broker"]) == (0, "", False)
     assert (found["num_finished"], found["output_tokens"], found["errors"]) == (12, 96, {})
     assert found["ttft_ms"]["count"] == 12
+
+
+@pytest.mark.kafka
+async def test_a_prompt_that_took_too_long_is_cancelled_where_it_runs(tiny_model_dir: Path, topics_of_its_own: Broker) -> None:
+    broker = topics_of_its_own
+    where = ("--brokers", broker.bootstrap, "--set", f"kafka.topic_prefix={broker.prefix}")
+    limits = ("--timeout", "1.5", "--requests", "2", "--warm-up", "0", "--output-tokens", "5000", "--json")
+    async with serve(values(tiny_model_dir, broker=broker, engine={"stand_in_tokens_per_s": 20.0})) as sluice:
+        code, out, _ = await run("bench", *where, *limits)
+        await ended(sluice, 2, code="cancelled")
+    assert (code, json.loads(out)["runs"][0]["errors"]) == (1, {"timeout": 2})
 
 
 async def test_kafka_on_an_embedded_broker_which_answers_late(tiny_model_dir: Path) -> None:

@@ -64,17 +64,17 @@ def program(name: str, sources: list[Path], flags: list[str]) -> Path:
     return built
 
 
-def _build(compiler: str, sources: list[Path], flags: list[str], built: Path) -> None:
+def _build(compiler: list[str], sources: list[Path], flags: list[str], built: Path) -> None:
     with tempfile.TemporaryDirectory(dir=built.parent) as work:
 
         def compile_one(source: Path) -> str:
             made = f"{work}/{source.stem}.o"
-            subprocess.run([compiler, *flags, "-c", str(source), "-o", made], check=True)
+            subprocess.run([*compiler, *flags, "-c", str(source), "-o", made], check=True)
             return made
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(compile_one, sources))
-        subprocess.run([compiler, *flags, *objects, "-o", f"{work}/{built.name}"], check=True)
+        subprocess.run([*compiler, *flags, *objects, "-o", f"{work}/{built.name}"], check=True)
         Path(work, built.name).rename(built)
 
 

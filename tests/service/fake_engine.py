@@ -16,6 +16,7 @@ FACTS = EngineFacts(
     attention_backend="none",
     max_model_len=512,
     vocab_size=266,
+    hidden_size=0,
     num_blocks=64,
     block_size=16,
     max_num_seqs=8,

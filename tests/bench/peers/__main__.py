@@ -14,7 +14,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from engine.openmp import prefer_short_spin
 from tests.bench import report
 from tests.bench.peers import blocks, machine, summary
 from tests.bench.peers.cases import CASES
@@ -43,7 +42,6 @@ def parse() -> argparse.Namespace:
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """One run."""
-    prefer_short_spin()
     where = machine.description()
     threads = arguments.threads or where["cores"]
     indices = range(arguments.first_block, arguments.first_block + arguments.blocks)

@@ -12,11 +12,9 @@ import shlex
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -26,7 +24,7 @@ from tests.bench.peers.cases import CASES, Case, Prompts
 from tests.bench.peers.catalogue import CATALOGUE, SCRIPTS, start_of
 from tests.bench.peers.machine import Clock, foreign_share
 from tests.bench.peers.process import SystemFailed, SystemProcess
-from tests.servers.tied import tie
+from tests.servers.tied import tie, tied_directory
 
 MAX_FOREIGN, MAX_STOLEN = 0.05, 0.03
 HOLD_S = 75.0
@@ -89,13 +87,13 @@ class Bench:
         self._num_busy = busy
         self._busy: list[psutil.Process] = []
         self._stack = ExitStack()
-        self._logs = Path(tempfile.mkdtemp(prefix="sluice-bench-"))
         self._running: dict[str, SystemProcess] = {}
         self.systems: dict[str, Json] = {}
         self.probe_facts: Json = {}
 
     def __enter__(self) -> "Bench":
         with self._stack:
+            self._logs = self._stack.enter_context(tied_directory("sluice-bench-"))
             self._stack.callback(self._hold.give_back)
             self._probe = self._start([sys.executable, str(SCRIPTS / "machine_probe.py")], dict(os.environ), "machine-probe")
             self.probe_facts = self._probe.ask({"op": "load", "threads": self._threads})["facts"]

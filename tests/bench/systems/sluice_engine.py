@@ -7,7 +7,6 @@ from typing import Any
 from speaking import Recorder, serve
 
 from engine import Engine, EngineConfig, Request, SamplingParams
-from engine.openmp import prefer_short_spin
 
 
 class Sluice:
@@ -43,5 +42,4 @@ class Sluice:
 
 
 if __name__ == "__main__":
-    prefer_short_spin()
     serve(Sluice)

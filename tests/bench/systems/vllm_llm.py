@@ -1,4 +1,4 @@
-"""vLLM's engine on a CPU, as its `LLM` class starts it: engine core in a process of its own, prefix cache on."""
+"""vLLM's engine on a CPU, by its `LLM` class: engine core in a process of its own, prefix cache on, eager unless `eager` is False."""
 
 import os
 from typing import Any

@@ -8,6 +8,7 @@ import pytest
 
 from service.bench.drive import TIMEOUT, Drive, Limits, warm_up
 from service.bench.lengths import Lengths
+from service.bench.run import Bench, Plan, SweepError
 from service.bench.summary import Targets, summarize
 from service.bench.target import TargetError
 from service.bench.workload import Workload
@@ -17,7 +18,7 @@ WORKLOAD = Workload(lengths=Lengths(shape="fixed", prompt_tokens=5, output_token
 
 
 def requests():
-    return WORKLOAD.requests(random.Random(0).random)
+    return WORKLOAD.requests(lambda stream: random.Random(stream).random, "0")
 
 
 def drive(target: FakeTarget, time: VirtualTime, **limits: float) -> Drive:
@@ -31,6 +32,20 @@ async def test_a_closed_loop_keeps_so_many_in_flight_until_all_are_sent() -> Non
     await time.run(run.closed(4))
     assert (len(run.samples), target.most_at_once, time.now) == (10, 4, 3.0)
     assert [planned.index for planned in target.asked] == list(range(10))
+
+
+@pytest.mark.parametrize(("requests", "loads"), [(12, [0.0, 0.5, 1.0]), (4, [0.0])])
+async def test_a_sweep_needs_a_closed_loop_that_tells_its_rate(requests: int, loads: list[float]) -> None:
+    """Four in flight: of twelve eight have ended when the last is sent; of four none."""
+    time = VirtualTime()
+    plan = Plan(workload=WORKLOAD, limits=Limits(max_requests=requests), concurrency=4, loads=(0.5, 1.0))
+    work = Bench(plan, FakeTarget(time), new_draw=lambda stream: random.Random(stream).random, clock=time, sleep=time.sleep)
+    if len(loads) == 1:
+        with pytest.raises(SweepError, match="4 in flight"):
+            await time.run(work.execute())
+    else:
+        await time.run(work.execute())
+    assert [run.load for run in work.runs] == loads
 
 
 async def test_a_duration_ends_the_sending_and_waits_for_what_was_sent() -> None:

@@ -113,12 +113,21 @@ async def test_completions_take_the_text_as_it_is_and_a_key_goes_along() -> None
     assert "authorization: Bearer not-a-real-key" in server.heads[-1]
 
 
+async def test_a_choice_that_says_why_it_ended_has_ended() -> None:
+    last = {"choices": [{"delta": {}, "finish_reason": "length"}]}
+    async with target_of(lambda path, body: (200, [event(chat("a")), event(last)])) as (target, _):
+        answer, _ = await ask(target)
+    assert answer == Answer(prompt_tokens=0, completion_tokens=1)
+
+
 async def test_a_connection_is_used_again_after_an_answer_and_after_a_refusal() -> None:
     statuses = iter([200, 429, 200])
 
     def answers(path: str, body: dict) -> tuple[int, list[bytes]]:
         status = next(statuses)
-        return status, [event(chat("a"))] if status == 200 else [b'{"error": {"code": "overloaded", "message": "full"}}']
+        return status, [event(chat("a")), event("[DONE]")] if status == 200 else [
+            b'{"error": {"code": "overloaded", "message": "full"}}'
+        ]
 
     async with target_of(answers) as (target, server):
         await ask(target)
@@ -136,6 +145,8 @@ async def test_a_connection_is_used_again_after_an_answer_and_after_a_refusal() 
         (500, b'{"error": {"message": "no"}}', "http_500"),
         (200, event({"error": {"code": "engine_failed", "message": "no"}}), "engine_failed"),
         (200, event("nonsense"), "internal"),
+        (200, event(chat("a")), "internal"),
+        (200, b'{"choices": [{"message": {"content": "all of it"}}]}', "internal"),
     ],
 )
 async def test_a_failure_has_the_servers_own_code(status: int, body: bytes, code: str) -> None:

@@ -6,13 +6,17 @@ import statistics
 
 import pytest
 
-from service.bench.lengths import SHAPES, Lengths, Shape, exponential
+from service.bench.lengths import SHAPES, Draw, Lengths, Shape, exponential
 from service.bench.workload import Planned, Workload
 
 
-def first(count: int, shape: Shape, *, seed: int = 0, prefix: int = 0) -> list[Planned]:
+def first(count: int, shape: Shape, *, seed: int = 0, prefix: int = 0, stream: str = "") -> list[Planned]:
     workload = Workload(lengths=Lengths(shape=shape, prompt_tokens=40, output_tokens=20), shared_prefix_tokens=prefix)
-    return list(itertools.islice(workload.requests(random.Random(seed).random), count))
+
+    def new_draw(stream: str) -> Draw:
+        return random.Random(f"{seed} {stream}").random
+
+    return list(itertools.islice(workload.requests(new_draw, stream), count))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -36,6 +40,9 @@ def test_spread_lengths_have_the_mean_asked_for_and_a_tail_that_is_cut(shape: Sh
 
 def test_prompts_share_their_prefix_and_nothing_else() -> None:
     one, other = first(2, "fixed", prefix=100)
+    [of_another_run] = first(1, "fixed", prefix=100, stream="another")
+    assert of_another_run.text.split()[:100] == one.text.split()[:100]
+    assert of_another_run.text.split()[100:] != one.text.split()[100:]
     assert one.text.split()[:100] == other.text.split()[:100]
     assert one.text.split()[100:] != other.text.split()[100:]
     assert len(one.text.split()) == 140

@@ -2,6 +2,7 @@
 
 import pytest
 
+from service.cli.bench import _loads
 from tests.service.cli.cli_run import Sluice
 
 
@@ -24,6 +25,13 @@ def test_what_cannot_be_meant_is_refused_in_one_line(sluice: Sluice, arguments: 
     assert said in err
 
 
+def test_loads_begin_where_they_are_told_to() -> None:
+    assert _loads("0.05..0.35", 0.0) == (0.05, 0.15, 0.25, 0.35)
+    assert _loads("0.85..0.9", 0.0) == (0.85,)
+    assert _loads("0.1..0.9", 0.0) == (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+    assert _loads("0.5,0.9", 0.0) == (0.5, 0.9)
+
+
 @pytest.mark.parametrize(
     "where", [["--target", "127.0.0.1:9"], ["--brokers", "127.0.0.1:9"], ["--url", "http://127.0.0.1:9/v1"]]
 )
@@ -36,4 +44,6 @@ def test_an_endpoint_that_is_not_there_is_a_dependency_out_of_reach(sluice: Slui
 def test_help_says_what_the_figures_mean(sluice: Sluice) -> None:
     code, out, _ = sluice.run("bench", "--help")
     assert code == 0
-    assert all(word in out for word in ("E-TPS", "Goodput", "Ctrl-C", "--load", "--shared-prefix-tokens"))
+    assert all(
+        word in out for word in ("E-TPS", "Goodput", "TTFT", "TPOT", "ITL", "Ctrl-C", "--load", "--shared-prefix-tokens")
+    )
