@@ -49,10 +49,10 @@ lint: setup-dev  ## style, types, import contracts, generated code
 	@$(BIN)/python -m tests.proto_drift
 	@echo "lint: clean"
 
-bench: setup-dev  ## the benchmarks, as JSON on standard output
+bench: servers  ## the benchmarks, as JSON on standard output (about 10 minutes)
 	@$(BIN)/python -m tests.bench
 
-bench-peers: setup-dev  ## against llama.cpp, vLLM and transformers (built first, about 10 minutes once), as JSON on standard output
+bench-peers: setup-dev  ## against llama.cpp, vLLM and transformers, as JSON on standard output (built first, 10 minutes and 7 GB once)
 	@$(BIN)/python -m tests.bench.peers.build || echo "the benchmark goes on without them and says so" >&2
 	@$(BIN)/python -m tests.bench.peers
 

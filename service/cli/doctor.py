@@ -102,6 +102,9 @@ def _compute(settings: Settings) -> Check:
             said.seek(0)
             lines = said.read().strip().splitlines()
             return Check("compute", "fail", lines[-1] if lines else f"the engine's Python ended with {child.returncode}", 3)
+    if engine.quantize and (not found["on_cpu"] or found["operators"] == "reference"):
+        fault = f"engine.quantize {engine.quantize!r} needs the C++ operators of a CPU"
+        return Check("compute", "fail", f"{fault}; here: {found['reason']}")
     if not found["on_cpu"]:
         return Check("compute", "ok", f"{found['device']}: {found['reason']}")
     waiting = ", ".join(f"{name}={value}" for name, value in found["waiting"].items())

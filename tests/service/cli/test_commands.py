@@ -155,6 +155,15 @@ def test_the_doctor_finds_a_taken_port_and_a_good_machine(sluice: Sluice, stand_
     assert "fail" not in out
 
 
+def test_the_doctor_refuses_few_bits_without_the_operators(sluice: Sluice, stand_in: list[str]) -> None:
+    code, out, _ = sluice.run(
+        "doctor", "--set", "engine.quantize=int8", "--set", "engine.cpu_isa=torch", "--set", "grpc.port=0",
+        "--set", "admin.port=0", "--set", "kafka.enabled=false", "--set", "model.load_format=dummy", *stand_in,
+    )  # fmt: skip
+    assert code == 2
+    assert "engine.quantize 'int8' needs the C++ operators of a CPU" in " ".join(out.split())
+
+
 def shell(command: str) -> "subprocess.CompletedProcess[str]":
     """A line of bash in which `sluice` is the command."""
     sluice = f'sluice() {{ {sys.executable} -c "from service.cli.main import main; main()" "$@"; }}'
