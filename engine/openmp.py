@@ -22,8 +22,10 @@ from collections.abc import MutableMapping
 SPIN_COUNT = "3000"
 
 
-def prefer_short_spin(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Sets GOMP_SPINCOUNT unless the user has said how to wait. Has no effect on this process once torch is imported."""
+def prefer_short_spin(environment: MutableMapping[str, str] | None = None) -> None:
+    """Sets GOMP_SPINCOUNT unless the user has said how to wait: for this process, which it does not reach once torch is imported, or in
+    another's environment."""
+    environment = os.environ if environment is None else environment
     if not environment.get("OMP_WAIT_POLICY") and not environment.get("GOMP_SPINCOUNT"):
         environment["GOMP_SPINCOUNT"] = SPIN_COUNT
 
