@@ -6,6 +6,7 @@ A machine without a compiler is no error: the caller takes the plain-torch opera
 """
 
 import fcntl
+import functools
 import hashlib
 import os
 import platform
@@ -90,7 +91,7 @@ def runnable() -> tuple[str, ...]:
 
 def library_path() -> Path:
     """Where the built library lies, built or not. Raises `BuildError` when there is no compiler to build it with, or no place."""
-    version = _version(_compiler())
+    version = _version(*_compiler())
     told = hashlib.sha256(repr((torch.__version__, sys.version_info[:2], version, runnable(), _FLAGS)).encode())
     for source in sorted([*_SOURCES.glob("*.cpp"), *_SOURCES.glob("*.h")]):
         told.update(source.name.encode() + source.read_bytes())
@@ -106,13 +107,14 @@ def _compiler() -> list[str]:
     named = shlex.split(os.environ.get("CXX", "")) or ["g++"]
     if shutil.which(named[0]) is None:
         raise BuildError(f"no C++ compiler ({named[0]}); install g++ for operators that are several times faster")
-    if any("clang" in line for line in _version(named)):
+    if any("clang" in line for line in _version(*named)):
         # It does not take `#pragma GCC target`, by which each source says what it is compiled for.
         raise BuildError(f"{shlex.join(named)} is clang, which cannot compile the operators; install g++, or name it in CXX")
     return named
 
 
-def _version(compiler: list[str]) -> list[str]:
+@functools.cache
+def _version(*compiler: str) -> list[str]:
     """The first line that it says of itself."""
     return subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout.splitlines()[:1]
 

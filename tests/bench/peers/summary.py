@@ -74,7 +74,8 @@ def _model(runs: list[Json]) -> Json:
                 return {
                     "weight_bytes": facts["weight_bytes"],
                     "num_parameters": facts["num_parameters"],
-                    "num_head_parameters": facts["vocab_size"] * facts["hidden_size"],
+                    "num_head_parameters": facts.get("vocab_size", 0)
+                    * facts.get("hidden_size", 0),  # runs of before do not tell
                     "kv_bytes_per_token": round(facts["kv_cache_bytes"] / facts["num_blocks"] / facts["block_size"]),
                 }
     return {}
@@ -117,8 +118,8 @@ def _limit(case: Case, probes: list[Json], model: Json) -> Json:
 
     A step reads every weight once and the KV of every sequence; each token costs two operations a parameter, but the head's are for
     tokens that are followed by a new one: of a prompt, one. Bytes and operations may overlap, so the slower of the two bounds. Prefill
-    reads the weights once. Whole numbers of 16 bits, as our operators multiply
-    where the processor has no bfloat16 products, may go past the bound of arithmetic: two such products take a float one's time.
+    reads the weights once. Whole numbers of 16 bits, as our operators multiply where the processor has no bfloat16 products, may go past
+    the bound of arithmetic: two such products take a float one's time.
     """
     median = {name: statistics.median(probe[name] for probe in probes) for name in probes[0]}
     bytes_per_s = median["read_gb_per_s"] * 1e9
