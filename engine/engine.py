@@ -91,7 +91,7 @@ class Engine:
             num_kv_heads=spec.num_kv_heads,
             head_dim=spec.head_dim,
             block_size=config.block_size,
-            dtype=spec.dtype,
+            dtype=torch.int8 if config.kv_cache_dtype == "int8" else spec.dtype,
         )
         backend = make_backend(config.attention_backend, device, operators, kv_spec)
         pool = pool_size(config, kv_spec, spec.max_position, device)
@@ -130,6 +130,7 @@ class Engine:
             model=Path(config.model_dir).name,
             architecture=spec.architecture,
             dtype=str(spec.dtype).removeprefix("torch."),
+            kv_cache_dtype=str(kv_spec.dtype).removeprefix("torch."),
             device=str(device),
             operators=operators.name,
             operators_reason=_reason(operators, kv_spec),

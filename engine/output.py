@@ -171,6 +171,7 @@ class EngineFacts:
     model: str
     architecture: str
     dtype: str
+    kv_cache_dtype: str
     device: str
     operators: str
     operators_reason: str

@@ -97,6 +97,7 @@ def stand_in_facts(config: EngineConfig) -> EngineFacts:
         model=Path(config.model_dir).name if config.model_dir else "stand-in",
         architecture="StandIn",
         dtype="none",
+        kv_cache_dtype="none",
         device="none",
         operators="none",
         operators_reason="a stand-in computes nothing",

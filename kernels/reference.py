@@ -192,6 +192,18 @@ def paged_attention(
     return out
 
 
+def in_bytes(x: Tensor) -> Tensor:
+    """What a cache of int8 holds of keys (rotated) or values [..., D]: whole numbers times a bfloat16 scale of each row. out: float32.
+
+    The scale is a 127th of the row's largest magnitude; rows below 1e-30 are 0, a row with an infinite or no number has no number.
+    """
+    wide = x.float()
+    largest = wide.abs().amax(dim=-1, keepdim=True)
+    scale = torch.where(largest > 1e-30, largest / 127, 0.0).bfloat16().float()
+    codes = torch.where(scale > 0, (wide * (1.0 / scale)).round(), 0.0)
+    return codes * scale + (wide * 0.0).sum(dim=-1, keepdim=True)
+
+
 def attend(
     q: Tensor,
     k: Tensor,

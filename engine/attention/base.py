@@ -8,14 +8,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from torch import Tensor, device, dtype
+from torch import Tensor, device, dtype, int8
+
+from kernels.cpu.attention import SCALE_BYTES
 
 Recordable = Literal["nothing", "single tokens", "any step"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVCacheSpec:
-    """The shape of one layer's cache."""
+    """The shape of one layer's cache. `dtype` int8: whole numbers, with a scale of two bytes for each key and value of a head."""
 
     num_layers: int
     num_kv_heads: int
@@ -26,7 +28,8 @@ class KVCacheSpec:
     @property
     def block_bytes(self) -> int:
         """One block over all layers, keys and values."""
-        return 2 * self.num_layers * self.block_size * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+        head_bytes = self.head_dim * self.dtype.itemsize + (SCALE_BYTES if self.dtype == int8 else 0)
+        return 2 * self.num_layers * self.block_size * self.num_kv_heads * head_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

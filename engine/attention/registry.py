@@ -2,7 +2,7 @@
 
 from importlib import import_module
 
-from torch import device
+from torch import device, int8
 
 from engine.attention.base import AttentionBackend, KVCacheSpec
 from engine.errors import ConfigError
@@ -36,13 +36,19 @@ def cpu_refusal(operators: Operators, spec: KVCacheSpec) -> str:
 
 
 def make_backend(name: str, on: device, operators: Operators, spec: KVCacheSpec) -> AttentionBackend:
-    """A new backend for caches of `spec`. Raises `ConfigError` as `check_backend` does, and for `cpu_paged` where it is refused."""
+    """A new backend for caches of `spec`. Raises `ConfigError` as `check_backend` does, for `cpu_paged` where it is refused, and for
+    int8 where another would be taken."""
     check_backend(name, on)
     refusal = cpu_refusal(operators, spec) if on.type == "cpu" else ""
     if name == "auto":
         name = "triton_paged" if on.type == "cuda" else "torch_paged" if on.type != "cpu" or refusal else "cpu_paged"
     if name == "cpu_paged" and refusal:
         raise ConfigError(f"{_FIELD} cpu_paged cannot be had: {refusal}", field=_FIELD)
+    if spec.dtype == int8 and name != "cpu_paged":
+        raise ConfigError(
+            f"engine.kv_cache_dtype int8 needs the C++ operators of a CPU; this engine attends by {name}: {refusal or 'as asked'}",
+            field="engine.kv_cache_dtype",
+        )
     module, _, class_name = BACKENDS[name].partition(":")
     backend: AttentionBackend = getattr(import_module(module), class_name)()
     return backend

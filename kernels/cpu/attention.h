@@ -31,22 +31,24 @@ class Worker {
     using Stored = typename Cache::Stored;
     using Factor = typename Cache::Factor;
     static constexpr int pair = Cache::pair;
-    static constexpr bool matrices = Simd::matrices && pair == 2;
+    static constexpr bool matrices = Simd::matrices && Cache::type == Type::bf16;
     static constexpr int highest = matrices ? 16 : highest_tile;
     static constexpr int64_t weights_stride = attention_chunk * (int64_t)(sizeof(float) / sizeof(Factor));
 
 public:
     static int64_t scratch_bytes(int64_t dim) {
-        return max_item_rows * 4 * (attention_chunk + 2 * result_size(dim) + dim) + dim * 4 + 2 * line_bytes(dim);
+        return max_item_rows * 4 * (attention_chunk + 2 * result_size(dim) + 2 + dim) + dim * 4 + 2 * part_bytes(dim);
     }
     Worker(const Attention& call, float* partials, int32_t* unfinished, uint8_t* memory)
         : call_(call), dim_(call.dim), group_(call.q_heads / call.kv_heads), partials_(partials), unfinished_(unfinished) {
         scores_ = (float*)memory;
         sums_ = scores_ + max_item_rows * attention_chunk;
         state_ = sums_ + max_item_rows * result_size(dim_);
-        queries_ = (Factor*)(state_ + max_item_rows * result_size(dim_));
+        query_scales_ = state_ + max_item_rows * result_size(dim_);
+        weight_scales_ = query_scales_ + max_item_rows;
+        queries_ = (Factor*)(weight_scales_ + max_item_rows);
         part_lines_ = (Stored*)(queries_ + max_item_rows * dim_);
-        half_pair_ = part_lines_ + 2 * line_bytes(dim_) / (int64_t)sizeof(Stored);
+        half_pair_ = part_lines_ + 2 * part_bytes(dim_) / (int64_t)sizeof(Stored);
     }
 
     // `next`: what this thread will be given after `item`, or null.
@@ -92,13 +94,13 @@ private:
         return call_.single_tokens && (item.unit < 0 || item.chunk_last == item.unit_chunk_last);
     }
 
-    static int64_t line_bytes(int64_t dim) { return matrices ? line_lanes * dim * (int64_t)sizeof(Stored) : 0; }
+    static int64_t part_bytes(int64_t dim) { return matrices ? line_lanes * dim * (int64_t)sizeof(Stored) : 0; }
     float* state(int64_t row) { return state_ + row * result_size(dim_); }
     float* partial(int chunk, int64_t row) {
         const int64_t place = item_->partial + (chunk - item_->unit_chunk_first) * rows_ + row;
         return partials_ + place * result_size(dim_);
     }
-    const Stored* keys(int64_t head) const { return (const Stored*)call_.k_cache + head * dim_ * call_.block_size; }
+    const Stored* keys(int64_t head) const { return (const Stored*)call_.k_cache + head * key_stride<Cache>(dim_, call_.block_size); }
     const Stored* values(int64_t head) const { return (const Stored*)call_.v_cache + head * dim_ * call_.block_size; }
 
     int64_t position(const AttentionItem& item, int64_t row) const {
@@ -152,7 +154,14 @@ private:
             if (row + rows_asked_ahead < rows_) expect_numbers(call_.q, start_of(place_of(row + rows_asked_ahead)), dim_, call_.rows);
             const Place at = place_of(row);
             const float* cos_sin = call_.cos_sin + call_.positions[at.token] * dim_;
-            rotate(call_.q, start_of(at), call_.rows, cos_sin, dim_, rotated, queries_ + row * dim_);
+            Factor* query = queries_ + row * dim_;
+            if constexpr (Cache::scaled) {
+                rotate(call_.q, start_of(at), call_.rows, cos_sin, dim_, rotated);
+                query_scales_[row] = scale_of(rotated, dim_, word_most);
+                store_whole(rotated, dim_, query_scales_[row], query);
+            } else {
+                rotate(call_.q, start_of(at), call_.rows, cos_sin, dim_, rotated, query);
+            }
         }
     }
 
@@ -204,8 +213,10 @@ private:
         }
         const int64_t at = head * item_->row_count + row;
         float* to = scores_ + at * attention_chunk + line * line_lanes;
-        if constexpr (matrices) score_matrix<L>(queries_ + at * dim_, dim_, k, call_.block_size * pair, dim_, ahead, to, attention_chunk);
-        else score_tile<Cache, R, L>(queries_ + at * dim_, dim_, k, call_.block_size * pair, dim_, ahead, to, attention_chunk);
+        const Factor* q = queries_ + at * dim_;
+        const int64_t k_stride = call_.block_size * pair;
+        if constexpr (matrices) score_matrix<L>(q, dim_, k, k_stride, dim_, ahead, to, attention_chunk);
+        else score_tile<Cache, R, L>(q, dim_, query_scales_ + at, k, k_stride, dim_, ahead, to, attention_chunk);
         return L;
     }
 
@@ -222,9 +233,18 @@ private:
             if (range.empty()) {
                 for (int64_t i = from; i < to; ++i) weights[i] = 0;
                 total_of(result, dim_) = 0.0f;
+                if constexpr (Cache::scaled) weight_scales_[row] = 0.0f;
                 continue;
             }
-            weigh_row(scores, range, call_.scale, weights, peak_of(result, dim_), total_of(result, dim_));
+            if constexpr (Cache::scaled) {
+                const Stored* scales = keys(item_->head_first + row / item_->row_count) + (dim_ + pair) * call_.block_size;
+                const auto value_scales = [&](int64_t i) SLUICE_HERE {
+                    return Simd::load_bf16((const uint16_t*)(scales + lines.keys[i / line_lanes]) + i % line_lanes);
+                };
+                weight_scales_[row] = weigh_row(scores, range, call_.scale, value_scales, weights, peak_of(result, dim_), total_of(result, dim_));
+            } else {
+                weigh_row(scores, range, call_.scale, weights, peak_of(result, dim_), total_of(result, dim_));
+            }
             for (int64_t i = from; i < range.low; ++i) weights[i] = 0;
             for (int64_t i = range.high; i < to; ++i) weights[i] = 0;
         }
@@ -243,7 +263,7 @@ private:
                     Stretch<Stored> stretches[chunk_lines + 1];
                     const int count = stretches_of(lines, line, end, head, range, step, after, after_keys, stretches);
                     float* to = sums + (head * item_->row_count + row) * result_size(dim_);
-                    add_rows<1>((int)(bottom - row), head, row, stretches, count, line == lines.first, to);
+                    add_rows<1>((int)(bottom - row), head, row, stretches, count, line == lines.first, end == lines.last, to);
                 }
             }
         }
@@ -263,7 +283,8 @@ private:
             int64_t ahead = 0;
             if (next < lines.last) ahead = (const char*)(values(kv_head) + lines.values[next]) - (const char*)whole;
             else if (after && after->first + beyond < after->last) {
-                ahead = (const char*)(after_keys + head * dim_ * call_.block_size + after->values[after->first + beyond]) - (const char*)whole;
+                ahead = (const char*)(after_keys + head * key_stride<Cache>(dim_, call_.block_size) + after->values[after->first + beyond]) -
+                        (const char*)whole;
             }
             const int64_t paired = high / pair * pair;
             if (paired > low) out[count++] = {mine, low, paired, ahead};
@@ -292,7 +313,7 @@ private:
             }
             if (lines == 0 || out[lines - 1].first != start) {
                 part = part_lines_ + parts++ * line_lanes * dim_;
-                std::memset(part, 0, (size_t)line_bytes(dim_));
+                std::memset(part, 0, (size_t)part_bytes(dim_));
                 out[lines++] = {part, start, (const char*)from.values + from.ahead - (const char*)part};
             }
             const int64_t pairs = (from.last - from.first + pair - 1) / pair;
@@ -302,7 +323,7 @@ private:
     }
 
     template <int R>
-    void add_rows(int rows, int64_t head, int64_t row, const Stretch<Stored>* stretches, int count, bool first, float* to) {
+    void add_rows(int rows, int64_t head, int64_t row, const Stretch<Stored>* stretches, int count, bool first, bool last, float* to) {
         const int lines = (int)(dim_ / line_lanes);
         if constexpr (matrices) {
             ValueLine whole[chunk_lines];
@@ -313,20 +334,21 @@ private:
                 value_matrix<at_once>(weights, weights_stride, whole, found, line * line_lanes, dim_, first, to, result_size(dim_));
             });
         } else if constexpr (R <= highest_tile) {
-            if (rows != R) return add_rows<R + 1>(rows, head, row, stretches, count, first, to);
+            if (rows != R) return add_rows<R + 1>(rows, head, row, stretches, count, first, last, to);
             int line = 0;
             constexpr int wide = widest_tile(R), middle = std::min(wide, 2);
-            for (; line + wide <= lines; line += wide) add_lines<R, wide>(head, row, line, stretches, count, first, to);
-            for (; line + middle <= lines; line += middle) add_lines<R, middle>(head, row, line, stretches, count, first, to);
-            for (; line < lines; ++line) add_lines<R, 1>(head, row, line, stretches, count, first, to);
+            for (; line + wide <= lines; line += wide) add_lines<R, wide>(head, row, line, stretches, count, first, last, to);
+            for (; line + middle <= lines; line += middle) add_lines<R, middle>(head, row, line, stretches, count, first, last, to);
+            for (; line < lines; ++line) add_lines<R, 1>(head, row, line, stretches, count, first, last, to);
         }
     }
 
     template <int R, int L>
-    void add_lines(int64_t head, int64_t row, int line, const Stretch<Stored>* stretches, int count, bool first, float* to) {
-        const Factor* weights = (const Factor*)(scores_ + (head * item_->row_count + row) * attention_chunk);
-        value_tile<Cache, R, L>(weights, weights_stride, stretches, count, line * line_lanes * pair, dim_, first, to + line * line_lanes,
-                                result_size(dim_));
+    void add_lines(int64_t head, int64_t row, int line, const Stretch<Stored>* stretches, int count, bool first, bool last, float* to) {
+        const int64_t at = head * item_->row_count + row;
+        const Factor* weights = (const Factor*)(scores_ + at * attention_chunk);
+        value_tile<Cache, R, L>(weights, weights_stride, stretches, count, line * line_lanes * pair, dim_, first,
+                                last ? weight_scales_ + at : nullptr, to + line * line_lanes, result_size(dim_));
     }
 
     // The last to finish of a unit combines all of its chunks, in order.
@@ -361,6 +383,8 @@ private:
     float* scores_;         // [rows][attention_chunk], then the weights in the same place
     float* sums_;           // [rows][result_size]: weighted sum of values, peak, total of one chunk
     float* state_;          // the same of the chunks so far
+    float* query_scales_;   // [rows], of a cache with scales: what a query's whole numbers stand for,
+    float* weight_scales_;  // [rows]: and one chunk's weights times their values' scales
     Factor* queries_;       // [rows][dim], rotated
     Stored* part_lines_;    // of matrices: two of [line_lanes / pair][dim][pair]
     Stored* half_pair_;     // [dim][pair]
@@ -394,6 +418,7 @@ inline void attend(const Attention& call) {
 
 inline void attention(const Attention& call) {
     if (call.type == Type::bf16) attend<PairedCache>(call);
+    else if (call.type == Type::int8) attend<ByteCache>(call);
     else attend<PlainCache>(call);
 }
 

@@ -12,12 +12,15 @@ from torch import Tensor
 LANES = 16
 MAX_HEAD_DIM = 256
 PAGE_BYTES = 2 << 20
+CACHE_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
+SCALE_BYTES = 2
+"""Of each head of each token, for its key and for its value, in a cache of int8."""
 
 
 def refusal(head_dim: int, block_size: int, dtype: torch.dtype) -> str:
     """Why these shapes cannot be computed here; "" when they can."""
-    if dtype not in (torch.float32, torch.bfloat16):
-        return f"numbers of {str(dtype).removeprefix('torch.')} (float32 and bfloat16 can be computed)"
+    if dtype not in CACHE_DTYPES:
+        return f"numbers of {str(dtype).removeprefix('torch.')} (float32, bfloat16 and int8 can be computed)"
     if head_dim % LANES or not 0 < head_dim <= MAX_HEAD_DIM:
         return f"heads of {head_dim} numbers (multiples of {LANES} up to {MAX_HEAD_DIM} can be computed)"
     if block_size % LANES or block_size <= 0:
@@ -28,15 +31,18 @@ def refusal(head_dim: int, block_size: int, dtype: torch.dtype) -> str:
 def new_cache(num_blocks: int, num_kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Keys [num_blocks, Hkv, D / pair, block_size, pair] and values [num_blocks, Hkv, block_size / pair, D, pair], zeroed.
 
-    `pair` is 2 for bfloat16 and 1 for float32: neighbours along the summed dimension lie side by side. A block's keys and values are
-    one stretch of memory, which is taken from the system when it is first written. Raises `RuntimeError` when it cannot be had.
+    `pair` is 1 for float32 and 2 for others: neighbours along the summed dimension lie side by side. int8: a number is what stands there
+    times a bfloat16 scale of its head of its token; two more rows of keys, [block_size, pair] bytes each, are the keys' scales and the
+    values'. A block's keys and values are one stretch of memory, which is taken from the system when it is first written. Raises
+    `RuntimeError` when it cannot be had.
     """
-    pair = 4 // dtype.itemsize
-    half = num_kv_heads * head_dim * block_size
-    memory: Tensor = torch.ops.sluice_cpu.zeroed_memory(num_blocks * 2 * half * dtype.itemsize)
-    both = memory.view(dtype).view(num_blocks, 2, half)
-    keys = both[:, 0].view(num_blocks, num_kv_heads, head_dim // pair, block_size, pair)
-    values = both[:, 1].view(num_blocks, num_kv_heads, block_size // pair, head_dim, pair)
+    pair = 1 if dtype == torch.float32 else 2
+    rows = head_dim // pair + (2 if dtype == torch.int8 else 0)
+    of_keys, of_values = num_kv_heads * rows * pair * block_size, num_kv_heads * head_dim * block_size
+    memory: Tensor = torch.ops.sluice_cpu.zeroed_memory(num_blocks * (of_keys + of_values) * dtype.itemsize)
+    both = memory.view(dtype).view(num_blocks, of_keys + of_values)
+    keys = both[:, :of_keys].view(num_blocks, num_kv_heads, rows, block_size, pair)
+    values = both[:, of_keys:].view(num_blocks, num_kv_heads, block_size // pair, head_dim, pair)
     return keys, values
 
 
@@ -89,9 +95,10 @@ def attend(
 ) -> Tensor:
     """`attend` of kernels/reference.py; arithmetic in float32, rounded where k and v are written and at the end.
 
-    q: [T, Hq, D]; k, v: [T, Hkv, D], all in the caches' dtype or all in float32, each may be a part of wider rows; the caches as
-    `new_cache` made them; `work`: of `plan` for the same sequences, heads and window. out: [T, Hq, D], contiguous, in `out_dtype`
-    (None: q's). On a processor with bf16 products, q and the weights of the values are rounded to bf16 too.
+    q: [T, Hq, D]; k, v: [T, Hkv, D], all in the caches' dtype (int8: in bfloat16) or all in float32, each may be a part of wider rows;
+    the caches as `new_cache` made them; `work`: of `plan` for the same sequences, heads and window. out: [T, Hq, D], contiguous, in
+    `out_dtype` (None: q's). On a processor with bf16 products, q and the weights of the values are rounded to bf16 too; beside a cache of
+    int8 they are whole numbers of 16 bits times a scale a row.
     """
     return cast(
         Tensor,

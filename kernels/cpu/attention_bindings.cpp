@@ -104,10 +104,12 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
                  const Tensor& slot_mapping, const Tensor& plan, double scale, int64_t window,
                  std::optional<at::ScalarType> out_dtype) {
     const at::ScalarType type = k_cache.scalar_type();
-    TORCH_CHECK(type == at::kFloat || type == at::kBFloat16, "the caches must be float32 or bfloat16, not ", type);
+    const bool scaled = type == at::kChar;
+    TORCH_CHECK(type == at::kFloat || type == at::kBFloat16 || scaled, "the caches must be float32, bfloat16 or int8, not ", type);
     TORCH_CHECK(k_cache.dim() == 5 && v_cache.dim() == 5 && v_cache.scalar_type() == type, "the caches must be [blocks, heads, ...], of one dtype");
     const int64_t pair = type == at::kFloat ? 1 : 2, num_blocks = k_cache.size(0), kv_heads = k_cache.size(1);
-    const int64_t dim = k_cache.size(2) * pair, block_size = k_cache.size(3), block_numbers = kv_heads * dim * block_size;
+    const int64_t dim = (k_cache.size(2) - (scaled ? 2 : 0)) * pair, block_size = k_cache.size(3);
+    const int64_t block_numbers = kv_heads * k_cache.size(2) * pair * block_size;
     TORCH_CHECK(dim % 16 == 0 && dim <= sluice::max_head_dim && dim > 0, "a head must have a multiple of 16 numbers, at most 256, not ", dim);
     TORCH_CHECK(block_size % 16 == 0 && block_size > 0, "a block must have a multiple of 16 tokens, not ", block_size);
     TORCH_CHECK(k_cache.size(4) == pair && v_cache.size(1) == kv_heads && v_cache.size(2) == block_size / pair && v_cache.size(3) == dim &&
@@ -127,8 +129,9 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
 
     Attention call{};
     const at::ScalarType rows = q.scalar_type();
-    TORCH_CHECK(rows == type || rows == at::kFloat, "q must be of the caches' dtype ", type, " or float32, not ", rows);
-    call.type = pair == 1 ? Type::f32 : Type::bf16;
+    const at::ScalarType narrow = scaled ? at::kBFloat16 : type;
+    TORCH_CHECK(rows == narrow || rows == at::kFloat, "q must be of ", narrow, " or float32 beside caches of ", type, ", not ", rows);
+    call.type = scaled ? Type::int8 : pair == 1 ? Type::f32 : Type::bf16;
     call.rows = rows == at::kFloat ? Type::f32 : Type::bf16;
     call.q = checked_heads(q, "q", tokens, q_heads, dim, rows);
     call.k = checked_heads(k, "k", tokens, kv_heads, dim, rows);

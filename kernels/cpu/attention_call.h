@@ -32,7 +32,7 @@ static_assert(sizeof(AttentionItem) == 12 * sizeof(int32_t));
 
 struct Attention {
     Type type;             // of the caches
-    Type rows;             // of q, k, v: the caches', or f32
+    Type rows;             // of q, k, v: the caches', or f32; bf16 or f32 where those are bytes
     const void* q;         // [tokens, q_heads, dim], q_stride numbers from token to token; not rotated
     const void* k;         // [tokens, kv_heads, dim]
     const void* v;

@@ -37,10 +37,10 @@ inline F keep(uint16_t* to, F x) {
     return Simd::load_bf16(to);
 }
 
-// Scores of positions `range`, which is not empty, to weights e^(scale (score - peak)). Whole vectors are written: 0 around the range.
-// `weights` may begin where the scores do.
-template <class Factor>
-inline void weigh_row(float* scores, Range range, float scale, Factor* weights, float& peak, float& total) {
+// Weights e^(scale (score - peak)) of positions `range`, which is not empty, in whole vectors: keep(i, weight, inside) of each, where
+// inside(x) is x with 0 around the range; it gives the weight that counts.
+template <bool coarse, class Keep>
+inline void each_weight(float* scores, Range range, float scale, float& peak, float& total, const Keep& keep) {
     const int64_t first = range.low / width * width, last = (range.high + width - 1) / width * width;
     for (int64_t i = first; i < range.low; ++i) scores[i] = -INFINITY;
     for (int64_t i = range.high; i < last; ++i) scores[i] = -INFINITY;
@@ -51,11 +51,32 @@ inline void weigh_row(float* scores, Range range, float scale, Factor* weights, 
     F sum = Simd::zero();
     for (int64_t i = first; i < last; i += width) {
         const F below = Simd::mul(Simd::sub(Simd::load(scores + i), shift), factor);
-        F weight = std::is_same_v<Factor, float> ? exp(below) : coarse_exp(below);
-        if (i < range.low || i + width > range.high) weight = only(weight, range.low - i, range.high - i);
-        sum = Simd::add(sum, keep(weights + i, weight));
+        const bool whole = i >= range.low && i + width <= range.high;
+        const auto inside = [&](F x) SLUICE_HERE { return whole ? x : only(x, range.low - i, range.high - i); };
+        sum = Simd::add(sum, keep(i, inside(coarse ? coarse_exp(below) : exp(below)), inside));
     }
     total = Simd::sum(sum);
+}
+
+// Scores to weights; `weights` may begin where the scores do.
+template <class Factor>
+inline void weigh_row(float* scores, Range range, float scale, Factor* weights, float& peak, float& total) {
+    each_weight<!std::is_same_v<Factor, float>>(scores, range, scale, peak, total,
+                                                [&](int64_t i, F weight, const auto&) SLUICE_HERE { return keep(weights + i, weight); });
+}
+
+// The same for values with scales, value_scales(i) of positions [i, i + width): weights times these, as whole numbers. Gives what one of
+// them stands for.
+template <class Scales>
+inline float weigh_row(float* scores, Range range, float scale, const Scales& value_scales, int16_t* weights, float& peak, float& total) {
+    each_weight<true>(scores, range, scale, peak, total, [&](int64_t i, F weight, const auto& inside) SLUICE_HERE {
+        Simd::store(scores + i, inside(Simd::mul(weight, value_scales(i))));
+        return weight;
+    });
+    const int64_t first = range.low / width * width, count = (range.high + width - 1) / width * width - first;
+    const float unit = scale_of(scores + first, count, word_most);
+    store_whole(scores + first, count, unit, weights + first);
+    return unit;
 }
 
 // Adds a chunk's result to what earlier chunks gave.

@@ -9,7 +9,7 @@
 
 namespace sluice {
 
-enum class Type : int32_t { f32 = 0, bf16 = 1 };
+enum class Type : int32_t { f32 = 0, bf16 = 1, int8 = 2 };  // int8: of a cache alone
 // fixed: of bf16 weights, packing.h; coarse: of any of the weights that stand as they are, screen.h
 enum class Format : int32_t { f32 = 0, bf16 = 1, int8 = 2, int4 = 3, fixed = 4, coarse = 5 };
 

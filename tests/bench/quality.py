@@ -27,6 +27,8 @@ VARIANTS: dict[str, dict[str, str]] = {
     "bfloat16": {"dtype": "bfloat16"},
     "int8": {"dtype": "bfloat16", "quantize": "int8"},
     "int4": {"dtype": "bfloat16", "quantize": "int4"},
+    "int8_kv_cache": {"dtype": "bfloat16", "kv_cache_dtype": "int8"},
+    "int8_and_kv_cache": {"dtype": "bfloat16", "quantize": "int8", "kv_cache_dtype": "int8"},
 }
 Logits = Callable[[list[int]], Tensor]
 
@@ -51,7 +53,8 @@ def windows_of(model_dir: Path, count: int, num_tokens: int) -> list[list[int]]:
 
 def ours(model_dir: Path, cpu_isa: str, settings: dict[str, str]) -> Logits:
     loaded = load(model_dir, cpu_isa=cpu_isa, **settings)
-    return lambda ids: Sequences(loaded, 1, len(ids), block_size=16).step({0: ids})
+    kept = torch.int8 if settings.get("kv_cache_dtype") == "int8" else None
+    return lambda ids: Sequences(loaded, 1, len(ids), block_size=16, cache_dtype=kept).step({0: ids})
 
 
 def theirs(model_dir: Path) -> Logits:

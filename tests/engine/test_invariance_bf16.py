@@ -68,6 +68,16 @@ def test_what_quantised_weights_say_does_not_depend_on_batch_or_chunks(config, q
     assert said(replace(quantised, max_num_batched_tokens=24)) == said(replace(quantised, max_num_seqs=1))
 
 
+@pytest.mark.parametrize(
+    "changes", [{}, {"max_num_batched_tokens": 24, "num_threads": 1}, {"enable_prefix_cache": True, "overlap": "off"}], ids=str
+)
+def test_what_is_said_over_a_cache_of_bytes_does_not_depend_on_batch_or_chunks(config, alone, changes):
+    in_bytes = replace(config, kv_cache_dtype="int8")
+    one_by_one = said(replace(in_bytes, max_num_seqs=1))
+    assert said(replace(in_bytes, **changes)) == one_by_one
+    assert one_by_one != alone
+
+
 def test_the_reference_has_many_tokens_and_a_logprob_for_each(alone):
     assert {len(logprobs) for _, logprobs in alone.values()} == {8}
     assert len({token for tokens, _ in alone.values() for token in tokens}) > 20

@@ -6,12 +6,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from kernels import reference
 from kernels.cpu import attention, choose
 from kernels.cpu.build import runnable
 from tests.kernels.cpu_attention_case import Case, by_slot
 from tests.kernels.tolerance import assert_as_exact_as_torch
 
-DTYPES = [torch.float32, torch.bfloat16]
+DTYPES = [torch.float32, torch.bfloat16, torch.int8]
 SIZES = {
     "one first token": [(1, 1)],
     "decodes of odd lengths": [(63, 1), (100, 1), (1, 1), (257, 1), (513, 1), (16, 1)],
@@ -50,15 +51,19 @@ def threads() -> Iterator[None]:
 
 def check(case: Case) -> None:
     """Result, and both caches whole: written slots as they must be, the others as they were."""
-    exact, exact_keys, _ = case.plain(torch.float32)
+    exact, exact_keys, exact_values = case.plain(torch.float32)
     plain, plain_keys, plain_values = case.plain(case.q.dtype)
-    k_cache, v_cache = case.caches()
-    assert_as_exact_as_torch(case.run((k_cache, v_cache)), plain, exact)
+    caches = case.caches()
+    assert_as_exact_as_torch(case.run(caches), plain, exact)
     written = ~exact_keys.isnan()
-    keys, values = by_slot(k_cache, keys=True), by_slot(v_cache, keys=False)
+    keys, values = by_slot(caches)
     assert torch.equal(~keys.isnan(), written)
-    assert_as_exact_as_torch(keys[written], plain_keys[written], exact_keys[written])
-    assert torch.equal(values.nan_to_num(7.0), plain_values.nan_to_num(7.0))
+    if case.cache_dtype == torch.int8:  # a rotated key may lie between two bytes
+        assert ((keys - exact_keys).abs() <= exact_keys.abs().amax(dim=3, keepdim=True) / 126)[written].all()
+        assert torch.equal(values.nan_to_num(7.0), exact_values.nan_to_num(7.0))
+    else:
+        assert_as_exact_as_torch(keys[written], plain_keys[written], exact_keys[written])
+        assert torch.equal(values.nan_to_num(7.0), plain_values.nan_to_num(7.0))
 
 
 def test_rows_in_float32_are_rounded_where_they_are_written(every_isa):
@@ -72,6 +77,27 @@ def test_rows_in_float32_are_rounded_where_they_are_written(every_isa):
     assert torch.equal(wide.bfloat16(), narrow)
     for cache, wide_cache in zip(caches, wide_caches, strict=True):
         assert torch.equal(cache.nan_to_num(7.0), wide_cache.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("window", [0, 130])
+def test_products_over_bytes_are_exact_to_sixteen_bits(every_isa, window):
+    """Against float32 over what the caches hold afterwards: nothing but keys and values is rounded to bytes."""
+    case = Case.make([(700, 1), (300, 40), (7, 7)], window=window, dtype=torch.int8)
+    case.q, case.k, case.v = case.q.float(), case.k.float(), case.v.float()
+    caches = case.caches()
+    found = case.run(caches)
+    exact = case.attended(reference.apply_rotary(case.q, case.cos_sin, case.positions), *by_slot(caches))
+    assert found.dtype == torch.float32
+    assert ((found - exact).abs() / (1 + exact.abs())).max() < 3e-4
+
+
+def test_rows_of_nothing_are_kept_as_nothing(every_isa):
+    case = Case.make([(40, 3)], dtype=torch.int8)
+    case.k[0], case.v[0] = 0.0, 1e-35
+    caches = case.caches()
+    assert case.run(caches).isfinite().all()
+    first = int(case.slot_mapping[0])
+    assert all((cache.flatten(0, 1)[first] == 0).all() for cache in by_slot(caches))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -146,7 +172,7 @@ def test_a_token_with_slot_minus_one_is_not_written(best_isa):
     case.slot_mapping[3] = -1
     caches = case.caches()
     case.run(caches)
-    keys, values = by_slot(caches[0], keys=True).flatten(0, 1), by_slot(caches[1], keys=False).flatten(0, 1)
+    keys, values = (cache.flatten(0, 1) for cache in by_slot(caches))
     assert bool(keys[left].isnan().all() and values[left].isnan().all())
     assert int(keys.isnan().any(dim=(1, 2)).logical_not().sum()) == 19
 
@@ -157,16 +183,18 @@ def test_a_single_token_with_slot_minus_one_is_not_written(best_isa):
     case.slot_mapping[0] = -1
     caches = case.caches()
     case.run(caches)
-    keys = by_slot(caches[0], keys=True).flatten(0, 1)
+    keys = by_slot(caches)[0].flatten(0, 1)
     assert bool(keys[left].isnan().all())
     assert int(keys.isnan().any(dim=(1, 2)).logical_not().sum()) == 19 + 30
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=str)
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
 @pytest.mark.parametrize("part", ["q", "k", "v"])
-def test_a_poisoned_token_reaches_its_own_sequence_alone(every_isa, part):
-    case = Case.make([(40, 1), (300, 8), (17, 1)], dtype=torch.bfloat16)
-    getattr(case, part)[3] = float("nan")
-    poisoned = case.run().isnan().any(dim=(1, 2)).tolist()
+def test_a_poisoned_token_reaches_its_own_sequence_alone(every_isa, part, number, dtype):
+    case = Case.make([(40, 1), (300, 8), (17, 1)], dtype=dtype)
+    getattr(case, part)[3] = number
+    poisoned = (~case.run().isfinite()).any(dim=(1, 2)).tolist()
     assert poisoned[3]
     assert not any(poisoned[:3] if part == "q" else poisoned[:1])
     assert not poisoned[9]
@@ -207,8 +235,9 @@ def test_chunks_of_a_prompt_change_no_bit(every_isa, size, window, dtype):
     assert torch.equal(torch.cat(parts), case.run())
 
 
-def test_the_block_size_changes_no_bit(every_isa):
-    small, large = (Case.make([(500, 1), (70, 70)], block_size=size, dtype=torch.bfloat16) for size in (16, 80))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_block_size_changes_no_bit(every_isa, dtype):
+    small, large = (Case.make([(500, 1), (70, 70)], block_size=size, dtype=dtype) for size in (16, 80))
     assert torch.equal(small.run(), large.run())
 
 
@@ -219,7 +248,7 @@ WRONG = {
     "needs 7 blocks, its table has 2": ("block_tables", lambda x: x[:, :2].contiguous()),
     "must be .1, 6, 64.": ("q", lambda x: x[:, :, :48]),
     "k must be on the CPU and of Float, as q is": ("k", lambda x: x.bfloat16()),
-    "q must be of the caches' dtype Float or float32, not Half": ("q", lambda x: x.half()),
+    "q must be of Float or float32 beside caches of Float, not Half": ("q", lambda x: x.half()),
     "heads must lie side by side": ("v", lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)),
     "query_start_loc must run from 0": ("query_start_loc", lambda x: x * 2),
 }

@@ -17,6 +17,7 @@ from kernels.cpu import build
 HERE = Path(__file__).resolve().parent / "sanitized"
 OPERATORS = Path(build.__file__).resolve().parent
 FLAGS = ("-std=c++20", "-O1", "-fopenmp", "-Wno-psabi", "-Wno-unknown-pragmas", "-fno-sanitize-recover=all")
+pytestmark = pytest.mark.timeout(900)  # the first to need a program builds it
 SEEDS = 3
 CASES = 40
 """Drawn calls of each operator for a seed and an instruction set."""
@@ -89,7 +90,6 @@ def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return done
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("seed", range(SEEDS))
 def test_no_operator_reads_or_writes_what_it_was_not_given(fuzz, seed):
     done = run(fuzz, str(seed), str(CASES))
@@ -105,7 +105,6 @@ def test_the_sanitizers_watch(fuzz):
     assert "0 bytes to the right of 255-byte region" in done.stderr
 
 
-@pytest.mark.timeout(600)
 def test_the_threads_of_an_operator_share_nothing_unguarded(threaded):
     done = run(threaded, "0", str(CASES))
     assert done.returncode == 0, done.stderr[-4000:]

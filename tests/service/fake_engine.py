@@ -9,6 +9,7 @@ FACTS = EngineFacts(
     model="tiny",
     architecture="Fake",
     dtype="none",
+    kv_cache_dtype="none",
     device="none",
     operators="none",
     operators_reason="a stand-in computes nothing",

@@ -19,6 +19,7 @@ SPEC = KVCacheSpec(num_layers=1, num_kv_heads=2, head_dim=64, block_size=16, dty
     [
         ({}, "cpu_paged"),
         ({"dtype": torch.float32}, "cpu_paged"),
+        ({"dtype": torch.int8}, "cpu_paged"),
         ({"dtype": torch.float16}, "torch_paged"),
         ({"head_dim": 10}, "torch_paged"),
         ({"block_size": 4}, "torch_paged"),
@@ -37,6 +38,20 @@ def test_without_the_operators_auto_is_torch():
 def test_cpp_by_name_is_refused_for_a_shape_that_it_does_not_take():
     with pytest.raises(ConfigError, match="cpu_paged cannot be had: blocks of 4 tokens"):
         make_backend("cpu_paged", CPU, for_device("cpu"), replace(SPEC, block_size=4))
+
+
+@pytest.mark.parametrize(
+    ("name", "isa", "change", "why"),
+    [
+        ("auto", "torch", {}, "plain torch, as configured"),
+        ("torch_paged", "auto", {}, "as asked"),
+        ("auto", "auto", {"block_size": 4}, "blocks of 4 tokens"),
+    ],
+)
+def test_a_cache_of_bytes_is_for_cpp_alone(name, isa, change, why):
+    with pytest.raises(ConfigError, match=f"kv_cache_dtype int8 needs .* attends by torch_paged: {why}") as raised:
+        make_backend(name, CPU, for_device("cpu", isa), replace(SPEC, dtype=torch.int8, **change))
+    assert raised.value.field == "engine.kv_cache_dtype"
 
 
 @pytest.mark.parametrize(

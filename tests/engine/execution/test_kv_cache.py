@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from engine.attention.base import KVCacheSpec
+from engine.attention.cpu_paged import CpuPagedAttention
 from engine.attention.torch_paged import TorchPagedAttention
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.execution.kv_cache import KVCache, pool_size
+from kernels.ops import for_device
 
 CPU = torch.device("cpu")
 CONFIG = EngineConfig(kind="stand-in", max_num_seqs=4)
@@ -20,6 +22,16 @@ BLOCK_BYTES = 2 * 2 * 16 * 3 * 8 * 2
 def test_a_block_holds_keys_and_values_of_all_layers() -> None:
     """The unit of every size here."""
     assert SPEC.block_bytes == BLOCK_BYTES
+    assert replace(SPEC, dtype=torch.int8).block_bytes == 2 * 2 * 16 * 3 * (8 + 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+def test_a_block_of_the_cpp_backend_takes_what_is_promised(dtype: torch.dtype) -> None:
+    """Two layers' keys and values, one stretch of memory a block."""
+    spec = replace(SPEC, head_dim=64, dtype=dtype)
+    assert for_device("cpu").attends
+    caches = CpuPagedAttention().allocate(spec, 5, CPU)
+    assert sum(cache.k.stride(0) * cache.k.itemsize for cache in caches) == spec.block_bytes
 
 
 def test_num_blocks_is_taken_as_it_is() -> None:

@@ -34,12 +34,23 @@ def _said(engine: Engine, lengths: list[int]) -> dict[str, list[tuple[int, float
 
 
 @pytest.mark.parametrize("num_batched", [512, 16], ids=["whole prompts", "chunks"])
-@pytest.mark.parametrize(("dtype", "quantize"), [("float32", ""), ("bfloat16", ""), ("bfloat16", "int8"), ("bfloat16", "int4")])
-def test_recorded_steps_say_what_the_models_own_python_says(model_dir, dtype, quantize, num_batched, monkeypatch):
+@pytest.mark.parametrize(
+    ("dtype", "quantize", "kept"),
+    [
+        ("float32", "", "auto"),
+        ("float32", "", "int8"),
+        ("bfloat16", "", "auto"),
+        ("bfloat16", "int8", "auto"),
+        ("bfloat16", "int8", "int8"),
+        ("bfloat16", "int4", "auto"),
+    ],
+)
+def test_recorded_steps_say_what_the_models_own_python_says(model_dir, dtype, quantize, kept, num_batched, monkeypatch):
     config = EngineConfig(
         model_dir=str(model_dir),
         dtype=dtype,
         quantize=quantize,
+        kv_cache_dtype=kept,
         num_blocks=64,
         enable_prefix_cache=False,
         max_num_batched_tokens=num_batched,

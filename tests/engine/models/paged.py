@@ -22,7 +22,16 @@ def load(model_dir: Path, cpu_isa: str = "auto", on: torch.device = CPU, **setti
 class Sequences:
     """`count` sequences, each with its own blocks of one pool; sequence i owns blocks i, count + i, 2 * count + i, …"""
 
-    def __init__(self, loaded: LoadedModel, count: int, max_len: int, block_size: int = BLOCK, on: torch.device = CPU) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        count: int,
+        max_len: int,
+        block_size: int = BLOCK,
+        on: torch.device = CPU,
+        cache_dtype: torch.dtype | None = None,
+    ) -> None:
+        """`cache_dtype`: None for the model's."""
         self.model, spec = loaded.model, loaded.spec
         self.on = on
         self.block_size = block_size
@@ -32,7 +41,7 @@ class Sequences:
             num_kv_heads=spec.num_kv_heads,
             head_dim=spec.head_dim,
             block_size=block_size,
-            dtype=spec.dtype,
+            dtype=cache_dtype or spec.dtype,
         )
         self.backend = make_backend("auto", on, for_device(on.type), cache)
         self.caches = self.backend.allocate(cache, self.num_blocks * count, on)

@@ -126,8 +126,10 @@ void fuzz_sampling(const Operators& operators, Chance& chance) {
 }
 
 void fuzz_attention(const Operators& operators, Chance& chance) {
-    const Type type = type_of(chance), rows = chance.one_in(2) ? Type::f32 : type, out_type = type_of(chance);
-    const int64_t number = bytes_of(type), row_number = bytes_of(rows);
+    const bool scaled = chance.one_in(3);
+    const Type type = scaled ? Type::int8 : type_of(chance), out_type = type_of(chance);
+    const Type rows = chance.one_in(2) ? Type::f32 : scaled ? Type::bf16 : type;
+    const int64_t number = scaled ? 1 : bytes_of(type), row_number = bytes_of(rows);
     const int64_t dim = 16 * chance.between(1, chance.one_in(4) ? 16 : 4), kv_heads = chance.between(1, 4);
     const int64_t q_heads = kv_heads * chance.between(1, 5), block_size = 16 * chance.between(1, 3);
     const int64_t window = chance.one_in(3) ? chance.between(1, 300) : 0, num_seqs = chance.between(1, 4);
@@ -141,7 +143,8 @@ void fuzz_attention(const Operators& operators, Chance& chance) {
         longest = std::max<int64_t>(longest, lens.back());
         needed += sluice::divide_up(lens.back(), block_size);
     }
-    const int64_t stride = sluice::divide_up(longest, block_size), half = kv_heads * dim * block_size, wide = (q_heads + 2 * kv_heads) * dim;
+    const int64_t stride = sluice::divide_up(longest, block_size), wide = (q_heads + 2 * kv_heads) * dim;
+    const int64_t of_values = kv_heads * dim * block_size, of_keys = of_values + (scaled ? 4 * kv_heads * block_size : 0);
     std::vector<int32_t> blocks(needed);
     for (int64_t i = 0; i < needed; ++i) blocks[i] = (int32_t)i;
     std::shuffle(blocks.begin(), blocks.end(), std::mt19937(7));
@@ -155,7 +158,9 @@ void fuzz_attention(const Operators& operators, Chance& chance) {
             slots.of<int64_t>()[token] = chance.one_in(20) ? -1 : table[position / block_size] * block_size + position % block_size;
         }
     }
-    Numbers fused(chance, tokens * wide, rows), cos_sin(chance, longest * dim, Type::f32), cache(chance, needed * 2 * half, type);
+    Numbers fused(chance, tokens * wide, rows), cos_sin(chance, longest * dim, Type::f32);
+    // As bytes, and as scales: whatever bf16 numbers near 1 hold.
+    Numbers cache(chance, needed * (of_keys + of_values) * number / bytes_of(type), type);
     char* qkv = fused.of<char>();
     const sluice::AttentionPlan plan =
         sluice::AttentionPlanner(starts.data(), lens.data(), num_seqs, q_heads, kv_heads, window).plan(omp_get_max_threads());
@@ -176,8 +181,8 @@ void fuzz_attention(const Operators& operators, Chance& chance) {
     call.positions = positions.of<int64_t>();
     call.slots = slots.of<int64_t>();
     call.k_cache = cache.data();
-    call.v_cache = cache.of<char>() + half * number;
-    call.block_stride = 2 * half;
+    call.v_cache = cache.of<char>() + of_keys * number;
+    call.block_stride = of_keys + of_values;
     call.block_size = block_size;
     call.tables = tables.of<int32_t>();
     call.table_stride = stride;

@@ -46,7 +46,7 @@ private:
     int64_t size_;
 };
 
-inline int64_t bytes_of(Type type) { return type == Type::f32 ? 4 : 2; }
+inline int64_t bytes_of(Type type) { return type == Type::f32 ? 4 : 2; }  // int8, of caches alone, is drawn as bf16
 
 inline void put(Exact& to, int64_t i, float x, Type type) {
     if (type == Type::f32) {
