@@ -75,7 +75,7 @@ class StandInEngine:
             )
         if request.request_id in self._live:
             raise InvalidFieldError("request_id", "is already running")
-        if len(self._waiting) + sampling.n > self._config.max_num_waiting:
+        if self._waiting and len(self._waiting) + sampling.n > self._config.max_num_waiting:
             raise EngineFullError("the engine's waiting queue is full")
         if self._fault is not None:
             self._fault.on_prompt(request.prompt_token_ids)

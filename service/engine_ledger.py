@@ -7,6 +7,8 @@ enters meanwhile. A suspect is cleared by a token beyond the point where the las
 generation. One whose child dies before that ends with `crash_loop`; so does one that was there at `MAX_DEATHS` deaths, however
 far it came between them. A poison prompt so costs two deaths, and its neighbours a pause.
 
+The child is never given more than it takes: of what waits, nothing enters that would bring the open choices inside above `most_inside`.
+
 Pure state: no I/O, no clock, no tasks; one owner, `EngineProcess`. Bounded by admission, which bounds what is submitted.
 """
 
@@ -55,7 +57,11 @@ class _Entry:
 class EngineLedger:
     """Outstanding requests: those in the child and those waiting to enter it, each in order of arrival."""
 
-    def __init__(self) -> None:
+    def __init__(self, most_inside: int) -> None:
+        """`most_inside`: open choices that the child holds without refusing one; a request that has more enters alone."""
+        self._most_inside = most_inside
+        self._num_open = 0
+        """Choices inside that go on."""
         self._inside: dict[str, _Entry] = {}
         self._waiting: dict[str, _Entry] = {}
         self._saying: dict[tuple[str, int], list[int]] = {}
@@ -82,7 +88,7 @@ class EngineLedger:
     def take(self) -> list[Request]:
         """What may enter the child now; it counts as in the child from here on.
 
-        While there are suspects: the oldest of them, once no other is inside.
+        In order of arrival, as many as the child holds. While there are suspects: the oldest of them, once no other is inside.
         """
         entering = list(self._waiting.values())
         if self._probation:
@@ -91,13 +97,19 @@ class EngineLedger:
                 return []
             self._probation = bool(suspects)
             entering = suspects[:1] or entering
+        entered = []
         for entry in entering:
+            num_open = len(entry.open_choices)
+            if self._inside and self._num_open + num_open > self._most_inside:
+                break
             del self._waiting[entry.request.request_id]
             self._inside[entry.request.request_id] = entry
+            self._num_open += num_open
             entry.moved.clear()
             if not entry.suspect:
                 self._trust(entry)
-        return [entry.as_request() for entry in entering]
+            entered.append(entry.as_request())
+        return entered
 
     def abort(self, request_id: str) -> tuple[bool, tuple[TokenOutput, ...]]:
         """Whether the child must be told, and the ends that can be said here and now because the child does not hold it."""
@@ -148,6 +160,7 @@ class EngineLedger:
                 entry.moved.add(output.choice)
             if new.finish_reason is not None:
                 entry.ended.add(new.choice)
+                self._num_open -= 1
                 self._saying.pop((new.request_id, new.choice), None)
                 self._settle(entry)
             elif entry.suspect:
@@ -188,6 +201,7 @@ class EngineLedger:
         present = list(self._inside.values())
         self._waiting = self._inside | self._waiting
         self._inside = {}
+        self._num_open = 0
         self._saying.clear()
         self._probation = self._probation or bool(present)
         for entry in present:
@@ -215,7 +229,8 @@ class EngineLedger:
     def _end(self, entry: _Entry, reason: FinishReason, code: str = "", message: str = "") -> tuple[TokenOutput, ...]:
         for choice in entry.open_choices:
             self._saying.pop((entry.request.request_id, choice), None)
-        self._inside.pop(entry.request.request_id, None)
+        if self._inside.pop(entry.request.request_id, None) is not None:
+            self._num_open -= len(entry.open_choices)
         self._waiting.pop(entry.request.request_id, None)
         return tuple(
             TokenOutput(

@@ -137,16 +137,20 @@ class EngineProcess:
         clock: Callable[[], float] = time.monotonic,
         backoff: Callable[[int], float] = backoff_s,
     ) -> None:
-        self._config = config
+        # Of what it has not refused it has choices that run and choices that wait.
+        most_inside = config.max_num_seqs + config.max_num_waiting
+        self._config = replace(config, max_num_waiting=most_inside)
         self._section = section
         self._on_status = on_status
         self._spawn = spawn or spawner()
         self._clock = clock
         self._backoff = backoff
-        self._ledger = EngineLedger()
+        self._ledger = EngineLedger(most_inside)
         self._aborts: deque[str] = deque()
         self._wake = asyncio.Event()
-        self._outputs: asyncio.Queue[StepOutput | None] = asyncio.Queue(_MAX_UNREAD_STEPS)
+        # Steps wait for room in it before they count as said; ends, bounded by admission, do not.
+        self._outputs: asyncio.Queue[StepOutput | None] = asyncio.Queue()
+        self._room = asyncio.Event()
         self._status = EngineStatus(state="starting")
         self._facts: EngineFacts | None = None
         self._ready: asyncio.Future[None] | None = None
@@ -180,14 +184,14 @@ class EngineProcess:
         if self._status.alive:
             self._wake.set()
         else:
-            await self._give_out(self._ledger.end_one(request.request_id, "engine_failed", "the engine is not running"))
+            self._give_out(self._ledger.end_one(request.request_id, "engine_failed", "the engine is not running"))
 
     async def abort(self, request_id: str) -> None:
         tell_child, ends = self._ledger.abort(request_id)
         if tell_child:
             self._aborts.append(request_id)
             self._wake.set()
-        await self._give_out(ends)
+        self._give_out(ends)
 
     def facts(self) -> EngineFacts:
         """Raises `RuntimeError` before the first child was ready."""
@@ -197,6 +201,7 @@ class EngineProcess:
 
     async def outputs(self) -> AsyncIterator[StepOutput]:
         while (output := await self._outputs.get()) is not None:
+            self._room.set()
             yield output
 
     async def close(self) -> None:
@@ -211,11 +216,8 @@ class EngineProcess:
         if self._supervisor is not None:
             await end_tasks({self._supervisor})
         self._report("closed", progress=None)
-        # Nobody may be reading any more; then there is nobody to tell.
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_CLOSE_TIMEOUT_S):
-                await self._give_out(self._ledger.end_all("engine_failed", "the engine was stopped"))
-                await self._outputs.put(None)
+        self._give_out(self._ledger.end_all("engine_failed", "the engine was stopped"))
+        self._outputs.put_nowait(None)
 
     # The supervisor: one child after another.
 
@@ -225,7 +227,7 @@ class EngineProcess:
         finally:
             if self._status.alive and not self._closing:
                 # A bug of this file: it must not leave anyone waiting.
-                await self._give_up(_Death("the supervisor failed"))
+                self._give_up(_Death("the supervisor failed"))
 
     async def _run_children(self) -> None:
         deaths: deque[float] = deque()
@@ -239,19 +241,19 @@ class EngineProcess:
                 deaths.popleft()
             self._status = replace(self._status, deaths=self._status.deaths + 1, reason=death.reason)
             _log.error("engine died", reason=death.reason, outstanding=len(self._ledger), deaths=self._status.deaths)
-            await self._give_out(self._ledger.child_died())
+            self._give_out(self._ledger.child_died())
             # A first start that fails twice will fail again: the caller learns it after one more try, not after five.
             never_ready = self._facts is None and len(deaths) > 1
             if death.final or never_ready or len(deaths) > self._section.max_restarts:
-                await self._give_up(death)
+                self._give_up(death)
                 return
             self._report("restarting", restarts=self._status.restarts + 1, progress=None)
             await asyncio.sleep(self._backoff(len(deaths)))
 
-    async def _give_up(self, death: _Death) -> None:
+    def _give_up(self, death: _Death) -> None:
         self._report("failed", progress=None)
         _log.error("engine given up", reason=death.reason, deaths=self._status.deaths)
-        await self._give_out(self._ledger.end_all("engine_failed", "the engine cannot be restarted"))
+        self._give_out(self._ledger.end_all("engine_failed", "the engine cannot be restarted"))
         if self._ready is not None and not self._ready.done():
             self._ready.set_exception(SetupError(f"the engine cannot start: {death.reason}", exit_code=2 if death.final else 1))
 
@@ -270,11 +272,13 @@ class EngineProcess:
         exiting = asyncio.create_task(child.wait(), name="engine exit")
         tasks = {reading, writing, watching, exiting}
         try:
-            await asyncio.wait({reading, watching, exiting}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             hung = watching.result() if watching.done() else None
             if not exiting.done() and hung is None:
                 # End of file comes a moment before the exit status, which says more.
                 await asyncio.wait({exiting}, timeout=_DRAIN_TIMEOUT_S)
+                if writing.done() and not exiting.done():
+                    hung = _Death(f"its requests could not be written: {writing.exception()!r}")
             child.kill()
             # What it said before it died is still in the socket.
             await asyncio.wait({reading}, timeout=_DRAIN_TIMEOUT_S)
@@ -314,10 +318,13 @@ class EngineProcess:
         return failure
 
     async def _take_step(self, step: StepOutput) -> None:
-        accepted = self._ledger.accept(step)
+        while self._full:
+            self._room.clear()
+            await self._room.wait()
+        # Between what counts as said and its reader nothing is awaited: a death in between would lose it.
+        self._outputs.put_nowait(self._ledger.accept(step))
         if self._ledger.num_waiting:
             self._wake.set()
-        await self._outputs.put(accepted)
 
     def _child_ready(self, hello: frames.Hello) -> None:
         if hello.protocol_version != frames.PROTOCOL_VERSION:
@@ -341,7 +348,7 @@ class EngineProcess:
                 try:
                     gathered += frames.encode(request)
                 except EngineError as error:
-                    await self._give_out(self._ledger.end_one(request.request_id, "prompt_too_long", error.message))
+                    self._give_out(self._ledger.end_one(request.request_id, "prompt_too_long", error.message))
                     self._wake.set()
                 if len(gathered) >= _WRITE_BYTES:
                     await child.write(bytes(gathered))
@@ -366,13 +373,17 @@ class EngineProcess:
             self._heard = False
             await asyncio.sleep(self._section.hang_timeout_s / _SILENT_CHECKS)
             # A full queue means that we do not read, not that it does not speak.
-            idle = self._ledger.num_inside == 0 or self._outputs.full()
+            idle = self._ledger.num_inside == 0 or self._full
             silent = 0 if self._heard or idle else silent + 1
         return _Death(f"hang: work outstanding and no step for {self._section.hang_timeout_s:g} s")
 
-    async def _give_out(self, ends: tuple[TokenOutput, ...]) -> None:
+    @property
+    def _full(self) -> bool:
+        return self._outputs.qsize() >= _MAX_UNREAD_STEPS
+
+    def _give_out(self, ends: tuple[TokenOutput, ...]) -> None:
         if ends:
-            await self._outputs.put(StepOutput(outputs=ends, stats=_NO_STEP))
+            self._outputs.put_nowait(StepOutput(outputs=ends, stats=_NO_STEP))
 
     def _report(self, state: State, **changes: Any) -> None:
         self._status = replace(self._status, state=state, **changes)

@@ -2,7 +2,7 @@
 
 import torch
 
-_WORDS = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+_WORDS = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "bad_alloc")
 
 
 def lacks_memory(error: Exception) -> bool:

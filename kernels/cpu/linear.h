@@ -18,19 +18,27 @@ constexpr bool exact_scratch = true;
 constexpr bool exact_scratch = false;
 #endif
 
-// Memory that a thread keeps between calls: 0 the rows of a product, 1 what a thread needs for itself, 2 to 4 greedy_linear.h.
+// Memory that a thread keeps between calls: 0 the rows of a product, 1 what a thread needs for itself, 2 to 4 greedy_linear.h. Throws
+// std::bad_alloc, which ends the process in a job; what is large (0, 2, 3) is taken before one.
 inline uint8_t* scratch(int which, int64_t bytes) {
     struct Buffer {
-        void* data = nullptr;
-        int64_t size = 0;
-        ~Buffer() { std::free(data); }
+        void* data;
+        int64_t size;
     };
-    static thread_local Buffer kept[5];
-    Buffer& buffer = kept[which];
+    struct Kept {
+        Buffer buffers[5] = {};
+        ~Kept() {
+            for (Buffer& buffer : buffers) std::free(buffer.data);
+        }
+    };
+    static thread_local Kept kept;
+    Buffer& buffer = kept.buffers[which];
     if (buffer.size < bytes || (exact_scratch && buffer.size != bytes)) {
         std::free(buffer.data);
-        buffer.size = exact_scratch ? bytes : round_up(bytes + bytes / 2, 4096);
-        if (posix_memalign(&buffer.data, 64, (size_t)buffer.size)) std::abort();
+        buffer = {};
+        const int64_t size = exact_scratch ? bytes : round_up(bytes + bytes / 2, 4096);
+        if (posix_memalign(&buffer.data, 64, (size_t)size)) throw std::bad_alloc();
+        buffer.size = size;
     }
     return (uint8_t*)buffer.data;
 }

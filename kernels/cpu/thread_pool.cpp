@@ -1,6 +1,7 @@
 #include "thread_pool.h"
 
 #include <omp.h>
+#include <pthread.h>
 
 #include <algorithm>
 #include <atomic>
@@ -269,7 +270,7 @@ struct TasksBeside::State {
     std::deque<Task> tasks;
     std::atomic<uint32_t> begun{0};
     std::atomic<uint32_t> over{0};
-    bool threadless = false;  // none was to be had: whoever begins a task runs it
+    bool threadless = false;  // none was to be had, or is there any more: whoever begins a task runs it
 
     void work() {
         beside = true;
@@ -291,6 +292,12 @@ struct TasksBeside::State {
         }
     }
 
+    // In a child of fork(), which has no thread but its own.
+    void forked() {
+        threadless = true;
+        over.store(begun.load());
+    }
+
     // Until every task that was begun is over.
     void drain() {
         const uint32_t last = begun.load(std::memory_order_acquire);
@@ -304,6 +311,7 @@ TasksBeside::TasksBeside() : state_(new State) {
     } catch (const std::system_error&) {
         state_->threadless = true;
     }
+    pthread_atfork(nullptr, nullptr, [] { instance().state_->forked(); });
     // Nothing that a task uses may be taken down under it.
     std::atexit([] { instance().state_->drain(); });
 }

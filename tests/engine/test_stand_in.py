@@ -94,15 +94,22 @@ def test_an_abort_ends_every_choice() -> None:
         (_ask(prompt=(49_152,)), InvalidFieldError),
         (_ask(prompt=(100,) * 8192), PromptTooLongError),
         (_ask(sampling=replace(PARAMS, max_tokens=8192)), TooManyTokensError),
-        (_ask(sampling=replace(PARAMS, n=3)), EngineFullError),
     ],
 )
 def test_it_refuses_what_the_real_engine_refuses(request_: Request, error: type[Exception]) -> None:
     """The same typed errors, and nothing kept."""
-    engine = StandInEngine(replace(CONFIG, max_num_waiting=2))
+    engine = StandInEngine(CONFIG)
     with pytest.raises(error):
         engine.add(request_)
     assert not engine.has_work
+
+
+def test_it_is_full_where_others_wait() -> None:
+    """One request alone is taken however many choices it has, as by the real engine."""
+    engine = StandInEngine(replace(CONFIG, max_num_seqs=1, max_num_waiting=2))
+    engine.add(_ask("a", sampling=replace(PARAMS, n=3)))
+    with pytest.raises(EngineFullError):
+        engine.add(_ask("b", sampling=replace(PARAMS, n=2)))
 
 
 def test_the_pace_is_tokens_a_second_of_one_sequence() -> None:

@@ -28,7 +28,7 @@ def taken(ledger: EngineLedger) -> list[str]:
 
 
 def ledger_with(*ids: str) -> EngineLedger:
-    ledger = EngineLedger()
+    ledger = EngineLedger(1000)
     for request_id in ids:
         ledger.add(request(request_id))
     return ledger
@@ -40,13 +40,34 @@ def test_requests_enter_in_order_of_arrival_and_once() -> None:
     assert taken(ledger) == []
 
 
+def test_no_more_enters_than_the_child_holds() -> None:
+    ledger = EngineLedger(4)
+    for request_id, n in (("a", 3), ("b", 2), ("c", 1)):
+        ledger.add(request(request_id, n))
+    assert taken(ledger) == ["a"]
+    accept(ledger, token("a", 0, 5, finish=True))
+    assert taken(ledger) == ["b"]
+    accept(ledger, *(token("b", 0, 5, choice=choice, finish=True) for choice in range(2)))
+    assert taken(ledger) == ["c"]
+    ledger.child_died()
+    assert taken(ledger) == ["a"]
+    ledger.end_one("a", "prompt_too_long", "")
+    assert taken(ledger) == ["c"]
+
+
+def test_one_request_alone_enters_however_many_choices_it_has() -> None:
+    ledger = EngineLedger(4)
+    ledger.add(request("a", 16))
+    assert taken(ledger) == ["a"]
+
+
 def test_an_outstanding_id_is_refused() -> None:
     with pytest.raises(ValueError, match="outstanding"):
         ledger_with("a", "a")
 
 
 def test_what_was_said_goes_to_the_next_child() -> None:
-    ledger = EngineLedger()
+    ledger = EngineLedger(1000)
     ledger.add(request("a", n=2))
     ledger.take()
     accept(ledger, token("a", 0, 5, 6), token("a", 0, 7, choice=1, finish=True))
@@ -118,7 +139,7 @@ def test_progress_between_deaths_clears_but_not_for_ever() -> None:
 
 
 def test_a_choice_that_has_not_moved_keeps_its_request_under_suspicion() -> None:
-    ledger = EngineLedger()
+    ledger = EngineLedger(1000)
     ledger.add(request("a", n=2))
     ledger.add(request("b"))
     ledger.take()
@@ -178,7 +199,7 @@ def test_columns_are_trusted_no_more_than_objects() -> None:
 
 
 def test_nothing_is_added_to_a_choice_that_has_ended() -> None:
-    ledger = EngineLedger()
+    ledger = EngineLedger(1000)
     ledger.add(request("a", n=2))
     ledger.take()
     accept(ledger, token("a", 0, 5, finish=True))

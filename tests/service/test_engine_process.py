@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -18,6 +19,7 @@ from service.engine_process import EngineProcess, EngineStatus, backoff_s
 from service.errors import SetupError
 
 FAULT = "SLUICE_STAND_IN_FAULT"
+CONFIG = EngineConfig(kind="stand-in")
 
 
 def request(request_id: str, *, max_tokens: int = 40, n: int = 1, prompt: tuple[int, ...] = (1, 2, 3)) -> Request:
@@ -59,10 +61,15 @@ class Listener:
 
 @asynccontextmanager
 async def running(
-    *, fault: str = "", pace: float = 0.0, statuses: list[EngineStatus] | None = None, **section: float
+    *,
+    fault: str = "",
+    pace: float = 0.0,
+    statuses: list[EngineStatus] | None = None,
+    config: EngineConfig = CONFIG,
+    **section: float,
 ) -> AsyncIterator[tuple[EngineProcess, Listener]]:
     process = EngineProcess(
-        EngineConfig(kind="stand-in", stand_in_tokens_per_s=pace),
+        replace(config, stand_in_tokens_per_s=pace),
         EngineSection(kind="stand-in", **section),
         on_status=None if statuses is None else statuses.append,
         spawn=spawner({FAULT: fault} if fault else None),
@@ -112,6 +119,34 @@ async def test_kill_in_the_middle_repeats_and_loses_no_token() -> None:
         assert process.facts().pid != first
     assert [status.state for status in statuses if status.progress is None] == ["ready", "restarting", "ready", "closed"]
     assert (statuses[-1].deaths, statuses[-1].restarts) == (1, 1)
+
+
+async def test_more_choices_than_the_engine_takes_wait_outside_it() -> None:
+    """It would refuse them, after the service has promised an answer."""
+    config = replace(CONFIG, max_num_seqs=4, max_num_waiting=4)
+    async with running(config=config) as (process, listener):
+        for number, n in enumerate((1, 8, 3, 8, 16, 1, 5)):
+            await process.submit(request(f"r{number}", max_tokens=5, n=n))
+        await listener.until(lambda: len(listener.ends) == 42)
+        assert {end.finish_reason for end in listener.ends.values()} == {"length"}
+
+
+async def test_a_death_while_nobody_reads_loses_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What does not fit between the child and a reader that is away is said by the next child."""
+    monkeypatch.setattr("service.engine_process._MAX_UNREAD_STEPS", 8)
+    item = request("a", max_tokens=60)
+    expected = await uninterrupted([item])
+    process = EngineProcess(CONFIG, EngineSection(kind="stand-in"), spawn=spawner(), backoff=lambda restarts: 0.0)
+    await process.start()
+    await process.submit(item)
+    await asyncio.sleep(0.3)
+    os.kill(process.status.pid, signal.SIGKILL)
+    await asyncio.sleep(0.8)
+    listener = Listener(process)
+    await listener.end_of("a")
+    await process.close()
+    await listener.task
+    assert (listener.tokens, process.status.deaths) == (expected, 1)
 
 
 async def test_two_kills_far_apart_do_not_blame_the_request() -> None:
