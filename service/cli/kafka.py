@@ -11,7 +11,15 @@ from typing import Annotated, Any, Protocol
 
 import typer
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
-from aiokafka.errors import KafkaError, MessageSizeTooLargeError
+from aiokafka.errors import (
+    KafkaConnectionError,
+    KafkaError,
+    KafkaTimeoutError,
+    MessageSizeTooLargeError,
+    NoBrokersAvailable,
+    NodeNotReadyError,
+    RequestTimedOutError,
+)
 from opentelemetry.trace import SpanKind
 
 from service import wire
@@ -27,6 +35,14 @@ from service.kafka.topics import Topics, class_named, to_write
 from service.telemetry import names, tracing
 
 CONNECT_TIMEOUT_S = 10.0
+_CONNECTION_ERRORS = (
+    KafkaConnectionError,
+    KafkaTimeoutError,
+    NoBrokersAvailable,
+    NodeNotReadyError,
+    RequestTimedOutError,
+    TimeoutError,
+)
 Brokers = Annotated[str | None, typer.Option("--brokers", "-b", help="Comma-separated host:port.", show_default=False)]
 
 
@@ -126,7 +142,7 @@ async def _publish(
     except MessageSizeTooLargeError as error:
         raise RequestError("prompt_too_long", str(error), field="prompt") from error
     except KafkaError as error:
-        raise unreachable(settings, error) from error
+        raise refused(settings, error) from error
     finally:
         spans.shutdown()
 
@@ -224,6 +240,13 @@ async def connected(client: Startable, stop: Callable[[], Awaitable[None]], sett
 def missing(topic: str) -> SetupError:
     """What a person is told of a topic that is not there."""
     return SetupError(f"topic {topic} does not exist; make it with `sluice topics create`", exit_code=1)
+
+
+def refused(settings: Settings, error: KafkaError | TimeoutError) -> SetupError:
+    """What a person is told of a command that a broker had begun to answer: what it said, or that it answers no more."""
+    if isinstance(error, _CONNECTION_ERRORS):
+        return unreachable(settings, error)
+    return SetupError(f"the broker at {settings.kafka.bootstrap_servers} answered with an error: {error}", exit_code=1)
 
 
 def unreachable(settings: Settings, error: BaseException | str) -> SetupError:

@@ -10,8 +10,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from aiokafka.errors import CorruptRecordException, KafkaConnectionError, KafkaError
 
 from service.cli import doctor
+from service.cli.kafka import refused
+from service.config import Settings
 from tests.bench.tiny import write_tiny_model
 from tests.service.cli.cli_run import Sluice
 from tests.service.tiny_tokenizer import write_model_dir
@@ -116,6 +119,19 @@ def test_an_unreachable_server_is_one_error_and_exit_code_3(sluice: Sluice, comm
     assert errors.startswith("error: ")
     assert target in errors
     assert "make serve" in errors
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (CorruptRecordException("Invalid CRC"), 1, "answered with an error: [Error 2] CorruptRecordException: Invalid CRC"),
+        (KafkaConnectionError("gone"), 3, "no Kafka broker answers at 127.0.0.1:19092"),
+        (TimeoutError(), 3, "no Kafka broker answers at 127.0.0.1:19092 (TimeoutError)"),
+    ],
+)
+def test_a_broker_that_answers_with_an_error_is_not_called_unreachable(error: KafkaError, code: int, said: str) -> None:
+    told = refused(Settings(), error)
+    assert (told.exit_code, said in str(told)) == (code, True)
 
 
 def checks(out: str) -> dict[str, str]:
