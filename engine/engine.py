@@ -21,7 +21,8 @@ from engine.execution.kv_cache import KVCache, pool_size
 from engine.execution.runner import Runner
 from engine.execution.threads import set_compute_threads
 from engine.limits import check_vocabulary
-from engine.loading import load_model
+from engine.loading import load_model, plan_load
+from engine.models.config import ModelConfig, ModelSpec
 from engine.output import EngineFacts, StepOutput, StepStats
 from engine.request import Request
 from engine.scheduling.config import SchedulerConfig
@@ -60,6 +61,24 @@ def bind_operators(config: EngineConfig, device: torch.device, progress: Progres
         raise ConfigError(f"engine.cpu_isa: {error}", field="engine.cpu_isa") from error
 
 
+def check_model(config: EngineConfig, device: torch.device, operators: Operators) -> None:
+    """Raises what `Engine` would raise for this model and configuration, from the files' headers alone: no memory is taken."""
+    plan = plan_load(config, device, operators)
+    spec = _kv_cache_spec(config, plan.shape, plan.dtype)
+    make_backend(config.attention_backend, device, operators, spec)
+    pool_size(config, spec, plan.shape.max_position, device)
+
+
+def _kv_cache_spec(config: EngineConfig, model: ModelConfig | ModelSpec, dtype: torch.dtype) -> KVCacheSpec:
+    return KVCacheSpec(
+        num_layers=model.num_layers,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        block_size=config.block_size,
+        dtype=torch.int8 if config.kv_cache_dtype == "int8" else dtype,
+    )
+
+
 def _reason(operators: Operators, spec: KVCacheSpec) -> str:
     """Why it is these operators, and why attention is not among them where it could be."""
     refusal = cpu_refusal(operators, spec) if operators.attends else ""
@@ -86,13 +105,7 @@ class Engine:
         operators = bind_operators(config, device, progress)
         loaded = load_model(config, device, operators, progress)
         spec = loaded.spec
-        kv_spec = KVCacheSpec(
-            num_layers=spec.num_layers,
-            num_kv_heads=spec.num_kv_heads,
-            head_dim=spec.head_dim,
-            block_size=config.block_size,
-            dtype=torch.int8 if config.kv_cache_dtype == "int8" else spec.dtype,
-        )
+        kv_spec = _kv_cache_spec(config, spec, spec.dtype)
         backend = make_backend(config.attention_backend, device, operators, kv_spec)
         pool = pool_size(config, kv_spec, spec.max_position, device)
         cache = KVCache(backend, kv_spec, pool.num_blocks, device)

@@ -6,9 +6,7 @@ engine last. The event loop is the caller's.
 """
 
 import asyncio
-import contextlib
 import os
-import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -18,6 +16,7 @@ import structlog
 
 from engine import EngineError, StepOutput
 from schemas.v1 import inference_pb2
+from service.addresses import cannot_listen, listener
 from service.admission import Admission
 from service.config import KafkaSection, Settings
 from service.engine_process import EngineProcess, EngineStatus
@@ -184,7 +183,11 @@ class App:
         self._lag = asyncio.create_task(watch_loop_lag(self.core.metrics), name="loop lag")
         core.health.watch(self._health_changed)
         # Loading takes long: a port that is taken should not be found after it.
-        _require_free("grpc", settings.grpc.host, settings.grpc.port)
+        host, port = settings.grpc.host, settings.grpc.port
+        try:
+            listener(host, port).close()
+        except OSError as error:
+            raise cannot_listen("grpc", host, port, error) from error
         if settings.kafka.enabled:
             # Likewise credentials and certificates that cannot be read.
             Connection(settings.kafka)
@@ -260,16 +263,3 @@ class App:
         else:
             self.core.health.degrade(_KAFKA_PART, reason)
             _log.warning("kafka is not served", reason=reason)
-
-
-def _require_free(section: str, host: str, port: int) -> None:
-    if port == 0:
-        return
-    try:
-        with contextlib.closing(socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)):
-            pass
-    except OSError as error:
-        raise SetupError(
-            f"cannot listen on {section}.host:{section}.port {host}:{port} ({os.strerror(error.errno or 0)}); "
-            f"set another {section}.port (0 takes any free one), or stop what uses it"
-        ) from error

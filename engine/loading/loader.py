@@ -10,6 +10,7 @@ from engine.config import EngineConfig
 from engine.errors import CheckpointError, ConfigError
 from engine.loading import checkpoint, dummy
 from engine.loading.config_file import read_eos_token_ids, read_model_config
+from engine.loading.header import StoredTensor
 from engine.models.config import ModelConfig, ModelSpec
 from engine.models.registry import Model, build
 from engine.quantization.registry import methods
@@ -26,37 +27,55 @@ class LoadedModel:
     spec: ModelSpec
 
 
-def load_model(
-    config: EngineConfig, device: torch.device, operators: Operators, progress: Callable[[float, str], None] | None = None
-) -> LoadedModel:
-    """The model of `config.model_dir` on `device`, in `config.dtype`, computed by `operators`.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadPlan:
+    """What is to be allocated, in `dtype`, and filled from `stored` (with random weights where that is None)."""
 
-    `progress` gets (share done in [0, 1], what is being done). Raises `CheckpointError` that names file, tensor and reason,
-    before weights are allocated unless a file changes while it is read.
-    """
-    tell = progress or (lambda share, what: None)
+    shape: ModelConfig
+    eos_token_ids: tuple[int, ...]
+    dtype: torch.dtype
+    stored: dict[str, StoredTensor] | None
+
+
+def plan_load(config: EngineConfig, device: torch.device, operators: Operators) -> LoadPlan:
+    """Reads and checks everything but the weights' own bytes. Raises `CheckpointError` that names file, tensor and reason,
+    `ConfigError` where the model cannot be stored as it is asked for."""
     model_dir = Path(config.model_dir)
     if not model_dir.is_dir():
         raise CheckpointError(str(model_dir), "is no directory; name one with config.json, tokenizer.json and *.safetensors")
-    tell(0.0, "reading config.json")
     shape = replace(read_model_config(model_dir), screen_head=config.screen_head)
     eos_token_ids = read_eos_token_ids(model_dir, shape.vocab_size)
     if config.quantize:
         shape = replace(shape, quant_method=_quantize(config.quantize, shape, operators))
     if config.load_format == "dummy":
         dtype = _dtype(config, shape, torch.bfloat16, device)
-        model = build(shape, operators, dtype=dtype, on=device)
+        return LoadPlan(shape=shape, eos_token_ids=eos_token_ids, dtype=dtype, stored=None)
+    stored = checkpoint.stored_tensors(model_dir)
+    embedding = stored.get("model.embed_tokens.weight")
+    dtype = _dtype(config, shape, embedding.dtype if embedding else torch.float32, device)
+    # Tensors without memory: every name and shape is compared before any is allocated.
+    planned = build(replace(shape, max_position=1), operators, dtype=dtype, on=torch.device("meta"))
+    checkpoint.check(stored, planned.targets(), model_dir, tied=shape.tied)
+    return LoadPlan(shape=shape, eos_token_ids=eos_token_ids, dtype=dtype, stored=stored)
+
+
+def load_model(
+    config: EngineConfig, device: torch.device, operators: Operators, progress: Callable[[float, str], None] | None = None
+) -> LoadedModel:
+    """The model of `config.model_dir` on `device`, in `config.dtype`, computed by `operators`.
+
+    `progress` gets (share done in [0, 1], what is being done). Raises as `plan_load` does, before weights are allocated, and
+    `CheckpointError` for a file that changes while it is read.
+    """
+    tell = progress or (lambda share, what: None)
+    tell(0.0, "reading config.json")
+    plan = plan_load(config, device, operators)
+    model = build(plan.shape, operators, dtype=plan.dtype, on=device)
+    if plan.stored is None:
         dummy.fill(model.targets(), tell)
     else:
-        stored = checkpoint.stored_tensors(model_dir)
-        embedding = stored.get("model.embed_tokens.weight")
-        dtype = _dtype(config, shape, embedding.dtype if embedding else torch.float32, device)
-        # Tensors without memory: every name and shape is compared before any is allocated.
-        planned = build(replace(shape, max_position=1), operators, dtype=dtype, on=torch.device("meta"))
-        checkpoint.check(stored, planned.targets(), model_dir, tied=shape.tied)
-        model = build(shape, operators, dtype=dtype, on=device)
-        checkpoint.load(stored, model.targets(), tell)
-    spec = _spec(shape, model, eos_token_ids, dtype)
+        checkpoint.load(plan.stored, model.targets(), tell)
+    spec = _spec(plan.shape, model, plan.eos_token_ids, plan.dtype)
     model.finish()
     tell(1.0, "loaded")
     return LoadedModel(model=model, spec=spec)

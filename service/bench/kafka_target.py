@@ -158,7 +158,7 @@ class KafkaTarget:
         admin = AIOKafkaAdminClient(**self._connection.aiokafka())
         try:
             await admin.start()
-            return embedded_cluster((await admin.describe_cluster())["cluster_id"])
+            return await embedded_cluster(admin)
         finally:
             await admin.close()
 

@@ -6,6 +6,7 @@ What has been measured is in `Bench.runs` and `Bench.current` at any moment, for
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from service.bench.drive import Drive, Limits, warm_up
 from service.bench.lengths import Draw
@@ -59,6 +60,7 @@ class Bench:
         self.runs: list[Run] = []
         self.current: Drive | None = None
         self.current_name = ""
+        self._offered: dict[str, Any] = {}
 
     @property
     def num_runs(self) -> int:
@@ -86,30 +88,30 @@ class Bench:
         drive, self.current = self.current, None
         if drive is None or not drive.samples:
             return None
-        return Run(name=f"{self.current_name} (interrupted)", summary=self._summary(drive))
+        return self._run(f"{self.current_name} (interrupted)", drive)
 
     async def _closed(self) -> Run:
         concurrency = self._plan.concurrency
-        drive = self._begin(f"{concurrency} in flight", "closed")
+        drive = self._begin(f"{concurrency} in flight", "closed", {"concurrency": concurrency})
         await drive.closed(concurrency)
-        return self._end(drive, concurrency=concurrency)
+        return self._end(drive)
 
     async def _open(self, name: str, rate: float, load: float) -> None:
-        drive = self._begin(name, name)
+        drive = self._begin(name, name, {"rate": rate, "load": load})
         await drive.open(rate, self._new_draw(f"arrivals {name}"))
-        self._end(drive, rate=rate, load=load)
+        self._end(drive)
 
-    def _begin(self, name: str, stream: str) -> Drive:
+    def _begin(self, name: str, stream: str, offered: dict[str, Any]) -> Drive:
         requests = self._plan.workload.requests(self._new_draw, f"requests {stream}")
-        self.current_name = name
+        self.current_name, self._offered = name, offered
         self.current = Drive(self.target, requests, self._plan.limits, clock=self._clock, sleep=self._sleep)
         return self.current
 
-    def _end(self, drive: Drive, *, concurrency: int = 0, rate: float = 0.0, load: float = 0.0) -> Run:
-        run = Run(name=self.current_name, summary=self._summary(drive), concurrency=concurrency, rate=rate, load=load)
+    def _end(self, drive: Drive) -> Run:
+        run = self._run(self.current_name, drive)
         self.runs.append(run)
         self.current = None
         return run
 
-    def _summary(self, drive: Drive) -> Summary:
-        return summarize(drive.samples, drive.started_s, self._plan.targets)
+    def _run(self, name: str, drive: Drive) -> Run:
+        return Run(name=name, summary=summarize(drive.samples, drive.started_s, self._plan.targets), **self._offered)

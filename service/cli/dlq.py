@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from service.cli import output
-from service.cli.kafka import OnBrokers, connected, unreachable
+from service.cli.kafka import OnBrokers, connected, refused
 from service.cli.options import grouped
 from service.config import Settings
 from service.contract import Source
@@ -130,7 +130,7 @@ async def _replay(
                 else:
                     output.out.print(f"{escape(request_id)} → " + (f"[bold]{escape(new_id)}[/]" if new_id else "(dry run)"))
     except KafkaError as error:
-        raise unreachable(settings, error) from error
+        raise refused(settings, error) from error
     return failed
 
 
@@ -148,7 +148,7 @@ async def _chosen(settings: Settings, request_ids: tuple[str, ...], code: str) -
                 if letter.message is not None and wanted and code in ("", letter.message.error.code):
                     found.append(letter)
     except (KafkaError, TimeoutError) as error:
-        raise unreachable(settings, error) from error
+        raise refused(settings, error) from error
     if missing := [name for name in request_ids if name not in {letter.request_id for letter in found}]:
         raise SetupError(f"no dead letter for {', '.join(missing)}; `sluice dlq list` shows those there are", exit_code=1)
     return found

@@ -1,6 +1,8 @@
 """`sluice doctor`: what this machine and configuration can serve, and what stands in the way."""
 
 import asyncio
+import contextlib
+import errno
 import json
 import os
 import platform
@@ -10,12 +12,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
 import typer
 from aiokafka.errors import KafkaError
 from confluent_kafka import KafkaException
@@ -23,10 +25,11 @@ from confluent_kafka.admin import AdminClient
 from rich.markup import escape
 from rich.table import Table
 
+from service.addresses import cannot_listen, listener
 from service.cli import output
 from service.cli.demo_model import NAME as DEMO_MODEL
 from service.cli.options import ConfigFile, Json, Overrides, settings_from
-from service.config import Settings, cache_dir
+from service.config import EngineSection, KafkaSection, Settings, cache_dir
 from service.errors import SetupError
 from service.kafka.clients import Clients
 from service.kafka.connection import Connection
@@ -53,7 +56,16 @@ class Check:
 def doctor(config: ConfigFile = None, overrides: Overrides = None, as_json: Json = False) -> None:
     """Check the machine, the model directory, the broker, the ports and the trace collector."""
     settings = settings_from(config, overrides)
-    checks = [check(settings) for check in _CHECKS]
+    checks = [
+        _software(),
+        _machine(),
+        *_engine(settings),
+        _kafka(settings.kafka),
+        _delivery(settings.kafka),
+        _ports(settings),
+        _tracing(settings.tracing.otlp_endpoint),
+        _clock(),
+    ]
     if as_json:
         output.print_json({"checks": [asdict(check) for check in checks]})
     else:
@@ -69,13 +81,13 @@ def doctor(config: ConfigFile = None, overrides: Overrides = None, as_json: Json
         raise typer.Exit(max(failed))
 
 
-def _software(settings: Settings) -> Check:
+def _software() -> Check:
     names = ("torch", "triton", "transformers", "aiokafka", "grpcio")
     versions = ", ".join(f"{name} {version(name)}" for name in names)
     return Check("software", "ok", f"sluice {version('sluice')}, Python {platform.python_version()}, {versions}")
 
 
-def _machine(settings: Settings) -> Check:
+def _machine() -> Check:
     cores = len(os.sched_getaffinity(0))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     disk = shutil.disk_usage(_existing(cache_dir())).free / 2**30
@@ -85,26 +97,33 @@ def _machine(settings: Settings) -> Check:
     )
 
 
-def _compute(settings: Settings) -> Check:
+def _engine(settings: Settings) -> tuple[Check, Check]:
+    """What would compute, and the model."""
+    path = settings.model.path
+    directory = Path(path).expanduser() if path else cache_dir() / "models" / DEMO_MODEL
     # Asked of a child, so that this process stays small and a broken torch is one line and not a traceback.
-    engine = settings.engine
-    command = [sys.executable, "-m", "engine.compute_path", engine.device, engine.cpu_isa, str(engine.num_threads)]
+    config = msgspec.json.encode(settings.engine_config(str(directory))).decode()
+    found: dict[str, Any] = {}
     with (
         tempfile.TemporaryFile("w+") as said,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True) as child,
+        subprocess.Popen(
+            [sys.executable, "-m", "engine.compute_path", config], stdout=subprocess.PIPE, stderr=said, text=True
+        ) as child,
     ):
-        found: dict[str, Any] = {}
         for line in child.stdout or ():
             found = json.loads(line)
             if "doing" in found:
                 output.err.print(f"{found['doing']} …")
-        if child.wait() != 0:
-            said.seek(0)
-            lines = said.read().strip().splitlines()
-            return Check("compute", "fail", lines[-1] if lines else f"the engine's Python ended with {child.returncode}", 3)
-    if engine.quantize and (not found["on_cpu"] or found["operators"] == "reference"):
-        fault = f"engine.quantize {engine.quantize!r} needs the C++ operators of a CPU"
-        return Check("compute", "fail", f"{fault}; here: {found['reason']}")
+        code = child.wait()
+        said.seek(0)
+        lines = said.read().strip().splitlines()
+    if code == 0:
+        return _compute(settings.engine, found), _model(settings, directory, found["model_fault"])
+    why = lines[-1] if lines else f"the engine's Python ended with {code}"
+    return Check("compute", "fail", why, 2 if code == 2 else 3), _model(settings, directory, "")
+
+
+def _compute(engine: EngineSection, found: dict[str, Any]) -> Check:
     if not found["on_cpu"]:
         return Check("compute", "ok", f"{found['device']}: {found['reason']}")
     waiting = ", ".join(f"{name}={value}" for name, value in found["waiting"].items())
@@ -113,21 +132,20 @@ def _compute(settings: Settings) -> Check:
     return Check("compute", state, f"{found['reason']}; {found['threads']} threads{pinned}; {waiting}")
 
 
-def _model(settings: Settings) -> Check:
-    if not settings.model.path:
-        directory = cache_dir() / "models" / DEMO_MODEL
-        if not directory.is_dir():
-            return Check(
-                "model", "note", f"model.path is not set and {DEMO_MODEL} is not there yet: the first run fetches it (93 MB)"
-            )
-    else:
-        directory = Path(settings.model.path).expanduser()
+def _model(settings: Settings, directory: Path, fault: str) -> Check:
+    """`fault`: why the engine would not load it."""
+    if not settings.model.path and not directory.is_dir():
+        return Check(
+            "model", "note", f"model.path is not set and {DEMO_MODEL} is not there yet: the first run fetches it (93 MB)"
+        )
     if not (directory / "config.json").is_file():
         return Check(
             "model", "fail", f"{directory} holds no config.json; name a Hugging Face directory, or `sluice model import` one"
         )
     if not any(directory.glob("*.safetensors")) and settings.model.load_format != "dummy":
         return Check("model", "fail", f"{directory} holds no *.safetensors")
+    if fault:
+        return Check("model", "fail", fault)
     try:
         Tokenization(directory)
     except SetupError as error:
@@ -136,8 +154,7 @@ def _model(settings: Settings) -> Check:
     return Check("model", "ok", f"{directory.name}: {size:,.0f} MiB of weights, tokenizer reads")
 
 
-def _kafka(settings: Settings) -> Check:
-    kafka = settings.kafka
+def _kafka(kafka: KafkaSection) -> Check:
     if not kafka.enabled:
         return Check("kafka", "note", "kafka.enabled is false: gRPC alone")
     if kafka.embedded:
@@ -164,9 +181,8 @@ def _kafka(settings: Settings) -> Check:
     )
 
 
-def _delivery(settings: Settings) -> Check:
+def _delivery(section: KafkaSection) -> Check:
     """Tries the broker as the service does at its start."""
-    section = settings.kafka
     if not section.enabled:
         return Check("delivery", "note", "kafka.enabled is false")
     topics = Topics(section.topic_prefix)
@@ -190,7 +206,7 @@ def _delivery(settings: Settings) -> Check:
     return Check("delivery", "note", f"{mode}: {delivery.reason}")
 
 
-def _clock(settings: Settings) -> Check:
+def _clock() -> Check:
     # Deadlines travel as wall-clock times: a clock that is far off would expire prompts that are fresh.
     now = time.time()
     if now < RELEASED_S:
@@ -200,14 +216,24 @@ def _clock(settings: Settings) -> Check:
 
 def _ports(settings: Settings) -> Check:
     wanted = {"grpc": (settings.grpc.host, settings.grpc.port), "admin": (settings.admin.host, settings.admin.port)}
-    used = [f"{name}.port {port}" for name, (host, port) in wanted.items() if port and not _free(host, port)]
+    used = []
+    with contextlib.ExitStack() as held:
+        for name, (host, port) in wanted.items():
+            try:
+                held.enter_context(listener(host, port))
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    return Check("ports", "fail", str(cannot_listen(name, host, port, error)))
+                used.append(name)
+    if used == ["admin"] and settings.grpc.port == settings.admin.port:
+        return Check("ports", "fail", f"grpc.port and admin.port are both {settings.grpc.port}; set another admin.port")
     if used:
-        return Check("ports", "note", f"in use: {', '.join(used)} (is Sluice running already?)")
+        names = ", ".join(f"{name}.port {wanted[name][1]}" for name in used)
+        return Check("ports", "note", f"in use: {names} (is Sluice running already?)")
     return Check("ports", "ok", ", ".join(f"{name} {host}:{port}" for name, (host, port) in wanted.items()) + " are free")
 
 
-def _tracing(settings: Settings) -> Check:
-    endpoint = settings.tracing.otlp_endpoint
+def _tracing(endpoint: str) -> Check:
     if not endpoint:
         return Check("tracing", "note", "tracing.otlp_endpoint is empty: no spans")
     host, _, port = endpoint.removeprefix("http://").removeprefix("https://").rpartition(":")
@@ -218,28 +244,7 @@ def _tracing(settings: Settings) -> Check:
     return Check("tracing", "ok", f"a collector listens at {endpoint}")
 
 
-def _free(host: str, port: int) -> bool:
-    try:
-        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
-    except OSError:
-        return False
-    return True
-
-
 def _existing(path: Path) -> Path:
     while not path.exists():
         path = path.parent
     return path
-
-
-_CHECKS: tuple[Callable[[Settings], Check], ...] = (
-    _software,
-    _machine,
-    _compute,
-    _model,
-    _kafka,
-    _delivery,
-    _ports,
-    _tracing,
-    _clock,
-)

@@ -114,8 +114,7 @@ async def _attach(replicas: Sequence[str], request_id: str, after: Sequence[int]
         await client.health()
         async with client.attach(request_id, after) as events:
             try:
-                async for event in events:
-                    show(event, as_json)
+                await show(events, as_json)
             except asyncio.CancelledError:
                 read = " ".join(f"--after-seq {count}" for count in events.counts if count)
                 output.err.print(f"\nit goes on: [bold]sluice attach {escape(request_id)} {read}[/]")

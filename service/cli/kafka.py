@@ -11,7 +11,15 @@ from typing import Annotated, Any, Protocol
 
 import typer
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
-from aiokafka.errors import KafkaError, MessageSizeTooLargeError
+from aiokafka.errors import (
+    KafkaConnectionError,
+    KafkaError,
+    KafkaTimeoutError,
+    MessageSizeTooLargeError,
+    NoBrokersAvailable,
+    NodeNotReadyError,
+    RequestTimedOutError,
+)
 from opentelemetry.trace import SpanKind
 
 from service import wire
@@ -27,6 +35,14 @@ from service.kafka.topics import Topics, class_named, to_write
 from service.telemetry import names, tracing
 
 CONNECT_TIMEOUT_S = 10.0
+_CONNECTION_ERRORS = (
+    KafkaConnectionError,
+    KafkaTimeoutError,
+    NoBrokersAvailable,
+    NodeNotReadyError,
+    RequestTimedOutError,
+    TimeoutError,
+)
 Brokers = Annotated[str | None, typer.Option("--brokers", "-b", help="Comma-separated host:port.", show_default=False)]
 
 
@@ -58,7 +74,10 @@ def publish(
     wait: Annotated[bool, typer.Option("--wait", "-w", help="Wait for the results and print them.")] = False,
     timeout: Annotated[float, typer.Option("--timeout", min=0.1, help="Seconds to wait for all results.")] = 120.0,
 ) -> None:
-    """Write prompts to the prompts topic, or to a class's; prints each one's request id (topic-partition-offset)."""
+    """Write prompts to the prompts topic, or to a class's; prints each one's request id (topic-partition-offset).
+
+    With --wait: exit 1 when one failed or was cancelled.
+    """
     settings = common.settings()
     if queue_class:
         # What no broker need be asked for.
@@ -73,7 +92,8 @@ def publish(
         requests = [asked.request(text)]
     else:
         raise SetupError("nothing to publish: give TEXT, or --file with one JSON prompt a line")
-    asyncio.run(_publish(settings, requests, key, queue_class, timeout if wait else 0.0, common.as_json))
+    if asyncio.run(_publish(settings, requests, key, queue_class, timeout if wait else 0.0, common.as_json)):
+        raise typer.Exit(1)
 
 
 def _read_lines(file: Path) -> Iterator[PromptRequest]:
@@ -92,7 +112,8 @@ def _read_lines(file: Path) -> Iterator[PromptRequest]:
 
 async def _publish(
     settings: Settings, requests: list[PromptRequest], key: str, queue_class: str, wait_s: float, as_json: bool
-) -> None:
+) -> int:
+    """How many did not finish, of those that were waited for."""
     topics = Topics(settings.kafka.topic_prefix)
     spans = tracing.Tracing(settings.tracing)
     try:
@@ -121,12 +142,11 @@ async def _publish(
                     output.out.print(
                         f"[bold]{request_id}[/]" + (f" [dim]trace {tracing.trace_id(span)}[/]" if spans.enabled else "")
                     )
-            if waiting is not None:
-                await _await_results(waiting, pending, wait_s, as_json)
+            return await _await_results(waiting, pending, wait_s, as_json) if waiting is not None else 0
     except MessageSizeTooLargeError as error:
         raise RequestError("prompt_too_long", str(error), field="prompt") from error
     except KafkaError as error:
-        raise unreachable(settings, error) from error
+        raise refused(settings, error) from error
     finally:
         spans.shutdown()
 
@@ -144,7 +164,9 @@ async def _topic(producer: AIOKafkaProducer, topics: Topics, queue_class: str) -
     return topic
 
 
-async def _await_results(records: AIOKafkaConsumer, pending: set[str], wait_s: float, as_json: bool) -> None:
+async def _await_results(records: AIOKafkaConsumer, pending: set[str], wait_s: float, as_json: bool) -> int:
+    """Shows each result as it comes; how many of them did not finish. Raises `SetupError` when one does not come in time."""
+    failed = 0
     try:
         async with asyncio.timeout(wait_s):
             while pending:
@@ -154,12 +176,15 @@ async def _await_results(records: AIOKafkaConsumer, pending: set[str], wait_s: f
                     pending.discard(request_id)
                     terminal = read_result(record)
                     if terminal is not None:
-                        show_result(as_document(terminal.result), as_json)
+                        value = as_document(terminal.result)
+                        show_result(value, as_json)
+                        failed += value.get("status") != "finished"
     except TimeoutError:
         missing = ", ".join(sorted(pending))
         raise SetupError(
             f"no result for {missing} within {wait_s:g} s; is a replica running? `sluice doctor` looks", exit_code=1
         ) from None
+    return failed
 
 
 @asynccontextmanager
@@ -224,6 +249,13 @@ async def connected(client: Startable, stop: Callable[[], Awaitable[None]], sett
 def missing(topic: str) -> SetupError:
     """What a person is told of a topic that is not there."""
     return SetupError(f"topic {topic} does not exist; make it with `sluice topics create`", exit_code=1)
+
+
+def refused(settings: Settings, error: KafkaError | TimeoutError) -> SetupError:
+    """What a person is told of a command that a broker had begun to answer: what it said, or that it answers no more."""
+    if isinstance(error, _CONNECTION_ERRORS):
+        return unreachable(settings, error)
+    return SetupError(f"the broker at {settings.kafka.bootstrap_servers} answered with an error: {error}", exit_code=1)
 
 
 def unreachable(settings: Settings, error: BaseException | str) -> SetupError:

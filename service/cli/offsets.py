@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from service.cli import output
-from service.cli.kafka import OnBrokers, connected, unreachable
+from service.cli.kafka import OnBrokers, connected, refused
 from service.cli.options import grouped
 from service.config import Settings
 from service.errors import SetupError
@@ -122,7 +122,7 @@ async def _rows(settings: Settings) -> list[dict[str, Any]]:
     except GroupAuthorizationFailedError as error:
         raise SetupError(f"these credentials may not Describe the group {kafka.group_id}", exit_code=1) from error
     except KafkaError as error:
-        raise unreachable(settings, error) from error
+        raise refused(settings, error) from error
     rows = []
     for partition in asked:
         point = committed.get(partition)

@@ -1,6 +1,6 @@
 """`sluice stream`: one prompt to a running replica over gRPC; its tokens as they come."""
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterable, Sequence
 from typing import Annotated
 
 import typer
@@ -10,6 +10,7 @@ from service.cli.options import Common, grouped
 from service.cli.replicas import Target, speak, targets
 from service.contract import Delta, Finished, PromptRequest, Reset
 from service.rpc.client import SluiceClient, StreamItem
+from service.rpc.client_errors import SluiceError
 
 
 @grouped
@@ -33,12 +34,23 @@ async def _stream(replicas: Sequence[str], request: PromptRequest, as_json: bool
         # A stream outlasts a replica that restarts; where none was ever there a person should not wait for one.
         await client.health()
         async with client.stream(request) as events:
-            async for event in events:
-                show(event, as_json)
+            await show(events, as_json)
 
 
-def show(event: StreamItem, as_json: bool) -> None:
-    """One event of a stream, as a person or a program reads it."""
+async def show(events: AsyncIterable[StreamItem], as_json: bool) -> None:
+    """A stream's events as they come. A failure is then told on a line of its own, below the text. Raises `SluiceError`."""
+    inside_text = False
+    try:
+        async for event in events:
+            _show_one(event, as_json)
+            inside_text = isinstance(event, Delta) and not as_json
+    except SluiceError:
+        if inside_text:
+            output.write("\n")
+        raise
+
+
+def _show_one(event: StreamItem, as_json: bool) -> None:
     if isinstance(event, Finished):
         _end(event, as_json)
     elif isinstance(event, Delta) and not as_json:

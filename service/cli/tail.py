@@ -16,7 +16,7 @@ from rich.markup import escape
 
 from schemas.v1 import events_pb2
 from service.cli import output
-from service.cli.kafka import OnBrokers, reader, unreachable
+from service.cli.kafka import OnBrokers, reader, refused
 from service.cli.options import grouped
 from service.cli.results import as_document, show_result
 from service.config import Settings
@@ -108,7 +108,7 @@ async def _tail(settings: Settings, kind: str, raw: bool, start: Start, count: i
                     if shown == count:
                         return
     except KafkaError as error:
-        raise unreachable(settings, error) from error
+        raise refused(settings, error) from error
 
 
 def _lines(record: ConsumerRecord, kind: str, raw: bool, folds: dict[str, ReaderFold]) -> Iterator[dict[str, Any]]:

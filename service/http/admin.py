@@ -7,7 +7,6 @@ orchestrator and Prometheus reach it.
 
 import asyncio
 import contextlib
-import os
 import socket
 from collections.abc import Generator
 
@@ -17,8 +16,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from service.addresses import cannot_listen, listener
 from service.config import AdminSection
-from service.errors import SetupError
 from service.health import Health
 from service.telemetry.metrics import Metrics
 
@@ -82,12 +81,9 @@ class AdminServer:
     def _bind(self) -> socket.socket:
         host, port = self._section.host, self._section.port
         try:
-            return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=128)
+            return listener(host, port)
         except OSError as error:
-            raise SetupError(
-                f"cannot listen on admin.host:admin.port {host}:{port} ({os.strerror(error.errno or 0)}); "
-                "set another admin.port (0 takes any free one), or stop what uses it"
-            ) from error
+            raise cannot_listen("admin", host, port, error) from error
 
     async def stop(self) -> None:
         """Ends within about a second; idempotent."""

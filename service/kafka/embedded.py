@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import confluent_kafka
+from aiokafka.admin import AIOKafkaAdminClient
 
 from service.errors import SetupError
 
@@ -21,8 +22,9 @@ _ERROR_BYTES = 512
 _COPY_BYTES = 65_536
 
 
-def embedded_cluster(cluster_id: str | None) -> bool:
-    """Whether a cluster is such a broker, maybe of another process, by the id that the library gives it."""
+async def embedded_cluster(admin: AIOKafkaAdminClient) -> bool:
+    """Whether a cluster is such a broker, maybe of another process, by the id that the library gives it. Raises `KafkaError`."""
+    cluster_id: str | None = (await admin.describe_cluster())["cluster_id"]
     return (cluster_id or "").startswith("mockCluster")
 
 

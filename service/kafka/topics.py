@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import TopicAlreadyExistsError, for_code
 
-from service.errors import RequestError
+from service.errors import RequestError, SetupError
 from service.kafka.budget import QueueClass
+from service.kafka.embedded import embedded_cluster
 from service.kafka.records import TopicPartition
 
 CLASSES: tuple[QueueClass, ...] = ("interactive", "standard", "batch")
@@ -107,7 +108,9 @@ async def create(
     replication_factor: int = -1,
     classes: Sequence[QueueClass] = (),
 ) -> tuple[str, ...]:
-    """Creates the topics that are missing, those of `classes` too, and names them. Raises `KafkaError` when the broker refuses one.
+    """Creates the topics that are missing, those of `classes` too, and names them.
+
+    Raises `KafkaError` when the broker refuses one, `SetupError` on the embedded broker.
 
     A class's topic gets as many partitions as `prompts` has, where that exists: a result stands on its prompt's partition.
     `replication_factor` -1: three, or as many as there are brokers. (aiokafka cannot ask for the broker's own default.)
@@ -117,6 +120,11 @@ async def create(
     missing = [name for name in (*topics.required, *optional) if name not in existing]
     if not missing:
         return ()
+    if await embedded_cluster(admin):
+        raise SetupError(
+            f"no topic {missing[0]}, and the embedded broker makes its topics at its start alone: the {len(topics.required)} of "
+            "kafka.topic_prefix with kafka.partitions; start `sluice serve` with those, or use a Kafka broker"
+        )
     if replication_factor < 1:
         replication_factor = min(_REPLICAS, len((await admin.describe_cluster())["brokers"]))
     policies = topics.policies()

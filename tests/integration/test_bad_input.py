@@ -167,6 +167,23 @@ async def test_a_port_in_use_is_named_before_the_model_is_loaded(tiny_model_dir:
     assert one_error(errors)
 
 
+@pytest.mark.parametrize("section", ["grpc", "admin"])
+@pytest.mark.parametrize(
+    ("host", "why"), [("nosuch.host.invalid", "Name or service not known"), ("192.0.2.1", "Cannot assign")]
+)
+async def test_a_host_that_is_not_this_machine_is_named_with_the_setting(
+    tiny_model_dir: Path, section: str, host: str, why: str
+) -> None:
+    code, out, errors = await run(
+        "serve", "--model", str(tiny_model_dir), "--set", "engine.kind=stand-in", "--set", "kafka.enabled=false",
+        "--set", "grpc.port=0", "--set", "admin.port=0", "--set", f"{section}.host={host}",
+    )  # fmt: skip
+    assert (code, out) == (2, "")
+    assert f"{section}.host:{section}.port {host}:0 ({why}" in errors
+    assert f"set {section}.host to an address of this machine" in errors
+    assert one_error(errors)
+
+
 def one_error(errors: str) -> bool:
     """Nothing but one message for a person."""
     return errors.startswith("error: ") and "Traceback" not in errors and errors.count("error: ") == 1

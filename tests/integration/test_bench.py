@@ -95,7 +95,8 @@ async def test_ctrl_c_prints_what_was_measured_and_ends_with_130(tiny_model_dir:
             code, out = await bench.finish()
     report = json.loads(out)
     assert (code, report["interrupted"], bench.errors.strip()) == (130, True, "")
-    assert report["runs"][0]["num_finished"] > 0
+    (found,) = report["runs"]
+    assert (found["num_finished"] > 0, found["concurrency"], found["name"]) == (True, 2, "2 in flight (interrupted)")
 
 
 async def test_requests_that_are_refused_are_counted_and_none_that_ends_well_is_a_failure(tiny_model_dir: Path) -> None:

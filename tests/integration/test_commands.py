@@ -45,6 +45,8 @@ async def test_publish_waits_for_its_results_and_tail_shows_what_the_topics_hold
         )
         code, out, _ = await run("tail", "--chunks", "--from", "beginning", "--count", "1", "--json", *kafka)
         assert (code, json.loads(out)["type"]) == (0, "started")
+        code, out, errors = await run("publish", "too much", "--max-tokens", "100000", "--wait", *kafka)
+        assert (code, "too_many_tokens" in out, errors) == (1, True, "")
 
 
 @pytest.mark.kafka
@@ -63,6 +65,14 @@ async def test_a_durable_prompt_from_the_command_line(tiny_model_dir: Path, topi
         assert (code, said, errors) == (0, result["choices"][0]["token_ids"][10:], "")
         code, out, _ = await run("cancel", request_id, *target)
         assert (code, json.loads(out)["was_running"]) == (0, False)
+        code, out, _ = await run("submit", "hello", "--max-tokens", "3000", "--seed", "5", *target)
+        request_id = json.loads(out)["request_id"]
+        async with command("attach", request_id, "--target", sluice.facts["grpc"]) as attach:
+            assert attach.process.stdout is not None
+            assert await asyncio.wait_for(attach.process.stdout.read(1), 30)
+            await run("cancel", request_id, *target)
+            code, out = await attach.finish()
+        assert (code, out[-1], attach.errors.startswith("error: cancelled: ")) == (1, "\n", True)
         code, out, errors = await run("get", f"{topics_of_its_own.topics.prompts}-0-99", "--target", sluice.facts["grpc"])
         assert (code, out) == (1, "")
         assert "unknown_request: request_id: " in errors

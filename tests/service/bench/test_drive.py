@@ -48,6 +48,19 @@ async def test_a_sweep_needs_a_closed_loop_that_tells_its_rate(requests: int, lo
     assert [run.load for run in work.runs] == loads
 
 
+async def test_a_run_that_is_interrupted_keeps_what_was_asked_of_it() -> None:
+    time = VirtualTime()
+    plan = Plan(workload=WORKLOAD, limits=Limits(max_requests=12), concurrency=4, loads=(0.5,))
+    work = Bench(plan, FakeTarget(time), new_draw=lambda stream: random.Random(stream).random, clock=time, sleep=time.sleep)
+    running = asyncio.create_task(time.run(work.execute()))
+    while not work.runs or work.current is None or not work.current.samples:  # noqa: ASYNC110 - what is waited for tells nobody
+        await asyncio.sleep(0)
+    running.cancel()
+    part = work.interrupted()
+    assert part is not None
+    assert (part.concurrency, part.rate, part.load) == (0, 0.5 * work.runs[0].summary.steady_requests_per_s, 0.5)
+
+
 async def test_a_duration_ends_the_sending_and_waits_for_what_was_sent() -> None:
     time = VirtualTime()
     run = drive(FakeTarget(time), time, duration_s=2.5)

@@ -10,8 +10,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from aiokafka.errors import CorruptRecordException, KafkaConnectionError, KafkaError
 
 from service.cli import doctor
+from service.cli.kafka import refused
+from service.config import Settings
 from tests.bench.tiny import write_tiny_model
 from tests.service.cli.cli_run import Sluice
 from tests.service.tiny_tokenizer import write_model_dir
@@ -118,6 +121,19 @@ def test_an_unreachable_server_is_one_error_and_exit_code_3(sluice: Sluice, comm
     assert "make serve" in errors
 
 
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (CorruptRecordException("Invalid CRC"), 1, "answered with an error: [Error 2] CorruptRecordException: Invalid CRC"),
+        (KafkaConnectionError("gone"), 3, "no Kafka broker answers at 127.0.0.1:19092"),
+        (TimeoutError(), 3, "no Kafka broker answers at 127.0.0.1:19092 (TimeoutError)"),
+    ],
+)
+def test_a_broker_that_answers_with_an_error_is_not_called_unreachable(error: KafkaError, code: int, said: str) -> None:
+    told = refused(Settings(), error)
+    assert (told.exit_code, said in str(told)) == (code, True)
+
+
 def checks(out: str) -> dict[str, str]:
     return {check["name"]: check["state"] for check in json.loads(out)["checks"]}
 
@@ -155,13 +171,42 @@ def test_the_doctor_finds_a_taken_port_and_a_good_machine(sluice: Sluice, stand_
     assert "fail" not in out
 
 
-def test_the_doctor_refuses_few_bits_without_the_operators(sluice: Sluice, stand_in: list[str]) -> None:
+NO_PORTS = ("--set", "grpc.port=0", "--set", "admin.port=0", "--set", "kafka.enabled=false", "--set", "model.load_format=dummy")
+
+
+@pytest.mark.parametrize(
+    ("asked", "check", "said"),
+    [
+        ("engine.device=quantum", "compute", "engine.device 'quantum' is no device"),
+        ("engine.attention_backend=flash", "compute", "engine.attention_backend 'flash' is unknown"),
+        ("engine.max_model_len=100000", "compute", "the model was made for 4096 tokens"),
+        ("engine.quantize=int8", "compute", "engine.quantize 'int8' needs the C++ operators of a CPU"),
+        ("engine.kv_cache_dtype=int8", "compute", "engine.kv_cache_dtype int8 needs the C++ operators of a CPU"),
+        ("grpc.host=192.0.2.1", "ports", "set grpc.host to an address of this machine"),
+        ("admin.host=nosuch.host.invalid", "ports", "(Name or service not known); set admin.host to"),
+    ],
+)
+def test_the_doctor_refuses_what_serve_refuses(sluice: Sluice, asked: str, check: str, said: str, tmp_path: Path) -> None:
+    write_tiny_model(write_model_dir(tmp_path))
     code, out, _ = sluice.run(
-        "doctor", "--set", "engine.quantize=int8", "--set", "engine.cpu_isa=torch", "--set", "grpc.port=0",
-        "--set", "admin.port=0", "--set", "kafka.enabled=false", "--set", "model.load_format=dummy", *stand_in,
-    )  # fmt: skip
+        "doctor", "--json", "--set", f"model.path={tmp_path}", "--set", "engine.cpu_isa=torch", *NO_PORTS, "--set", asked
+    )
+    assert (code, {name for name, state in checks(out).items() if state == "fail"}) == (2, {check})
+    assert said in next(found["detail"] for found in json.loads(out)["checks"] if found["name"] == check)
+
+
+def test_the_doctor_refuses_a_model_that_does_not_load(sluice: Sluice, tmp_path: Path) -> None:
+    (write_model_dir(tmp_path) / "config.json").write_text("{no JSON")
+    code, out, _ = sluice.run("doctor", "--set", f"model.path={tmp_path}", "--set", "engine.cpu_isa=torch", *NO_PORTS)
     assert code == 2
-    assert "engine.quantize 'int8' needs the C++ operators of a CPU" in " ".join(out.split())
+    assert "config.json: is not valid JSON" in out
+
+
+def test_the_doctor_refuses_one_port_for_two(sluice: Sluice, stand_in: list[str]) -> None:
+    port = unused_port()
+    both = ["--set", f"grpc.port={port}", "--set", f"admin.port={port}"]
+    code, out, _ = sluice.run("doctor", "--json", *NO_PORTS, *both, *stand_in)
+    assert (code, checks(out)["ports"]) == (2, "fail")
 
 
 def shell(command: str) -> "subprocess.CompletedProcess[str]":

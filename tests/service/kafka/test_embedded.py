@@ -4,11 +4,16 @@ import json
 from collections.abc import AsyncIterator
 
 import pytest
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient
 
 from service.config import KafkaSection, TracingSection
 from service.errors import SetupError
 from service.kafka import EmbeddedBroker, KafkaTransport, Topics
+from service.kafka.clients import Clients
+from service.kafka.connection import Connection
+from service.kafka.delivery import choose
+from service.kafka.topics import create
 from service.telemetry.metrics import Metrics
 from service.telemetry.tracing import Tracing
 from tests.service.kafka.fakes import FakeGeneration, until
@@ -44,3 +49,23 @@ async def test_prompts_become_results_on_it(broker: EmbeddedBroker) -> None:
     assert await transport.drain(5)
     assert {result["source"]["partition"] for result in results} == {0, 1, 2}
     assert {result["choices"][0]["text"] for result in results} == {"on the mock"}
+
+
+async def test_it_is_known_from_outside_and_its_transactions_are_not_tried(broker: EmbeddedBroker) -> None:
+    section = KafkaSection(bootstrap_servers=broker.bootstrap, topic_prefix="e.")
+    delivery = await choose(section, Clients(section, Connection(section).aiokafka), TOPICS)
+    assert (delivery.mode, delivery.reason) == ("at_least_once", "the embedded broker keeps no transactions")
+    async with AIOKafkaConsumer(bootstrap_servers=broker.bootstrap) as consumer:
+        partition = TopicPartition(TOPICS.dead_letters, 0)
+        assert await consumer.end_offsets([partition]) == {partition: 0}
+
+
+async def test_it_makes_no_topic_after_its_start(broker: EmbeddedBroker) -> None:
+    admin = AIOKafkaAdminClient(bootstrap_servers=broker.bootstrap)
+    await admin.start()
+    try:
+        assert await create(admin, TOPICS, partitions=3) == ()
+        with pytest.raises(SetupError, match=r"no topic f\.prompts, .*kafka\.topic_prefix with kafka\.partitions"):
+            await create(admin, Topics("f."), partitions=3)
+    finally:
+        await admin.close()
