@@ -13,10 +13,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_origin
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from engine import EngineConfig
+from service.addresses import fault_of
 from service.config_base import Section as Section
 from service.config_kafka import KafkaSection as KafkaSection
 from service.errors import SetupError
@@ -188,7 +190,7 @@ class GrpcSection(Section):
 class HttpSection(Section):
     """The OpenAI-compatible server (not built yet: reserved so that files stay valid)."""
 
-    enabled: Literal[False] = False
+    enabled: bool = False
     """Only false today."""
 
     host: str = "127.0.0.1"
@@ -196,6 +198,13 @@ class HttpSection(Section):
 
     port: int = Field(default=8000, ge=0, le=65_535)
     """Port to listen on."""
+
+    @field_validator("enabled")
+    @classmethod
+    def _is_not_built(cls, enabled: bool) -> bool:
+        if enabled:
+            raise PydanticCustomError("not_built", "the HTTP routes are not built yet; leave it false")
+        return enabled
 
 
 class AdminSection(Section):
@@ -215,7 +224,7 @@ class TracingSection(Section):
     """Spans to Jaeger or any OTLP collector."""
 
     otlp_endpoint: str = ""
-    """host:port of an OTLP gRPC endpoint, e.g. 127.0.0.1:4317. Empty: no spans, no cost."""
+    """host:port of an OTLP gRPC endpoint, e.g. 127.0.0.1:4317; https:// before it: over TLS. Empty: no spans, no cost."""
 
     sample_ratio: float = Field(default=1.0, ge=0, le=1)
     """Share of traces kept that start here; a producer's own decision is followed."""
@@ -228,6 +237,13 @@ class TracingSection(Section):
 
     capture_content: bool = False
     """Put prompt and completion text on spans. Off unless you mean it."""
+
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _is_an_address(cls, endpoint: str) -> str:
+        if endpoint and (fault := fault_of(endpoint.removeprefix("http://").removeprefix("https://"))):
+            raise PydanticCustomError("address", "{fault}", {"fault": fault})
+        return endpoint
 
 
 class LoggingSection(Section):

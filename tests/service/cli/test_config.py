@@ -45,8 +45,17 @@ def test_flags_override_the_environment_which_overrides_the_file(sluice: Sluice,
     assert (found["grpc"]["port"], found["admin"]["port"], found["http"]["port"]) == (3, 2, 1)
 
 
-def test_a_valid_configuration_exits_with_0(sluice: Sluice) -> None:
-    assert sluice.run("config", "check", "--json") == (0, '{"valid": true}\n', "")
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        {"SLUICE_HTTP__ENABLED": "false"},
+        {"SLUICE_TRACING__OTLP_ENDPOINT": "https://[::1]:4317"},
+        {"SLUICE_TRACING__OTLP_ENDPOINT": "http://collector:4317"},
+    ],
+)
+def test_a_valid_configuration_exits_with_0(sluice: Sluice, environment: dict[str, str]) -> None:
+    assert sluice.run("config", "check", "--json", environment=environment) == (0, '{"valid": true}\n', "")
 
 
 FAULTS = {
@@ -60,6 +69,14 @@ FAULTS = {
         ['SLUICE_KAFKA__TOPIC_TENANTS: a list is written as JSON, as ["one", "two"]'],
     ),
     "a section that is no JSON": ([], {"SLUICE_GRPC": "abc"}, ["SLUICE_GRPC: a whole section is written as JSON"]),
+    "a port of true": (["--set", "grpc.port=true"], {}, ["grpc.port: must be a number, not true or false"]),
+    "a time of true": (["--set", "kafka.sasl_oauth_refresh_s=true"], {}, ["kafka.sasl_oauth_refresh_s: must be a number"]),
+    "not built": (["--set", "http.enabled=true"], {}, ["http.enabled: the HTTP routes are not built yet"]),
+    "no collector": (
+        ["--set", "tracing.otlp_endpoint=nonsense"],
+        {},
+        ["tracing.otlp_endpoint: 'nonsense': write it as host:port"],
+    ),
     "two at once": (["--set", "grpc.port=-1", "--set", "admin.port=x"], {}, ["grpc.port: ", "admin.port: "]),
     "huge number": (["--set", "grpc.port=999999999999999999999"], {}, ["grpc.port: ", "65535"]),
     "NaN": (["--set", "engine.hang_timeout_s=nan"], {}, ["engine.hang_timeout_s: "]),
