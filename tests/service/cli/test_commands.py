@@ -50,6 +50,13 @@ WRONG = {
     "no number": (["generate", "a", "--temperature", "warm"], 2, "--temperature"),
     "out of range": (["generate", "a", "--top-p", "7"], 2, "sampling.top_p"),
     "NaN": (["generate", "a", "--top-p", "nan"], 2, "sampling.top_p"),
+    "more than a message holds": (
+        ["stream", "a", "--max-tokens", "9999999999999"],
+        2,
+        "sampling.max_tokens: must lie in [1, 2^32",
+    ),
+    "no seed": (["publish", "a", "--seed", "99999999999999999999999"], 2, "sampling.seed: must lie in [0, 2^63 - 1]"),
+    "no ASCII": (["submit", "a", "--idempotency-key", "é"], 2, "idempotency_key: must be printable ASCII"),
     "can never fit": (["generate", "a", "--max-tokens", "100000"], 1, "too_many_tokens: sampling.max_tokens"),
     "longer than the context": (["generate", "x" * 9000], 1, "prompt_too_long"),
     "nothing to publish": (["publish"], 2, "give TEXT"),
