@@ -16,11 +16,25 @@ MAX_LOGPROBS = 20
 MAX_STOP_TOKEN_IDS = 64
 MAX_LOGIT_BIAS = 300
 MAX_SEED = 2**63 - 1
+MAX_TOKENS = 2**32 - 1
+RANGES = {
+    "max_tokens": "must lie in [1, 2^32 - 1]",
+    "min_tokens": "must lie in [0, max_tokens]",
+    "seed": "must lie in [0, 2^63 - 1]",
+    "top_k": "must be -1 or 0 (off), or a count below 2^31",
+    "logprobs": f"must lie in [0, {MAX_LOGPROBS}]",
+    "n": f"must lie in [1, {MAX_CHOICES}]",
+}
+"""The whole numbers of `SamplingParams` and where they lie, in words: the same wherever they are checked."""
 
 
 def _require(condition: bool, field_name: str, message: str) -> None:
     if not condition:
         raise InvalidFieldError(field_name, message)
+
+
+def _whole(condition: bool, name: str) -> None:
+    _require(condition, f"sampling.{name}", RANGES[name])
 
 
 def _in_range(value: float, low: float, high: float, field_name: str, *, open_low: bool = False) -> None:
@@ -55,12 +69,12 @@ class SamplingParams:
     n: int = 1
 
     def __post_init__(self) -> None:
-        _require(self.max_tokens >= 1, "sampling.max_tokens", "must be at least 1")
-        _require(0 <= self.min_tokens <= self.max_tokens, "sampling.min_tokens", "must lie in [0, max_tokens]")
-        _require(0 <= self.seed <= MAX_SEED, "sampling.seed", "must lie in [0, 2^63 - 1]")
+        _whole(1 <= self.max_tokens <= MAX_TOKENS, "max_tokens")
+        _whole(0 <= self.min_tokens <= self.max_tokens, "min_tokens")
+        _whole(0 <= self.seed <= MAX_SEED, "seed")
         _in_range(self.temperature, 0.0, 2.0, "sampling.temperature")
         _in_range(self.top_p, 0.0, 1.0, "sampling.top_p", open_low=True)
-        _require(-1 <= self.top_k < 2**31, "sampling.top_k", "must be -1, 0 (off) or a positive count")
+        _whole(-1 <= self.top_k < 2**31, "top_k")
         _in_range(self.min_p, 0.0, 1.0, "sampling.min_p")
         _in_range(self.presence_penalty, -2.0, 2.0, "sampling.presence_penalty")
         _in_range(self.frequency_penalty, -2.0, 2.0, "sampling.frequency_penalty")
@@ -74,8 +88,8 @@ class SamplingParams:
             f"takes at most {MAX_STOP_TOKEN_IDS} ids",
         )
         if self.logprobs is not None:
-            _require(0 <= self.logprobs <= MAX_LOGPROBS, "sampling.logprobs", f"must lie in [0, {MAX_LOGPROBS}]")
-        _require(1 <= self.n <= MAX_CHOICES, "sampling.n", f"must lie in [1, {MAX_CHOICES}]")
+            _whole(0 <= self.logprobs <= MAX_LOGPROBS, "logprobs")
+        _whole(1 <= self.n <= MAX_CHOICES, "n")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,21 +5,27 @@ its default and explanation, and a test keeps it true. Defaults and their reason
 """
 
 import difflib
+import json
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_origin
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from engine import EngineConfig
+from service.addresses import fault_of
 from service.config_base import Section as Section
 from service.config_kafka import KafkaSection as KafkaSection
 from service.errors import SetupError
 
 ENV_PREFIX = "SLUICE_"
+# What Kubernetes tells every pod of a service called sluice-grpc: SLUICE_GRPC_PORT=tcp://10.0.0.1:50051 and its like.
+_OF_KUBERNETES = re.compile(r".*_(SERVICE_(HOST|PORT)|PORT_\d+_(TCP|UDP|SCTP))(_.*)?=.*|.*_PORT=(tcp|udp|sctp)://.*", re.DOTALL)
 
 
 def cache_dir() -> Path:
@@ -184,7 +190,7 @@ class GrpcSection(Section):
 class HttpSection(Section):
     """The OpenAI-compatible server (not built yet: reserved so that files stay valid)."""
 
-    enabled: Literal[False] = False
+    enabled: bool = False
     """Only false today."""
 
     host: str = "127.0.0.1"
@@ -192,6 +198,13 @@ class HttpSection(Section):
 
     port: int = Field(default=8000, ge=0, le=65_535)
     """Port to listen on."""
+
+    @field_validator("enabled")
+    @classmethod
+    def _is_not_built(cls, enabled: bool) -> bool:
+        if enabled:
+            raise PydanticCustomError("not_built", "the HTTP routes are not built yet; leave it false")
+        return enabled
 
 
 class AdminSection(Section):
@@ -211,7 +224,7 @@ class TracingSection(Section):
     """Spans to Jaeger or any OTLP collector."""
 
     otlp_endpoint: str = ""
-    """host:port of an OTLP gRPC endpoint, e.g. 127.0.0.1:4317. Empty: no spans, no cost."""
+    """host:port of an OTLP gRPC endpoint, e.g. 127.0.0.1:4317; https:// before it: over TLS. Empty: no spans, no cost."""
 
     sample_ratio: float = Field(default=1.0, ge=0, le=1)
     """Share of traces kept that start here; a producer's own decision is followed."""
@@ -224,6 +237,13 @@ class TracingSection(Section):
 
     capture_content: bool = False
     """Put prompt and completion text on spans. Off unless you mean it."""
+
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _is_an_address(cls, endpoint: str) -> str:
+        if endpoint and (fault := fault_of(endpoint.removeprefix("http://").removeprefix("https://"))):
+            raise PydanticCustomError("address", "{fault}", {"fault": fault})
+        return endpoint
 
 
 class LoggingSection(Section):
@@ -313,13 +333,42 @@ def _check_file(file: Path) -> None:
 
 def _check_environment() -> None:
     # pydantic-settings reads the variables that it knows and passes over the rest: a misspelt one would be lost in silence.
-    for name in os.environ:
-        if not name.upper().startswith(ENV_PREFIX) or "__" not in name:
+    for name, value in os.environ.items():
+        if not name.upper().startswith(ENV_PREFIX):
             continue
-        section, _, field_name = name[len(ENV_PREFIX) :].lower().partition("__")
-        known = Settings.model_fields.get(section)
-        if known is None or field_name not in _section_type(section).model_fields:
-            raise SetupError(f"environment variable {name}: {_explain((section, field_name), 'extra_forbidden', '')}")
+        section, nested, field_name = name[len(ENV_PREFIX) :].lower().partition("__")
+        if nested:
+            fault = _field_fault(section, field_name, value)
+        elif section in Settings.model_fields:
+            fault = "" if _is_json(value) else 'a whole section is written as JSON, as {"field": 1}'
+        else:
+            fault = "" if _OF_KUBERNETES.fullmatch(f"{name.upper()}={value}") else _underscore_fault(section)
+        if fault:
+            raise SetupError(f"environment variable {name}: {fault}")
+
+
+def _field_fault(section: str, field_name: str, value: str) -> str:
+    if section not in Settings.model_fields or field_name not in _section_type(section).model_fields:
+        return _explain((section, field_name), "extra_forbidden", "")
+    is_list = get_origin(_section_type(section).model_fields[field_name].annotation) is tuple
+    return 'a list is written as JSON, as ["one", "two"]' if is_list and not _is_json(value) else ""
+
+
+def _underscore_fault(name: str) -> str:
+    # SLUICE_CACHE and others that begin with no section are not of the configuration.
+    section, _, field_name = name.partition("_")
+    if section not in Settings.model_fields:
+        return ""
+    near = difflib.get_close_matches(field_name, _section_type(section).model_fields, n=1) or ["<field>"]
+    return f"two underscores follow the section; did you mean {ENV_PREFIX}{section.upper()}__{near[0].upper()}?"
+
+
+def _is_json(value: str) -> bool:
+    try:
+        json.loads(value)
+    except ValueError:
+        return False
+    return True
 
 
 def _section_type(section: str) -> type[Section]:

@@ -308,7 +308,9 @@ class EngineProcess:
                         case EngineProgress():
                             self._report(self._status.state, progress=payload)
                         case EngineFailure():
-                            where = f"{payload.field}: " if payload.field else ""
+                            # Messages about a setting begin with its name.
+                            named = payload.message.startswith(payload.field)
+                            where = "" if named else f"{payload.field}: "
                             loading = not self._hello.is_set()
                             failure = _Death(f"{where}{payload.message}", final=loading and not payload.retriable)
                         case _:

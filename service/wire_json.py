@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from service.contract import PromptRequest, SamplingFields
 from service.errors import RequestError
-from service.wire_limits import INT32_MAX, INT32_MIN, UINT32_MAX, UINT64_MAX, invalid
+from service.wire_limits import UINT32_MAX, invalid
 
 _T = TypeVar("_T")
 _MAX_NUMBER_CHARACTERS = 32
@@ -131,27 +131,23 @@ def _number(value: Any, path: str) -> float:
     return float(value)
 
 
-def _integer(value: Any, path: str, low: int, high: int) -> int:
+def _integer(value: Any, path: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise invalid(path, f"must be an integer, not {_kind(value)}")
-    if not low <= value <= high:
-        raise invalid(path, f"must lie in [{low}, {high}]")
     return value
 
 
 def _uint32(value: Any, path: str) -> int:
-    return _integer(value, path, 0, UINT32_MAX)
+    if not 0 <= _integer(value, path) <= UINT32_MAX:
+        raise invalid(path, f"must lie in [0, {UINT32_MAX}]")
+    return int(value)
 
 
-def _int32(value: Any, path: str) -> int:
-    return _integer(value, path, INT32_MIN, INT32_MAX)
-
-
-def _uint64(value: Any, path: str) -> int:
+def _long(value: Any, path: str) -> int:
     # The canonical mapping writes 64-bit integers as strings; a plain integer is taken as well.
     if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= _MAX_NUMBER_CHARACTERS:
         value = int(value)
-    return _integer(value, path, 0, UINT64_MAX)
+    return _integer(value, path)
 
 
 def _list(value: Any, path: str) -> list[Any]:
@@ -218,12 +214,13 @@ def _logit_bias(value: Any, path: str) -> dict[int, float]:
     return biases
 
 
+# Ranges of the integers are those of every codec: `wire_limits.check` has them.
 _SAMPLING_READERS: dict[str, Callable[[Any, str], Any]] = {
-    "max_tokens": _uint32,
-    "min_tokens": _uint32,
+    "max_tokens": _integer,
+    "min_tokens": _integer,
     "temperature": _number,
     "top_p": _number,
-    "top_k": _int32,
+    "top_k": _integer,
     "min_p": _number,
     "presence_penalty": _number,
     "frequency_penalty": _number,
@@ -232,9 +229,9 @@ _SAMPLING_READERS: dict[str, Callable[[Any, str], Any]] = {
     "stop": _string_list,
     "stop_token_ids": _uint32_list,
     "ignore_eos": _boolean,
-    "logprobs": _uint32,
-    "n": _uint32,
-    "seed": _uint64,
+    "logprobs": _integer,
+    "n": _integer,
+    "seed": _long,
 }
 
 

@@ -1,13 +1,14 @@
 """The limits that hold for every prompt, whichever codec read it.
 
-A `PromptRequest` that passes `check` is within every limit that needs neither the model nor its tokenizer. Ranges of sampling
-numbers are the engine's (`SamplingParams`), and context length is admission's.
+A `PromptRequest` that passes `check` is within every limit that needs neither the model nor its tokenizer, and a message can say
+it. Ranges of sampling numbers are the engine's (`SamplingParams`), and context length is admission's.
 """
 
 import math
 import operator
 from dataclasses import fields
 
+from engine.request import MAX_SEED, RANGES
 from service.contract import PromptRequest, SamplingFields
 from service.errors import RequestError
 
@@ -19,8 +20,15 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 256
 MAX_ROLE_BYTES = 64
 UINT32_MAX = 2**32 - 1
-INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
-UINT64_MAX = 2**64 - 1
+# What the message holds, of a seed what any engine takes: the narrower ranges are checked where a request is resolved.
+_HELD = {
+    "max_tokens": (0, UINT32_MAX),
+    "min_tokens": (0, UINT32_MAX),
+    "seed": (0, MAX_SEED),
+    "top_k": (-(2**31), 2**31 - 1),
+    "logprobs": (0, UINT32_MAX),
+    "n": (0, UINT32_MAX),
+}
 _SAMPLING_NAMES = tuple(field.name for field in fields(SamplingFields))
 _sampling_values = operator.attrgetter(*_SAMPLING_NAMES)
 
@@ -92,6 +100,9 @@ def _check_sampling(sampling: SamplingFields) -> None:
             raise invalid(f"sampling.stop[{index}]", f"is {len(stop)} characters long; at most {MAX_STOP_CHARACTERS}")
         check_text(f"sampling.stop[{index}]", stop)
     for name, value in zip(_SAMPLING_NAMES, _sampling_values(sampling), strict=True):
+        held = _HELD.get(name)
+        if held is not None and value is not None and not held[0] <= value <= held[1]:
+            raise invalid(f"sampling.{name}", RANGES[name])
         if isinstance(value, float) and not math.isfinite(value):
             raise invalid(f"sampling.{name}", "must be a finite number")
     if any(not math.isfinite(bias) for bias in sampling.logit_bias.values()):

@@ -8,7 +8,7 @@ import typer
 from rich.markup import escape
 
 from service.cli import output, prompts
-from service.cli.options import Common, grouped
+from service.cli.options import Common, grouped, utf8
 from service.cli.replicas import RequestId, Target, speak, targets
 from service.cli.results import as_document, show_result
 from service.cli.stream import show
@@ -26,7 +26,12 @@ def submit(
     target: Target = "",
     key: Annotated[
         str,
-        typer.Option("--key", help="The record's key; default: the label, else the prompt's beginning.", show_default=False),
+        typer.Option(
+            "--key",
+            callback=utf8,
+            help="The record's key; default: the label, else the prompt's beginning.",
+            show_default=False,
+        ),
     ] = "",
     queue_class: prompts.ClassName = "",
     idempotency_key: Annotated[
@@ -75,7 +80,7 @@ def get(
 
 @grouped
 def cancel(
-    request_id: Annotated[str, typer.Argument(metavar="ID", help="A request id.")],
+    request_id: Annotated[str, typer.Argument(metavar="ID", callback=utf8, help="A request id.")],
     common: Common,
     target: Target = "",
 ) -> None:

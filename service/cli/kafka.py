@@ -24,7 +24,7 @@ from opentelemetry.trace import SpanKind
 
 from service import wire
 from service.cli import output, prompts
-from service.cli.options import Common, grouped, settings_from
+from service.cli.options import Common, grouped, settings_from, utf8
 from service.cli.results import as_document, show_result
 from service.config import Settings
 from service.contract import PromptRequest, Source
@@ -69,7 +69,9 @@ def publish(
         Path | None,
         typer.Option("--file", "-f", help="A JSON Lines file, one Prompt a line, instead of TEXT.", show_default=False),
     ] = None,
-    key: Annotated[str, typer.Option("--key", help="The record's key; default: the label.", show_default=False)] = "",
+    key: Annotated[
+        str, typer.Option("--key", callback=utf8, help="The record's key; default: the label.", show_default=False)
+    ] = "",
     queue_class: prompts.ClassName = "",
     wait: Annotated[bool, typer.Option("--wait", "-w", help="Wait for the results and print them.")] = False,
     timeout: Annotated[float, typer.Option("--timeout", min=0.1, help="Seconds to wait for all results.")] = 120.0,

@@ -13,6 +13,14 @@ import typer
 
 from service.config import Settings, load
 from service.errors import SetupError
+from service.wire_limits import check_text
+
+
+def utf8(parameter: typer.CallbackParam, value: str) -> str:
+    """The callback of a text that goes into a message or a record. Raises `RequestError` that names the option."""
+    check_text(parameter.opts[0], value)
+    return value
+
 
 ConfigFile = Annotated[
     Path | None,

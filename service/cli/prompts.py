@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from service import wire_limits
+from service.cli.options import utf8
 from service.contract import PromptRequest, SamplingFields
 from service.errors import SetupError
 
@@ -20,7 +21,9 @@ Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Same seed, same
 Stop = Annotated[list[str] | None, typer.Option("--stop", help="End before this string; may be repeated.", show_default=False)]
 ClassName = Annotated[
     str,
-    typer.Option("--class", help="interactive, standard or batch: whose turn it is when many wait.", show_default=False),
+    typer.Option(
+        "--class", callback=utf8, help="interactive, standard or batch: whose turn it is when many wait.", show_default=False
+    ),
 ]
 Label = Annotated[str, typer.Option("--label", help="Your own id; it comes back unchanged.", show_default=False)]
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from service.addresses import fault_of
+from service.cli.options import utf8
 from service.config import Settings
 from service.errors import SetupError
 from service.rpc.client_errors import SluiceError
@@ -22,7 +23,7 @@ Target = Annotated[
         show_default=False,
     ),
 ]
-RequestId = Annotated[str, typer.Argument(metavar="ID", help="A request id: topic-partition-offset.")]
+RequestId = Annotated[str, typer.Argument(metavar="ID", callback=utf8, help="A request id: topic-partition-offset.")]
 
 
 def targets(settings: Settings, target: str) -> tuple[str, ...]:

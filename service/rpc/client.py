@@ -31,6 +31,14 @@ __all__ = ["Backoff", "CallOptions", "SluiceClient", "SluiceError", "StreamItem"
 
 Prompt = PromptRequest | str | Sequence[tuple[str, str]]
 
+_METADATA = (
+    ("traceparent", "traceparent"),
+    (calls.TENANT, "tenant"),
+    (calls.CONVERSATION_ID, "conversation_id"),
+    (calls.CORRELATION_ID, "correlation_id"),
+    (calls.IDEMPOTENCY_KEY, "idempotency_key"),
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallOptions:
@@ -260,15 +268,15 @@ def as_request(prompt: Prompt, sampling: SamplingFields | None) -> PromptRequest
 
 
 def metadata(options: CallOptions) -> tuple[tuple[str, str], ...]:
-    """The call's metadata."""
-    pairs = (
-        ("traceparent", options.traceparent),
-        (calls.TENANT, options.tenant),
-        (calls.CONVERSATION_ID, options.conversation_id),
-        (calls.CORRELATION_ID, options.correlation_id),
-        (calls.IDEMPOTENCY_KEY, options.idempotency_key),
-    )
-    return tuple((key, value) for key, value in pairs if value)
+    """The call's metadata. Raises `SluiceError` (`invalid_field`) that names the option which metadata cannot hold."""
+    pairs = []
+    for key, name in _METADATA:
+        value: str = getattr(options, name)
+        if not (value.isascii() and value.isprintable()):
+            raise SluiceError("invalid_field", "must be printable ASCII: gRPC metadata hold nothing else", field=name)
+        if value:
+            pairs.append((key, value))
+    return tuple(pairs)
 
 
 def _options(max_message_bytes: int) -> list[tuple[str, int]]:

@@ -239,6 +239,12 @@ async def test_an_engine_that_cannot_load_says_why() -> None:
         await process.start()
 
 
+async def test_an_engine_that_cannot_start_names_the_setting_once(tmp_path: Path) -> None:
+    process = EngineProcess(EngineConfig(model_dir=str(tmp_path), device="quantum"), EngineSection())
+    with pytest.raises(SetupError, match=r"^the engine cannot start: engine\.device 'quantum' is no device"):
+        await process.start()
+
+
 async def test_a_child_that_is_never_ready_is_given_up() -> None:
     process = EngineProcess(EngineConfig(kind="stand-in"), EngineSection(start_timeout_s=0.01), backoff=lambda restarts: 0.0)
     with pytest.raises(SetupError, match=r"not ready within 0\.01 s"):

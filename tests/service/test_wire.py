@@ -10,6 +10,7 @@ from schemas.v1 import inference_pb2
 from service import contract, wire
 from service.contract import PromptRequest, SamplingFields
 from service.errors import CODES, RequestError
+from service.resolution import check_sampling
 
 FULL = PromptRequest(
     messages=(("system", "be brief"), ("user", "hé\n")),
@@ -23,7 +24,7 @@ FULL = PromptRequest(
         stop_token_ids=(1, 2),
         ignore_eos=False,
         n=2,
-        seed=2**63,
+        seed=2**63 - 1,
     ),
     label="mine",
     ttl_ms=5,
@@ -93,6 +94,24 @@ def test_json_that_cannot_be_served_is_refused_by_code_and_field(value: bytes, e
     with pytest.raises(RequestError) as caught:
         wire.prompt_from_bytes(value)
     assert (caught.value.code, caught.value.field) == expected
+
+
+@pytest.mark.parametrize(
+    ("field", "values", "range_"),
+    [
+        ("max_tokens", (-1, 0, 2**32, 10**13), "must lie in [1, 2^32 - 1]"),
+        ("min_tokens", (-1, 2**32), "must lie in [0, max_tokens]"),
+        ("top_k", (-(2**31) - 1, -2, 2**31), "must be -1 or 0 (off), or a count below 2^31"),
+        ("logprobs", (-1, 21, 2**32), "must lie in [0, 20]"),
+        ("n", (-1, 0, 17, 2**32), "must lie in [1, 16]"),
+        ("seed", (-2, 2**63, 2**64 - 1, 10**23), "must lie in [0, 2^63 - 1]"),
+    ],
+)
+def test_a_number_out_of_range_is_refused_in_the_same_words_wherever(field: str, values: tuple[int, ...], range_: str) -> None:
+    for value in values:
+        with pytest.raises(RequestError) as caught:
+            check_sampling(wire.prompt_from_bytes(json.dumps({"prompt": "a", "sampling": {field: value}}).encode()).sampling)
+        assert (caught.value.code, caught.value.field, caught.value.message) == ("invalid_field", f"sampling.{field}", range_)
 
 
 def test_more_metadata_than_allowed_is_refused() -> None:

@@ -45,14 +45,38 @@ def test_flags_override_the_environment_which_overrides_the_file(sluice: Sluice,
     assert (found["grpc"]["port"], found["admin"]["port"], found["http"]["port"]) == (3, 2, 1)
 
 
-def test_a_valid_configuration_exits_with_0(sluice: Sluice) -> None:
-    assert sluice.run("config", "check", "--json") == (0, '{"valid": true}\n', "")
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        {"SLUICE_HTTP__ENABLED": "false"},
+        {"SLUICE_TRACING__OTLP_ENDPOINT": "https://[::1]:4317"},
+        {"SLUICE_TRACING__OTLP_ENDPOINT": "http://collector:4317"},
+    ],
+)
+def test_a_valid_configuration_exits_with_0(sluice: Sluice, environment: dict[str, str]) -> None:
+    assert sluice.run("config", "check", "--json", environment=environment) == (0, '{"valid": true}\n', "")
 
 
 FAULTS = {
     "unknown key": (["--set", "grpc.prot=1"], {}, ["grpc.prot: unknown key; did you mean grpc.port?"]),
     "unknown section": (["--set", "grcp.port=1"], {}, ["grcp", "unknown key"]),
     "unknown variable": ([], {"SLUICE_GRPC__PRT": "1"}, ["SLUICE_GRPC__PRT", "did you mean grpc.port?"]),
+    "one underscore": ([], {"SLUICE_GRPC_PORT": "50099"}, ["SLUICE_GRPC_PORT: ", "did you mean SLUICE_GRPC__PORT?"]),
+    "a list that is no JSON": (
+        [],
+        {"SLUICE_KAFKA__TOPIC_TENANTS": "a=b"},
+        ['SLUICE_KAFKA__TOPIC_TENANTS: a list is written as JSON, as ["one", "two"]'],
+    ),
+    "a section that is no JSON": ([], {"SLUICE_GRPC": "abc"}, ["SLUICE_GRPC: a whole section is written as JSON"]),
+    "a port of true": (["--set", "grpc.port=true"], {}, ["grpc.port: must be a number, not true or false"]),
+    "a time of true": (["--set", "kafka.sasl_oauth_refresh_s=true"], {}, ["kafka.sasl_oauth_refresh_s: must be a number"]),
+    "not built": (["--set", "http.enabled=true"], {}, ["http.enabled: the HTTP routes are not built yet"]),
+    "no collector": (
+        ["--set", "tracing.otlp_endpoint=nonsense"],
+        {},
+        ["tracing.otlp_endpoint: 'nonsense': write it as host:port"],
+    ),
     "two at once": (["--set", "grpc.port=-1", "--set", "admin.port=x"], {}, ["grpc.port: ", "admin.port: "]),
     "huge number": (["--set", "grpc.port=999999999999999999999"], {}, ["grpc.port: ", "65535"]),
     "NaN": (["--set", "engine.hang_timeout_s=nan"], {}, ["engine.hang_timeout_s: "]),
@@ -75,6 +99,18 @@ def test_a_wrong_configuration_names_every_key_and_exits_with_2(
     code, out, errors = sluice.run("config", "check", *arguments, environment=environment)
     assert (code, out) == (2, "")
     assert [word for word in words if word not in errors] == []
+
+
+def test_variables_that_are_no_settings_are_left_alone(sluice: Sluice) -> None:
+    of_a_service_called_sluice_grpc = {
+        "SLUICE_GRPC_SERVICE_HOST": "10.0.0.1",
+        "SLUICE_GRPC_SERVICE_PORT_RPC": "50051",
+        "SLUICE_GRPC_PORT": "tcp://10.0.0.1:50051",
+        "SLUICE_GRPC_PORT_50051_TCP": "tcp://10.0.0.1:50051",
+        "SLUICE_GRPC_PORT_50051_TCP_ADDR": "10.0.0.1",
+    }
+    environment = {"SLUICE_CACHE": "/tmp", "SLUICE_STAND_IN_FAULT": "exit@5", **of_a_service_called_sluice_grpc}
+    assert sluice.run("config", "check", "--json", environment=environment) == (0, '{"valid": true}\n', "")
 
 
 @pytest.mark.parametrize("content", [b"[grpc\n", b"\xff\xfe", b"[grpc]\nport = 1\nport = 2\n"])
