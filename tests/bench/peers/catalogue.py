@@ -36,6 +36,13 @@ CATALOGUE: dict[str, Entry] = {
     "sluice-int8": Entry(
         label="Sluice engine INT8", kind="ours", bits=8, script="sluice_engine.py", options={"config": {"quantize": "int8"}}
     ),
+    "sluice-kv8": Entry(
+        label="Sluice engine, KV cache INT8",
+        kind="ours",
+        bits=16,
+        script="sluice_engine.py",
+        options={"config": {"kv_cache_dtype": "int8"}},
+    ),
     "llama.cpp-bf16": Entry(
         label="llama.cpp BF16", kind="peer", bits=16, script="llama_cpp_batch.py", options={"format": "BF16"}
     ),
@@ -75,7 +82,7 @@ DEFAULT = (
     "vllm-bf16-compiled",
     "transformers-bf16",
 )
-"""The rest are variants of peers, to see that the default is their best here: name them with --systems. vLLM eager has 0.91 to 0.94 of
+"""The rest are variants, of peers to see that the default is their best here: name them with --systems. vLLM eager has 0.91 to 0.94 of
 what it has compiled (2 cores of Zen 4, 27 November 2026), but starts sooner and needs no compiler."""
 
 
