@@ -20,7 +20,7 @@ _MAX_FILE_BYTES = 16 << 20
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # What transformers takes for an absent num_key_value_heads; elsewhere it is num_attention_heads.
 _KEY_HEADS = {"MistralForCausalLM": 8, "Qwen2ForCausalLM": 32, "Qwen3ForCausalLM": 32}
-_MAX_SIZES = {
+MAX_SIZES = {
     "vocab_size": 1 << 24,
     "hidden_size": 1 << 17,
     "intermediate_size": 1 << 20,
@@ -31,6 +31,7 @@ _MAX_SIZES = {
     "max_position_embeddings": 1 << 24,
     "sliding_window": 1 << 24,
 }
+"""Most that a size may be; the least is 1."""
 
 
 def read_model_config(model_dir: Path) -> ModelConfig:
@@ -133,8 +134,8 @@ class _Fields:
         value = self.values.get(name)
         if value is None:
             value = default
-        if type(value) is not int or not 1 <= value <= _MAX_SIZES[name]:
-            raise self.error(f"{name} must be a whole number from 1 to {_MAX_SIZES[name]}, not {value!r}")
+        if type(value) is not int or not 1 <= value <= MAX_SIZES[name]:
+            raise self.error(f"{name} must be a whole number from 1 to {MAX_SIZES[name]}, not {value!r}")
         return value
 
     def flag(self, name: str) -> bool:
