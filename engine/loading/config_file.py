@@ -158,7 +158,7 @@ class _Fields:
         name = self.values.get("dtype", self.values.get("torch_dtype"))
         if name is None:
             return None
-        if name not in _DTYPES:
+        if not isinstance(name, str) or name not in _DTYPES:
             raise self.error(f"dtype {name!r} is not supported; supported are {', '.join(_DTYPES)}")
         return _DTYPES[name]
 
@@ -190,7 +190,8 @@ def _sliding_windows(fields: _Fields, architecture: str, num_layers: int) -> tup
         if type(first) is not int:
             raise fields.error(f"max_window_layers must be a whole number, not {first!r}")
         return tuple(window if i >= first else 0 for i in range(num_layers))
-    if not isinstance(kinds, list) or len(kinds) != num_layers or not set(kinds) <= {"full_attention", "sliding_attention"}:
+    known = ("full_attention", "sliding_attention")
+    if not isinstance(kinds, list) or len(kinds) != num_layers or not all(kind in known for kind in kinds):
         raise fields.error(f"layer_types must hold full_attention or sliding_attention for each of {num_layers} layers")
     return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
 
@@ -207,10 +208,10 @@ def _rope(fields: _Fields, max_position: int) -> RopeConfig:
     if given.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0)) not in (None, 1, 1.0):
         raise fields.error("partial_rotary_factor other than 1 is not supported")
 
-    def number(name: str, default: float | None, most: float = 1e9) -> float:
-        return fields.number(name, default=default, above=0.0, most=most, within=given)
+    def number(name: str, default: float | None, above: float = 0.0, most: float = 1e9) -> float:
+        return fields.number(name, default=default, above=above, most=most, within=given)
 
-    theta = number("rope_theta", fields.number("rope_theta", default=10_000.0, above=1.0, most=1e12), 1e12)
+    theta = number("rope_theta", fields.number("rope_theta", default=10_000.0, above=1.0, most=1e12), above=1.0, most=1e12)
     if kind == "default":
         return RopeConfig(theta=theta)
     factor = number("factor", None)
@@ -218,6 +219,8 @@ def _rope(fields: _Fields, max_position: int) -> RopeConfig:
         return RopeConfig(rope_type=kind, theta=theta, factor=factor)
     top_level = values.get("original_max_position_embeddings")
     original = int(number("original_max_position_embeddings", top_level or max_position))
+    if not original:
+        raise fields.error("original_max_position_embeddings must be at least 1")
     if kind == "llama3":
         low, high = number("low_freq_factor", None), number("high_freq_factor", None)
         if low >= high:
