@@ -206,6 +206,8 @@ def test_a_poison_prompt_ends_a_stand_in() -> None:
         ("not json", "engine", "does not decode"),
         (json.dumps({"kind": "stand-in", "block_size": 0}), "engine.block_size", "at least 1"),
         (json.dumps({"kind": "stand-in", "nice": 20}), "engine.nice", "[0, 19]"),
+        (json.dumps({"kind": "stand-in", "num_threads": 1025}), "engine.num_threads", "at most 1024"),
+        (json.dumps({"kind": "stand-in", "max_num_seqs": 65_537}), "engine.max_num_seqs", "at most 65536"),
         (json.dumps({"kind": "paged", "model_dir": "/nonexistent"}), "", "/nonexistent"),
     ],
 )
