@@ -95,7 +95,7 @@ class Engine:
         )
         backend = make_backend(config.attention_backend, device, operators, kv_spec)
         pool = pool_size(config, kv_spec, spec.max_position, device)
-        cache = KVCache(backend, kv_spec, pool.num_blocks, device)
+        cache = KVCache(backend, kv_spec, pool, device)
         runner = Runner(
             model=loaded.model,
             backend=backend,
