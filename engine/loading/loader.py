@@ -43,9 +43,11 @@ def load_model(
     eos_token_ids = read_eos_token_ids(model_dir, shape.vocab_size)
     if config.quantize:
         shape = replace(shape, quant_method=_quantize(config.quantize, shape, operators))
+    # The rotary table of a context that is claimed, and not served, can be larger than the model.
+    served = replace(shape, max_position=min(shape.max_position, config.max_model_len or shape.max_position))
     if config.load_format == "dummy":
         dtype = _dtype(config, shape, torch.bfloat16, device)
-        model = build(shape, operators, dtype=dtype, on=device)
+        model = build(served, operators, dtype=dtype, on=device)
         dummy.fill(model.targets(), tell)
     else:
         stored = checkpoint.stored_tensors(model_dir)
@@ -54,7 +56,7 @@ def load_model(
         # Tensors without memory: every name and shape is compared before any is allocated.
         planned = build(replace(shape, max_position=1), operators, dtype=dtype, on=torch.device("meta"))
         checkpoint.check(stored, planned.targets(), model_dir, tied=shape.tied)
-        model = build(shape, operators, dtype=dtype, on=device)
+        model = build(served, operators, dtype=dtype, on=device)
         checkpoint.load(stored, model.targets(), tell)
     spec = _spec(shape, model, eos_token_ids, dtype)
     model.finish()
