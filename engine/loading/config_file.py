@@ -241,8 +241,8 @@ def _rope(fields: _Fields, max_position: int) -> RopeConfig:
         theta=theta,
         factor=factor,
         original_max_position=original,
-        beta_fast=number("beta_fast", 32.0),
-        beta_slow=number("beta_slow", 1.0),
+        beta_fast=number("beta_fast", 32.0, above=1e-9),
+        beta_slow=number("beta_slow", 1.0, above=1e-9),
         attention_factor=number("attention_factor", inferred),
         truncate=given.get("truncate", True) is not False,
     )

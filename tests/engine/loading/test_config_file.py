@@ -88,6 +88,7 @@ REFUSED = {
         {"rope_scaling": YARN | {"original_max_position_embeddings": 0.5}},
         "original_max_position_embeddings",
     ),
+    "yarn without turns": ({"rope_scaling": YARN | {"beta_fast": 1e-320}}, "beta_fast must be a number above 1e-09"),
     "yarn that turns nothing": ({"rope_scaling": YARN | {"rope_theta": 1.0}}, "rope_theta must be a number above 1"),
     "flag of text": ({"tie_word_embeddings": "no"}, "tie_word_embeddings must be true or false"),
 }
