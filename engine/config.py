@@ -148,6 +148,10 @@ class EngineConfig:
         ):
             if getattr(self, name) < 0:
                 raise ConfigError(f"engine.{name} must not be negative (0: chosen for you)", field=f"engine.{name}")
+        # Far beyond these the tables of the slots take all memory, and OpenMP ends the process for want of it without a word.
+        for name, most in (("max_num_seqs", 65_536), ("num_threads", 1_024)):
+            if getattr(self, name) > most:
+                raise ConfigError(f"engine.{name} must be at most {most}", field=f"engine.{name}")
         if self.max_queue_delay_ms < 0:
             raise ConfigError("engine.max_queue_delay_ms must not be negative", field="engine.max_queue_delay_ms")
         if not 0 <= self.nice <= 19:

@@ -108,7 +108,7 @@ class Engine:
         kv_spec = _kv_cache_spec(config, spec, spec.dtype)
         backend = make_backend(config.attention_backend, device, operators, kv_spec)
         pool = pool_size(config, kv_spec, spec.max_position, device)
-        cache = KVCache(backend, kv_spec, pool.num_blocks, device)
+        cache = KVCache(backend, kv_spec, pool, device)
         runner = Runner(
             model=loaded.model,
             backend=backend,

@@ -42,6 +42,7 @@ MAX_UNSENT_BYTES = 8 * 1024 * 1024
 EXIT_CLOSED, EXIT_FAILED, EXIT_REFUSED, EXIT_FRAMES = 0, 1, 2, 4
 _PR_SET_PDEATHSIG = 1
 _READ_BYTES = 1 << 18
+_MAX_MESSAGE = 4096
 _FAREWELL_S = 1.0
 """How long the last frame may take to reach a parent that is slow to read."""
 
@@ -237,11 +238,14 @@ def read_config(config_json: str) -> EngineConfig:
 
 def failure_of(error: Exception) -> tuple[EngineFailure, int]:
     """What the parent is told, and the exit code."""
+    message = str(error)[:_MAX_MESSAGE] if isinstance(error, EngineError) else f"{type(error).__name__}: {error}"[:500]
+    # What a checkpoint calls its tensors may hold half a surrogate pair, which no frame can, or be longer than a frame.
+    message = message.encode("utf-8", "backslashreplace").decode("utf-8")
     if isinstance(error, EngineError):
         code = EXIT_REFUSED if isinstance(error, ConfigError | CheckpointError) else EXIT_FAILED
         code = EXIT_FRAMES if isinstance(error, FrameError) else code
-        return EngineFailure(code=error.code, message=str(error), field=error.field, retriable=error.retriable), code
-    return EngineFailure(code="engine_failed", message=f"{type(error).__name__}: {error}"[:500]), EXIT_FAILED
+        return EngineFailure(code=error.code, message=message, field=error.field, retriable=error.retriable), code
+    return EngineFailure(code="engine_failed", message=message), EXIT_FAILED
 
 
 def serve(connection: socket.socket, config_json: str) -> int:

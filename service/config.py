@@ -89,7 +89,7 @@ class EngineSection(Section):
     kv_cache_bytes: int = Field(default=0, ge=0)
     """Memory for the KV cache in bytes; 0: 1 GiB on a CPU, 90 % of what is free on a GPU."""
 
-    max_num_seqs: int = Field(default=64, ge=1)
+    max_num_seqs: int = Field(default=64, ge=1, le=65_536)
     """Sequences that run at once."""
 
     preferred_num_seqs: int = Field(default=0, ge=0)
@@ -122,7 +122,7 @@ class EngineSection(Section):
     watermark: float = Field(default=0.01, ge=0, lt=0.5)
     """Share of the pool kept back when a waiting sequence is let in."""
 
-    num_threads: int = Field(default=0, ge=0)
+    num_threads: int = Field(default=0, ge=0, le=1_024)
     """Compute threads on a CPU; 0: the cores that the process may use, by affinity and cgroup quota. How long they look for work
     before they sleep is OpenMP's setting: GOMP_SPINCOUNT (3000 rounds unless set) and OMP_WAIT_POLICY reach the engine from the
     service's environment."""

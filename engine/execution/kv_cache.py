@@ -14,9 +14,10 @@ GPU_SHARE = 0.9
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolSize:
-    """Blocks of the pool, and the context in tokens that the engine can promise with them."""
+    """Blocks of the pool, the setting that gave their number, and the context in tokens that the engine can promise with them."""
 
     num_blocks: int
+    setting: str
     max_model_len: int
 
 
@@ -54,19 +55,19 @@ def pool_size(config: EngineConfig, spec: KVCacheSpec, max_position: int, device
             f"at least {wanted} are needed ({wanted * spec.block_bytes} bytes)",
             field=setting,
         )
-    return PoolSize(num_blocks=num_blocks, max_model_len=min(context, num_blocks * block_size))
+    return PoolSize(num_blocks=num_blocks, setting=setting, max_model_len=min(context, num_blocks * block_size))
 
 
 class KVCache:
     """The keys and values of all layers in the layout that the backend likes. Raises `ConfigError` when they do not fit."""
 
-    def __init__(self, backend: AttentionBackend, spec: KVCacheSpec, num_blocks: int, device: torch.device) -> None:
-        self.num_blocks = num_blocks
-        self.num_bytes = num_blocks * spec.block_bytes
+    def __init__(self, backend: AttentionBackend, spec: KVCacheSpec, pool: PoolSize, device: torch.device) -> None:
+        self.num_blocks = pool.num_blocks
+        self.num_bytes = pool.num_blocks * spec.block_bytes
         try:
-            self.layers: tuple[LayerCache, ...] = backend.allocate(spec, num_blocks, device)
+            self.layers: tuple[LayerCache, ...] = backend.allocate(spec, pool.num_blocks, device)
         except (MemoryError, RuntimeError) as error:
             raise ConfigError(
-                f"the KV cache of {self.num_bytes} bytes cannot be allocated on {device}: lower engine.kv_cache_bytes",
-                field="engine.kv_cache_bytes",
+                f"the KV cache of {self.num_bytes} bytes cannot be allocated on {device}: lower {pool.setting}",
+                field=pool.setting,
             ) from error

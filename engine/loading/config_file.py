@@ -20,7 +20,7 @@ _MAX_FILE_BYTES = 16 << 20
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # What transformers takes for an absent num_key_value_heads; elsewhere it is num_attention_heads.
 _KEY_HEADS = {"MistralForCausalLM": 8, "Qwen2ForCausalLM": 32, "Qwen3ForCausalLM": 32}
-_MAX_SIZES = {
+MAX_SIZES = {
     "vocab_size": 1 << 24,
     "hidden_size": 1 << 17,
     "intermediate_size": 1 << 20,
@@ -31,6 +31,7 @@ _MAX_SIZES = {
     "max_position_embeddings": 1 << 24,
     "sliding_window": 1 << 24,
 }
+"""Most that a size may be; the least is 1."""
 
 
 def read_model_config(model_dir: Path) -> ModelConfig:
@@ -133,8 +134,8 @@ class _Fields:
         value = self.values.get(name)
         if value is None:
             value = default
-        if type(value) is not int or not 1 <= value <= _MAX_SIZES[name]:
-            raise self.error(f"{name} must be a whole number from 1 to {_MAX_SIZES[name]}, not {value!r}")
+        if type(value) is not int or not 1 <= value <= MAX_SIZES[name]:
+            raise self.error(f"{name} must be a whole number from 1 to {MAX_SIZES[name]}, not {value!r}")
         return value
 
     def flag(self, name: str) -> bool:
@@ -157,7 +158,7 @@ class _Fields:
         name = self.values.get("dtype", self.values.get("torch_dtype"))
         if name is None:
             return None
-        if name not in _DTYPES:
+        if not isinstance(name, str) or name not in _DTYPES:
             raise self.error(f"dtype {name!r} is not supported; supported are {', '.join(_DTYPES)}")
         return _DTYPES[name]
 
@@ -189,7 +190,8 @@ def _sliding_windows(fields: _Fields, architecture: str, num_layers: int) -> tup
         if type(first) is not int:
             raise fields.error(f"max_window_layers must be a whole number, not {first!r}")
         return tuple(window if i >= first else 0 for i in range(num_layers))
-    if not isinstance(kinds, list) or len(kinds) != num_layers or not set(kinds) <= {"full_attention", "sliding_attention"}:
+    known = ("full_attention", "sliding_attention")
+    if not isinstance(kinds, list) or len(kinds) != num_layers or not all(kind in known for kind in kinds):
         raise fields.error(f"layer_types must hold full_attention or sliding_attention for each of {num_layers} layers")
     return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
 
@@ -206,10 +208,10 @@ def _rope(fields: _Fields, max_position: int) -> RopeConfig:
     if given.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0)) not in (None, 1, 1.0):
         raise fields.error("partial_rotary_factor other than 1 is not supported")
 
-    def number(name: str, default: float | None, most: float = 1e9) -> float:
-        return fields.number(name, default=default, above=0.0, most=most, within=given)
+    def number(name: str, default: float | None, above: float = 0.0, most: float = 1e9) -> float:
+        return fields.number(name, default=default, above=above, most=most, within=given)
 
-    theta = number("rope_theta", fields.number("rope_theta", default=10_000.0, above=1.0, most=1e12), 1e12)
+    theta = number("rope_theta", fields.number("rope_theta", default=10_000.0, above=1.0, most=1e12), above=1.0, most=1e12)
     if kind == "default":
         return RopeConfig(theta=theta)
     factor = number("factor", None)
@@ -217,6 +219,8 @@ def _rope(fields: _Fields, max_position: int) -> RopeConfig:
         return RopeConfig(rope_type=kind, theta=theta, factor=factor)
     top_level = values.get("original_max_position_embeddings")
     original = int(number("original_max_position_embeddings", top_level or max_position))
+    if not original:
+        raise fields.error("original_max_position_embeddings must be at least 1")
     if kind == "llama3":
         low, high = number("low_freq_factor", None), number("high_freq_factor", None)
         if low >= high:
@@ -237,8 +241,8 @@ def _rope(fields: _Fields, max_position: int) -> RopeConfig:
         theta=theta,
         factor=factor,
         original_max_position=original,
-        beta_fast=number("beta_fast", 32.0),
-        beta_slow=number("beta_slow", 1.0),
+        beta_fast=number("beta_fast", 32.0, above=1e-9),
+        beta_slow=number("beta_slow", 1.0, above=1e-9),
         attention_factor=number("attention_factor", inferred),
         truncate=given.get("truncate", True) is not False,
     )

@@ -5,19 +5,34 @@ would crash on or read wrongly.
 """
 
 import os
+import re
 import shutil
-import struct
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from engine.errors import CheckpointError
+from engine.loading.config_file import MAX_SIZES
+from engine.loading.gguf_fields import read_fields
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 """What the engine can run afterwards: names of `general.architecture`."""
 
 _MAX_SHARD_SIZE = "4GB"
+_BLOCK = re.compile(r"blk\.([0-9]{1,6})\.")
+# What they are called in config.json.
+_COUNTS = {
+    "block_count": "num_hidden_layers",
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "rope.dimension_count": "head_dim",
+    "vocab_size": "vocab_size",
+}
 
 
 def import_gguf(gguf_file: str | Path, out_dir: str | Path, progress: Callable[[float, str], None] | None = None) -> Path:
@@ -31,7 +46,6 @@ def import_gguf(gguf_file: str | Path, out_dir: str | Path, progress: Callable[[
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(str(target), "exists already; name a directory that does not exist yet")
     tell(0.0, "checking the file")
-    _check_magic(source)
     _check_contents(source)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -44,60 +58,57 @@ def import_gguf(gguf_file: str | Path, out_dir: str | Path, progress: Callable[[
         os.replace(partial, target)
     except OSError as error:
         raise CheckpointError(str(target), f"cannot be written: {error.strerror or error}") from error
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(str(source), f"cannot be converted: {type(error).__name__}: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     tell(1.0, "done")
     return target
 
 
-def _check_magic(source: Path) -> None:
-    try:
-        with source.open("rb") as file:
-            head = file.read(24)
-    except OSError as error:
-        raise CheckpointError(str(source), f"cannot be read: {error.strerror}") from error
-    if head[:4] != b"GGUF":
-        raise CheckpointError(str(source), "is no GGUF file (it does not begin with the letters GGUF)")
-    if len(head) < 24:
-        raise CheckpointError(str(source), f"is truncated: {len(head)} bytes do not hold a GGUF header")
-    version, num_tensors, num_fields = struct.unpack("<IQQ", head[4:])
-    if version not in (2, 3):
-        raise CheckpointError(str(source), f"has GGUF version {version}; versions 2 and 3, little endian, are supported")
-    # A name, a type and an offset take at least 24 bytes a tensor; a key, a type and a value at least 13 a field.
-    if 24 * num_tensors + 13 * num_fields > source.stat().st_size:
-        raise CheckpointError(str(source), f"claims {num_tensors} tensors and {num_fields} fields, more than it can hold")
-
-
 def _check_contents(source: Path) -> None:
     """Refuses what transformers would not read, or would read wrongly."""
     from gguf import GGUFReader
 
-    try:
-        reader = GGUFReader(source)
-        architecture = _field(reader, "general.architecture")
-        experts = _field(reader, f"{architecture}.expert_count")
-    except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:
-        raise CheckpointError(str(source), f"is truncated or damaged ({type(error).__name__} while reading it)") from error
+    fields = read_fields(source)
+    architecture = fields.get("general.architecture")
     if architecture not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise CheckpointError(str(source), f"has architecture {architecture!r}; supported are {known}")
-    if experts:
+    if fields.get(f"{architecture}.expert_count"):
         raise CheckpointError(str(source), "is a mixture of experts, which is not supported")
-    names = {tensor.name for tensor in reader.tensors}
-    if "rope_freqs.weight" in names or _field(reader, f"{architecture}.rope.scaling.type") not in (None, "none"):
+    try:
+        names = {tensor.name for tensor in GGUFReader(source).tensors}
+    except Exception as error:
+        raise CheckpointError(str(source), f"is truncated or damaged ({type(error).__name__} while reading it)") from error
+    if "rope_freqs.weight" in names or fields.get(f"{architecture}.rope.scaling.type", "none") != "none":
         raise CheckpointError(
             str(source),
             "scales its rotary frequencies, which transformers does not read from GGUF; use the safetensors release",
         )
     if not {"token_embd.weight", "output_norm.weight"} <= names:
         raise CheckpointError(str(source), "holds no language model (token_embd.weight or output_norm.weight is missing)")
-    if _field(reader, "tokenizer.ggml.model") is None:
+    if fields.get("tokenizer.ggml.model") is None:
         raise CheckpointError(str(source), "holds no tokenizer (tokenizer.ggml.model is missing)")
+    _check_counts(source, architecture, fields, names)
 
 
-def _field(reader: Any, name: str) -> Any:
-    field = reader.fields.get(name)
-    return None if field is None else field.contents()
+def _check_counts(source: Path, architecture: str, fields: dict[str, Any], names: set[str]) -> None:
+    fields = {f"{architecture}.block_count": None} | fields
+    layers = 1 + max((int(found[1]) for name in names if (found := _BLOCK.match(name))), default=0)
+    for key, value in fields.items():
+        # transformers takes the keys of any architecture it knows, whichever the file has.
+        count = key.partition(".")[2]
+        if count not in _COUNTS:
+            continue
+        most = MAX_SIZES[_COUNTS[count]]
+        if type(value) is not int or not 1 <= value <= most:
+            raise CheckpointError(str(source), f"{key} must be a whole number from 1 to {most}, not {value!r}")
+        # Layers beyond the count would be left out in silence.
+        if count == "block_count" and value != layers:
+            raise CheckpointError(str(source), f"{key} is {value}, but the file holds the tensors of {layers} layers")
 
 
 def _convert(source: Path, out_dir: Path, tell: Callable[[float, str], None]) -> None:
@@ -119,7 +130,7 @@ def _convert(source: Path, out_dir: Path, tell: Callable[[float, str], None]) ->
             **where, dtype=torch.bfloat16, local_files_only=True, output_loading_info=True, **unpack
         )
         model, report = loaded
-    except (ValueError, IndexError, KeyError, TypeError, NotImplementedError, RuntimeError) as error:
+    except Exception as error:
         raise CheckpointError(str(source), f"transformers cannot read it: {error}") from error
     # transformers fills what it did not find with random numbers and goes on.
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):

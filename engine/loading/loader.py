@@ -70,7 +70,10 @@ def load_model(
     tell = progress or (lambda share, what: None)
     tell(0.0, "reading config.json")
     plan = plan_load(config, device, operators)
-    model = build(plan.shape, operators, dtype=plan.dtype, on=device)
+    # The rotary table of a context that is claimed, and not served, can be larger than the model.
+    longest = plan.shape.max_position
+    served = replace(plan.shape, max_position=min(longest, config.max_model_len or longest))
+    model = build(served, operators, dtype=plan.dtype, on=device)
     if plan.stored is None:
         dummy.fill(model.targets(), tell)
     else:

@@ -14,11 +14,12 @@ import pytest
 
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.errors import FrameError
-from engine.frames import PROTOCOL_VERSION, Abort, Close
+from engine.errors import CheckpointError, FrameError
+from engine.frames import MAX_FRAME_BYTES, PROTOCOL_VERSION, Abort, Close, FrameDecoder, encode
 from engine.output import EngineFailure, StepOutput
 from engine.request import Request, SamplingParams
 from engine.stand_in import StandInEngine
+from engine.worker import failure_of
 from tests.engine.child import PATIENCE_S, Child, Wire, child, command
 from tests.engine.driving import Listener, run
 from tests.engine.tiny_model import write_tiny_model
@@ -205,6 +206,8 @@ def test_a_poison_prompt_ends_a_stand_in() -> None:
         ("not json", "engine", "does not decode"),
         (json.dumps({"kind": "stand-in", "block_size": 0}), "engine.block_size", "at least 1"),
         (json.dumps({"kind": "stand-in", "nice": 20}), "engine.nice", "[0, 19]"),
+        (json.dumps({"kind": "stand-in", "num_threads": 1025}), "engine.num_threads", "at most 1024"),
+        (json.dumps({"kind": "stand-in", "max_num_seqs": 65_537}), "engine.max_num_seqs", "at most 65536"),
         (json.dumps({"kind": "paged", "model_dir": "/nonexistent"}), "", "/nonexistent"),
     ],
 )
@@ -217,6 +220,14 @@ def test_what_cannot_be_loaded_is_said_before_the_end(config: str, field: str, m
         assert engine.wait() == 2
         _, stderr = engine.process.communicate()
         assert json.loads(stderr.decode().splitlines()[-1])["event"] == "engine failed"
+
+
+@pytest.mark.parametrize("name", ["\ud800", "x" * MAX_FRAME_BYTES], ids=["half a surrogate pair", "endless"])
+def test_a_name_that_no_frame_can_hold_is_said_all_the_same(name: str) -> None:
+    """A checkpoint calls its tensors what it likes."""
+    for error in (CheckpointError("a.safetensors", "is spare", tensor=name), ValueError(name)):
+        failure, _ = failure_of(error)
+        assert list(FrameDecoder().feed(encode(failure))) == [failure]
 
 
 def test_a_real_engine_says_in_a_child_what_it_says_here(tmp_path: Path) -> None:

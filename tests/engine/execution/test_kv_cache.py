@@ -76,14 +76,18 @@ def test_a_pool_that_cannot_serve_is_refused_by_name(changes: dict[str, int], fi
 
 def test_the_caches_have_the_pinned_shape() -> None:
     """One a layer: [num_blocks, block_size, num_kv_heads, head_dim], and the bytes that the facts report."""
-    cache = KVCache(TorchPagedAttention(), SPEC, 5, CPU)
+    cache = KVCache(TorchPagedAttention(), SPEC, pool_size(replace(CONFIG, num_blocks=5), SPEC, 2048, CPU), CPU)
     assert [tuple(layer.k.shape) for layer in cache.layers] == [(5, 16, 3, 8)] * 2
     assert [tuple(layer.v.shape) for layer in cache.layers] == [(5, 16, 3, 8)] * 2
     assert cache.num_bytes == 5 * BLOCK_BYTES
 
 
-def test_a_cache_that_no_memory_can_hold_is_a_configuration_error() -> None:
-    """Names the setting that helps."""
+@pytest.mark.parametrize(
+    "changes", [{"num_blocks": 1 << 50}, {"kv_cache_bytes": 1 << 60, "max_model_len": 1 << 50}], ids=["blocks", "bytes"]
+)
+def test_a_cache_that_no_memory_can_hold_is_a_configuration_error(changes: dict[str, int]) -> None:
+    """Names the setting that gave the size."""
+    pool = pool_size(replace(CONFIG, **changes), SPEC, 1 << 50, CPU)  # type: ignore[arg-type]
     with pytest.raises(ConfigError) as caught:
-        KVCache(TorchPagedAttention(), SPEC, 1 << 50, CPU)
-    assert caught.value.field == "engine.kv_cache_bytes"
+        KVCache(TorchPagedAttention(), SPEC, pool, CPU)
+    assert caught.value.field == f"engine.{next(iter(changes))}"

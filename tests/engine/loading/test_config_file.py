@@ -58,6 +58,7 @@ def test_the_older_form_of_rope_scaling_is_read(tmp_path):
     assert (ours.rope.rope_type, ours.rope.theta, ours.rope.factor) == ("linear", 5e5, 2.0)
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0}
 REFUSED = {
     "unknown architecture": ({"architectures": ["GPT9"]}, "architecture 'GPT9' is not supported; supported are Llama"),
     "no architecture": ({"architectures": None}, "architectures must name the model's class"),
@@ -78,6 +79,17 @@ REFUSED = {
     "partial rotary": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor other than 1"),
     "quantised": ({"quantization_config": {"quant_method": "awq"}}, "quantised as 'awq'; supported formats: none yet"),
     "odd dtype": ({"dtype": "int3"}, "dtype 'int3' is not supported"),
+    "dtypes": ({"dtype": ["float32"]}, "dtype ['float32'] is not supported"),
+    "layers of objects": (
+        {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True, "layer_types": [{}] * SMALL["num_hidden_layers"]},
+        "layer_types must hold full_attention or sliding_attention",
+    ),
+    "yarn of half a token": (
+        {"rope_scaling": YARN | {"original_max_position_embeddings": 0.5}},
+        "original_max_position_embeddings",
+    ),
+    "yarn without turns": ({"rope_scaling": YARN | {"beta_fast": 1e-320}}, "beta_fast must be a number above 1e-09"),
+    "yarn that turns nothing": ({"rope_scaling": YARN | {"rope_theta": 1.0}}, "rope_theta must be a number above 1"),
     "flag of text": ({"tie_word_embeddings": "no"}, "tie_word_embeddings must be true or false"),
 }
 

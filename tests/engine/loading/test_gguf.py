@@ -1,5 +1,6 @@
 """A GGUF file becomes a directory that our loader reads to the same weights, or is refused by name and leaves nothing behind."""
 
+import re
 import struct
 from pathlib import Path
 
@@ -18,8 +19,10 @@ TOKENS = ["<|end|>", "<|start|>", *"abcdefgh", "Ġ", "ab", "cd"]
 TEMPLATE = "{% for message in messages %}<|start|>{{ message['content'] }}<|end|>{% endfor %}"
 
 
-def write_gguf(path: Path, *, architecture: str = "llama", extra: str = "", without: str = "") -> dict[str, np.ndarray]:
-    """A tiny model with random float32 weights; returns them under their GGUF names."""
+def write_gguf(
+    path: Path, *, architecture: str = "llama", extra: str = "", without: str = "", counts: dict[str, int] | None = None
+) -> dict[str, np.ndarray]:
+    """A tiny model with random float32 weights; returns them under their GGUF names. `counts`: fields beside its own."""
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_context_length(32)
     writer.add_embedding_length(HIDDEN)
@@ -30,6 +33,8 @@ def write_gguf(path: Path, *, architecture: str = "llama", extra: str = "", with
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(10_000.0)
     writer.add_vocab_size(len(TOKENS))
+    for key, value in (counts or {}).items():
+        writer.add_uint32(key, value)
     if without != "tokenizer":
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre("smollm")
@@ -138,6 +143,51 @@ MODELS = {
 def test_a_model_that_would_be_read_wrongly_is_refused(gguf_file, tmp_path, options, reason):
     write_gguf(gguf_file, **options)
     with pytest.raises(CheckpointError, match=reason):
+        engine.import_gguf(gguf_file, tmp_path / "out")
+    assert leftovers(tmp_path) == []
+
+
+VALUES = {
+    "elements beyond all bounds": ("tokenizer.ggml.token_type", "<IQ", (0, 1 << 40), "claims 1099511627776 values"),
+    "elements beyond the file": ("tokenizer.ggml.token_type", "<IQ", (0, 1 << 20), "takes 1048576 bytes where"),
+    "texts beyond the file": ("tokenizer.ggml.merges", "<IQ", (8, 1 << 20), "claims a text of"),
+    "an array of arrays": ("tokenizer.ggml.token_type", "<IQ", (9, 1), "is an array of type 9"),
+    "a text beyond all bounds": ("tokenizer.ggml.model", "<Q", (1 << 63,), "claims a text of 9223372036854775808 bytes"),
+    "no UTF-8": ("tokenizer.ggml.model", "<QB", (4, 0x90), "is not valid UTF-8"),
+    "a layer too few": ("llama.block_count", "<I", (1,), "is 1, but the file holds the tensors of 2 layers"),
+    "a layer too many": ("llama.block_count", "<I", (3,), "is 3, but the file holds the tensors of 2 layers"),
+    "absurdly many layers": (
+        "llama.block_count",
+        "<I",
+        ((1 << 31) - 1,),
+        "must be a whole number from 1 to 1024, not 2147483647",
+    ),
+    "no heads": ("llama.attention.head_count", "<I", (0,), "must be a whole number from 1 to 4096, not 0"),
+}
+
+
+@pytest.mark.parametrize(("key", "form", "values", "reason"), VALUES.values(), ids=VALUES)
+def test_a_value_that_cannot_be_is_refused_by_file_and_key(gguf_file, tmp_path, key, form, values, reason):
+    write_gguf(gguf_file)
+    content = bytearray(gguf_file.read_bytes())
+    # The value stands behind the key and its four bytes of type.
+    struct.pack_into(form, content, content.index(key.encode()) + len(key) + 4, *values)
+    gguf_file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"tiny\.gguf: .*{re.escape(key)}.* {re.escape(reason)}"):
+        engine.import_gguf(gguf_file, tmp_path / "out")
+    assert leftovers(tmp_path) == []
+
+
+def test_the_count_of_another_architecture_is_held_to_the_layers_too(gguf_file, tmp_path):
+    """transformers would take it, and leave a layer out."""
+    write_gguf(gguf_file, counts={"qwen2.block_count": 1})
+    with pytest.raises(CheckpointError, match=r"qwen2\.block_count is 1, but the file holds the tensors of 2 layers"):
+        engine.import_gguf(gguf_file, tmp_path / "out")
+
+
+def test_whatever_transformers_raises_names_the_file(gguf_file, tmp_path):
+    write_gguf(gguf_file, counts={"mistral.attention.head_count": 3})
+    with pytest.raises(CheckpointError, match=r"tiny\.gguf: transformers cannot read it: "):
         engine.import_gguf(gguf_file, tmp_path / "out")
     assert leftovers(tmp_path) == []
 

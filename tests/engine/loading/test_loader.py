@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from engine.config import EngineConfig
 from engine.errors import CheckpointError
+from engine.layers.rotary import cos_sin_table
 from engine.loading import LoadedModel, checkpoint, load_model
 from kernels.ops import for_device
 from tests.engine.models.families import save
@@ -29,7 +30,7 @@ def change(model_dir: Path, edit) -> None:
     save_file(tensors, model_dir / "model.safetensors")
 
 
-def load(model_dir: Path, **settings: str) -> LoadedModel:
+def load(model_dir: Path, **settings: str | int) -> LoadedModel:
     """For the composed operators, which leave each tensor as it was read."""
     return load_for(model_dir, cpu_isa="torch", **settings)
 
@@ -99,6 +100,20 @@ def test_dummy_needs_no_weights_and_repeats_itself(model_dir):
     logits = Sequences(first, 1, 8).step({0: [1, 2, 3]})
     assert bool(logits.isfinite().all())
     assert float(logits.std()) > 0
+
+
+@pytest.mark.parametrize("load_format", ["auto", "dummy"])
+@pytest.mark.parametrize(("max_model_len", "rows"), [(0, 64), (16, 16), (65, 64)])
+def test_the_rotary_table_is_as_long_as_the_context_that_is_served(model_dir, monkeypatch, load_format, max_model_len, rows):
+    tables = []
+
+    def recorded(*arguments):
+        tables.append(cos_sin_table(*arguments))
+        return tables[-1]
+
+    monkeypatch.setattr("engine.models.llama.cos_sin_table", recorded)
+    loaded = load(model_dir, load_format=load_format, max_model_len=max_model_len)
+    assert (len(tables[-1]), loaded.spec.max_position) == (rows, 64)
 
 
 def test_a_spare_head_of_a_tied_model_is_passed_over(tmp_path):

@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 BLOCK = 4
 
 
-def load(model_dir: Path, cpu_isa: str = "auto", on: torch.device = CPU, **settings: str) -> LoadedModel:
+def load(model_dir: Path, cpu_isa: str = "auto", on: torch.device = CPU, **settings: str | int) -> LoadedModel:
     return load_model(EngineConfig(model_dir=str(model_dir), **settings), on, for_device(on.type, cpu_isa))
 
 

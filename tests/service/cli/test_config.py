@@ -79,6 +79,8 @@ FAULTS = {
     ),
     "two at once": (["--set", "grpc.port=-1", "--set", "admin.port=x"], {}, ["grpc.port: ", "admin.port: "]),
     "huge number": (["--set", "grpc.port=999999999999999999999"], {}, ["grpc.port: ", "65535"]),
+    "too many threads": (["--set", "engine.num_threads=1025"], {}, ["engine.num_threads: ", "1024"]),
+    "too many sequences": (["--set", "engine.max_num_seqs=65537"], {}, ["engine.max_num_seqs: ", "65536"]),
     "NaN": (["--set", "engine.hang_timeout_s=nan"], {}, ["engine.hang_timeout_s: "]),
     "infinity": (["--set", "grpc.heartbeat_s=inf"], {}, ["grpc.heartbeat_s: ", "finite"]),
     "a pair that is none": (["--set", 'kafka.topic_tenants=["a"]'], {}, ["kafka.topic_tenants: ", "write it as topic=tenant"]),
