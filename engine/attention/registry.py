@@ -45,8 +45,9 @@ def make_backend(name: str, on: device, operators: Operators, spec: KVCacheSpec)
     if name == "cpu_paged" and refusal:
         raise ConfigError(f"{_FIELD} cpu_paged cannot be had: {refusal}", field=_FIELD)
     if spec.dtype == int8 and name != "cpu_paged":
+        why = refusal or f"as configured, on {on.type}"
         raise ConfigError(
-            f"engine.kv_cache_dtype int8 needs the C++ operators of a CPU; this engine attends by {name}: {refusal or 'as asked'}",
+            f"engine.kv_cache_dtype int8 needs the C++ operators of a CPU; this engine attends by {name}: {why}",
             field="engine.kv_cache_dtype",
         )
     module, _, class_name = BACKENDS[name].partition(":")

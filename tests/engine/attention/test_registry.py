@@ -41,16 +41,17 @@ def test_cpp_by_name_is_refused_for_a_shape_that_it_does_not_take():
 
 
 @pytest.mark.parametrize(
-    ("name", "isa", "change", "why"),
+    ("name", "on", "isa", "change", "why"),
     [
-        ("auto", "torch", {}, "plain torch, as configured"),
-        ("torch_paged", "auto", {}, "as asked"),
-        ("auto", "auto", {"block_size": 4}, "blocks of 4 tokens"),
+        ("auto", CPU, "torch", {}, "torch_paged: plain torch, as configured"),
+        ("torch_paged", CPU, "auto", {}, "torch_paged: as configured, on cpu"),
+        ("auto", CPU, "auto", {"block_size": 4}, "torch_paged: blocks of 4 tokens"),
+        ("auto", GPU, "torch", {}, "triton_paged: as configured, on cuda"),
     ],
 )
-def test_a_cache_of_bytes_is_for_cpp_alone(name, isa, change, why):
-    with pytest.raises(ConfigError, match=f"kv_cache_dtype int8 needs .* attends by torch_paged: {why}") as raised:
-        make_backend(name, CPU, for_device("cpu", isa), replace(SPEC, dtype=torch.int8, **change))
+def test_a_cache_of_bytes_is_for_cpp_alone(name, on, isa, change, why):
+    with pytest.raises(ConfigError, match=f"kv_cache_dtype int8 needs .* attends by {why}") as raised:
+        make_backend(name, on, for_device("cpu", isa), replace(SPEC, dtype=torch.int8, **change))
     assert raised.value.field == "engine.kv_cache_dtype"
 
 
