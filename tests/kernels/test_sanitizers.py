@@ -16,7 +16,7 @@ from kernels.cpu import build
 
 HERE = Path(__file__).resolve().parent / "sanitized"
 OPERATORS = Path(build.__file__).resolve().parent
-FLAGS = ("-std=c++20", "-O1", "-fopenmp", "-Wno-psabi", "-Wno-unknown-pragmas", "-fno-sanitize-recover=all")
+FLAGS = ("-std=c++20", "-Og", "-fopenmp", "-Wno-psabi", "-Wno-unknown-pragmas", "-fno-sanitize-recover=all")
 pytestmark = pytest.mark.timeout(900)  # the first to need a program builds it
 SEEDS = 3
 CASES = 40
