@@ -159,9 +159,10 @@ def _announce(app: App, endpoints: Endpoints, settings: Settings, as_json: bool)
         )
         return
     show = output.err.print
+    kept = "" if facts.kv_cache_dtype == facts.dtype else f" of {facts.kv_cache_dtype}"
     show(
         f"[bold green]Sluice serves {escape(app.core.model)}[/] ({facts.dtype} on {facts.device}, {facts.attention_backend}, "
-        f"{facts.num_blocks * facts.block_size:,} KV slots; loaded in {facts.load_s:.1f} s)"
+        f"{facts.num_blocks * facts.block_size:,} KV slots{kept}; loaded in {facts.load_s:.1f} s)"
     )
     show(f"  gRPC    {endpoints.grpc}")
     if endpoints.kafka:

@@ -146,7 +146,7 @@ def test_facts_say_what_was_loaded(engine: Engine) -> None:
     """Sizes of model and pool."""
     facts = engine.facts
     assert (facts.vocab_size, facts.max_model_len, facts.num_blocks) == (VOCAB, CONTEXT, 64)
-    assert (facts.device, facts.dtype, facts.eos_token_ids) == ("cpu", "float32", (EOS,))
+    assert (facts.device, facts.dtype, facts.kv_cache_dtype, facts.eos_token_ids) == ("cpu", "float32", "float32", (EOS,))
     assert facts.kv_cache_bytes == 64 * 16 * 2 * 2 * 2 * 16 * 4
 
 
