@@ -137,7 +137,7 @@ class EngineProcess:
         clock: Callable[[], float] = time.monotonic,
         backoff: Callable[[int], float] = backoff_s,
     ) -> None:
-        # Of what it has not refused it has choices that run and choices that wait.
+        # So many run and wait in the child. Given no more than these, and told to hold as many, it refuses nobody.
         most_inside = config.max_num_seqs + config.max_num_waiting
         self._config = replace(config, max_num_waiting=most_inside)
         self._section = section

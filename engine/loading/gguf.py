@@ -60,7 +60,7 @@ def import_gguf(gguf_file: str | Path, out_dir: str | Path, progress: Callable[[
         raise CheckpointError(str(target), f"cannot be written: {error.strerror or error}") from error
     except CheckpointError:
         raise
-    except Exception as error:
+    except Exception as error:  # of whatever type: a library's, met by a file that no release of it was made for
         raise CheckpointError(str(source), f"cannot be converted: {type(error).__name__}: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -81,7 +81,7 @@ def _check_contents(source: Path) -> None:
         raise CheckpointError(str(source), "is a mixture of experts, which is not supported")
     try:
         names = {tensor.name for tensor in GGUFReader(source).tensors}
-    except Exception as error:
+    except Exception as error:  # as above
         raise CheckpointError(str(source), f"is truncated or damaged ({type(error).__name__} while reading it)") from error
     if "rope_freqs.weight" in names or fields.get(f"{architecture}.rope.scaling.type", "none") != "none":
         raise CheckpointError(
@@ -130,7 +130,7 @@ def _convert(source: Path, out_dir: Path, tell: Callable[[float, str], None]) ->
             **where, dtype=torch.bfloat16, local_files_only=True, output_loading_info=True, **unpack
         )
         model, report = loaded
-    except Exception as error:
+    except Exception as error:  # as above
         raise CheckpointError(str(source), f"transformers cannot read it: {error}") from error
     # transformers fills what it did not find with random numbers and goes on.
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
