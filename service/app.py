@@ -182,16 +182,17 @@ class App:
         settings, core = self.settings, self.core
         self._lag = asyncio.create_task(watch_loop_lag(self.core.metrics), name="loop lag")
         core.health.watch(self._health_changed)
-        # Loading takes long: a port that is taken should not be found after it.
+        if settings.kafka.enabled:
+            # Loading takes long: credentials and certificates that cannot be read should not be found after it.
+            Connection(settings.kafka)
+        # Likewise ports that are taken, or equal.
         host, port = settings.grpc.host, settings.grpc.port
         try:
-            listener(host, port).close()
+            held = listener(host, port)
         except OSError as error:
             raise cannot_listen("grpc", host, port, error) from error
-        if settings.kafka.enabled:
-            # Likewise credentials and certificates that cannot be read.
-            Connection(settings.kafka)
-        admin_port = await self._admin.start()
+        with held:
+            admin_port = await self._admin.start()
         bootstrap = await self._start_broker(settings.kafka)
         await core.start()
         kafka = self._make_kafka(bootstrap) if settings.kafka.enabled else None

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from tests.bench.peers import build, summary, targets
 from tests.bench.peers.blocks import Hold, HoldError
 from tests.bench.peers.cases import CASES
+from tests.bench.peers.catalogue import CATALOGUE, default_systems
 from tests.bench.peers.ggufs import write_gguf
 from tests.bench.peers.machine import Clock, foreign_share
 from tests.bench.peers.process import SystemFailed, SystemProcess
@@ -49,6 +50,13 @@ def test_a_sequence_that_got_too_few_tokens_is_no_result() -> None:
     recorder.step({0: 1})
     with pytest.raises(ValueError, match=r"\[0, 1\] tokens, not 1"):
         recorder.result()
+
+
+def test_peers_are_compared_in_what_is_their_fastest_format_on_the_processor() -> None:
+    without, with_bf16 = default_systems(["avx2", "avx512_vnni"]), default_systems(["avx2", "avx512_bf16"])
+    assert set(without) | set(with_bf16) <= set(CATALOGUE)
+    assert {"vllm-fp32-compiled", "transformers-fp32", "llama.cpp-f16"} <= set(without)
+    assert {"vllm-bf16-compiled", "transformers-bf16", "llama.cpp-bf16"} <= set(with_bf16)
 
 
 def test_kept_prompts_stay_and_the_others_change_from_block_to_block() -> None:

@@ -216,10 +216,11 @@ private:
             int64_t size = std::min(block, inputs - k);
             int64_t share = (size == inputs ? header.panel_bytes : Tile::panel_offset(size)) / tiles;
             const Asks asks = tiles == 1 ? Asks::alone : tiles == 2 && Tile::waits_for_memory ? Asks::far : Asks::near;
+            const int64_t distance = tiles == 1 && Simd::bytes_ahead ? Simd::bytes_ahead : header.panel_bytes;
             // Tiles of nearly equal height: none so low that its few sums wait for each other.
             for (int64_t i = 0; i < tiles; ++i) {
                 int64_t top = count * i / tiles, bottom = count * (i + 1) / tiles;
-                Ahead ahead{w + header.panel_bytes + share * i, (tiles > 1 ? 128 : 64) / tiles};
+                Ahead ahead{w + distance + share * i, (tiles > 1 ? 128 : 64) / tiles};
                 add_tile<1>((int)(bottom - top), asks, a + top * stride, w, size, at_once, ahead, to + top * at_once * panel_outputs);
             }
         }

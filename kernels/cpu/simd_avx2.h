@@ -16,6 +16,7 @@ struct Simd {
     static constexpr bool fixed_point = true; // sums of products of 16-bit numbers take fewer instructions than bf16's in floats
     static constexpr int byte_limit = 64;     // magnitude of an int8 weight up to which add_byte_products is exact
     static constexpr bool reads_ahead = false;  // memory that is read in order comes faster when nobody asks for it ahead
+    static constexpr int64_t bytes_ahead = 0;   // of a lone high tile's weights, how far ahead the next are asked for; 0: a panel
     static constexpr bool screens = true;     // products with a screen (screen.h) take no longer than those with the weight itself
 
     using F = __m256;

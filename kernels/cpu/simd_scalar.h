@@ -13,6 +13,7 @@ struct Simd {
     static constexpr bool fixed_point = false;
     static constexpr int byte_limit = 127;
     static constexpr bool reads_ahead = false;
+    static constexpr int64_t bytes_ahead = 0;
     static constexpr bool screens = false;
 
     struct F {

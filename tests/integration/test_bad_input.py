@@ -167,6 +167,19 @@ async def test_a_port_in_use_is_named_before_the_model_is_loaded(tiny_model_dir:
     assert one_error(errors)
 
 
+async def test_equal_ports_are_named_before_the_model_is_loaded(tiny_model_dir: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        port = found.getsockname()[1]
+    code, out, errors = await run(
+        "serve", "--model", str(tiny_model_dir), "--set", "engine.kind=stand-in", "--set", "kafka.enabled=false",
+        "--set", f"grpc.port={port}", "--set", f"admin.port={port}",
+    )  # fmt: skip
+    assert (code, out) == (2, "")
+    # The first to listen, before loading, is the admin server; gRPC's would be named after it.
+    assert f"cannot listen on admin.host:admin.port 127.0.0.1:{port}" in errors
+    assert one_error(errors)
+
+
 @pytest.mark.parametrize("section", ["grpc", "admin"])
 @pytest.mark.parametrize(
     ("host", "why"), [("nosuch.host.invalid", "Name or service not known"), ("192.0.2.1", "Cannot assign")]

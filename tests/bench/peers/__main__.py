@@ -17,12 +17,15 @@ from typing import Any
 from tests.bench import report
 from tests.bench.peers import blocks, machine, summary
 from tests.bench.peers.cases import CASES
-from tests.bench.peers.catalogue import CATALOGUE, DEFAULT
+from tests.bench.peers.catalogue import CATALOGUE, default_systems
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--systems", default=",".join(DEFAULT), help=f"of {', '.join(CATALOGUE)}")
+    defaults = default_systems(machine.description()["instruction_sets"])
+    parser.add_argument(
+        "--systems", default=",".join(defaults), help=f"of {', '.join(CATALOGUE)}; by this processor %(default)s"
+    )
     parser.add_argument("--cases", default=",".join(CASES), help=f"of {', '.join(CASES)}")
     parser.add_argument("--first-block", type=int, default=0)
     parser.add_argument("--blocks", type=int, default=3)

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,13 @@ CATALOGUE: dict[str, Entry] = {
     "vllm-bf16-compiled": Entry(
         label="vLLM bf16, compiled", kind="peer", bits=16, script="vllm_llm.py", options={"eager": False}
     ),
+    "vllm-fp32-compiled": Entry(
+        label="vLLM fp32, compiled",
+        kind="peer",
+        bits=32,
+        script="vllm_llm.py",
+        options={"dtype": "float32", "eager": False},
+    ),
     "transformers-bf16": Entry(
         label="transformers bf16",
         kind="peer",
@@ -73,17 +80,18 @@ CATALOGUE: dict[str, Entry] = {
     ),
 }
 
-DEFAULT = (
-    "sluice",
-    "sluice-child",
-    "sluice-int8",
-    "llama.cpp-bf16",
-    "llama.cpp-q8",
-    "vllm-bf16-compiled",
-    "transformers-bf16",
-)
-"""The rest are variants, of peers to see that the default is their best here: name them with --systems. vLLM eager has 0.91 to 0.94 of
-what it has compiled (2 cores of Zen 4, 27 November 2026), but starts sooner and needs no compiler."""
+
+def default_systems(instruction_sets: Collection[str]) -> tuple[str, ...]:
+    """Sluice, and each peer in what is its fastest 16-bit or wider format on a processor with these (names of /proc/cpuinfo).
+
+    The rest of `CATALOGUE` are variants, to see that these are the peers' best: name them with --systems. vLLM eager has 0.91 to 0.94 of
+    what it has compiled (2 cores of Zen 4, 27 November 2026), but starts sooner and needs no compiler.
+    """
+    ours = ("sluice", "sluice-child", "sluice-int8", "llama.cpp-q8")
+    if {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(instruction_sets):
+        # Cascade Lake: bfloat16 at a fifth of float32's rate in torch, llama.cpp's at 0.7 to 0.95 of its float16.
+        return (*ours, "llama.cpp-bf16", "llama.cpp-f16", "vllm-fp32-compiled", "transformers-fp32")
+    return (*ours, "llama.cpp-bf16", "vllm-bf16-compiled", "transformers-bf16")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
