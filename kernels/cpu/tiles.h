@@ -88,8 +88,8 @@ struct Ahead {
 enum class Asks { alone, near, far };
 
 // Once for `steps` steps of each panel. Low tiles ask for each of their own C panels a little ahead; high ones, whose panel is in the cache
-// after the first of them, for what comes a panel later. Those that share a block ask for half as many lines each: what a tile does
-// beside its products counts.
+// after the first of them, for what comes a panel later, or Simd::bytes_ahead where a tile is alone. Those that share a block ask for half
+// as many lines each: what a tile does beside its products counts.
 template <int R, int C, Asks asks, int steps>
 SLUICE_INLINE void prefetch(const uint8_t* at, int64_t panel_bytes, Ahead& ahead) {
     if constexpr (C > 1 || R == 1) {
