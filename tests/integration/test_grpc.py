@@ -47,7 +47,7 @@ async def test_the_request_info_of_an_error_holds_the_trace_id():
         error = await failure(
             inference_pb2_grpc.InferenceStub(channel).Generate(inference_pb2.GenerateRequest(prompt=prompt()))
         )
-        (span,) = service.spans(f"{SERVICE}/Generate")
+        (span,) = await service.spans(f"{SERVICE}/Generate")
     status = status_pb2.Status.FromString(dict(error.trailing_metadata())[DETAILS_KEY])
     info = error_details_pb2.RequestInfo()
     assert [detail.Unpack(info) for detail in status.details].count(True) == 1
@@ -246,7 +246,7 @@ async def test_what_needs_kafka_says_so_where_there_is_none(method):
     async with serving() as service, grpc.aio.insecure_channel(service.target) as channel:
         path = f"/{SERVICE}/{method}"
         error = await failure(channel.unary_stream(path)(b"").read() if method == "Attach" else channel.unary_unary(path)(b""))
-        (span,) = service.spans(f"{SERVICE}/{method}")
+        (span,) = await service.spans(f"{SERVICE}/{method}")
     assert error.code() is grpc.StatusCode.UNIMPLEMENTED
     assert error.details().startswith(f"{method} needs Kafka")
     assert span.attributes["rpc.response.status_code"] == "UNIMPLEMENTED"

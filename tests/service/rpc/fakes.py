@@ -175,7 +175,9 @@ class Service:
     def target(self) -> str:
         return f"127.0.0.1:{self.port}"
 
-    def spans(self, name: str) -> list:  # type: ignore[type-arg]
+    async def spans(self, name: str) -> list:  # type: ignore[type-arg]
+        """Those of calls that are over. A caller has its status before the call's span ends: waits, with a bound, for the latter."""
+        await asyncio.wait_for(self.inference.idle(), WAIT_S)
         return [span for span in self.tracing.spans() if span.name == name]
 
 

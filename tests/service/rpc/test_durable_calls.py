@@ -122,8 +122,8 @@ async def test_submit_hands_the_prompt_its_key_class_and_headers_on() -> None:
         )
         sampling = SamplingFields(max_tokens=3)
         assert await client.submit("hello", sampling=sampling, key="k", queue_class="batch", options=options) == ID
-        (send,) = service.spans("send prompts")
-        (call,) = service.spans("sluice.v1.Inference/Submit")
+        (send,) = await service.spans("send prompts")
+        (call,) = await service.spans("sluice.v1.Inference/Submit")
     ((prompt, key, queue_class, conversation_id, headers),) = durable.submitted
     assert (prompt.text, prompt.sampling.max_tokens, key, queue_class, conversation_id) == ("hello", 3, "k", "batch", "c")
     traceparent = headers.pop("traceparent").decode()
@@ -146,8 +146,7 @@ async def test_an_attached_reader_is_linked_to_the_generation_and_told_of_a_hand
     async with serving(durable=durable, coalesce_ms=0) as service, grpc.aio.insecure_channel(service.target) as channel:
         call = inference_pb2_grpc.InferenceStub(channel).Attach(inference_pb2.AttachRequest(request_id=ID))
         events = [event async for event in call]
-        await asyncio.wait_for(service.inference.idle(), WAIT_S)
-        (span,) = service.spans("sluice.v1.Inference/Attach")
+        (span,) = await service.spans("sluice.v1.Inference/Attach")
     said = [token for event in events for token in event.delta.token_ids]
     resets = [(event.epoch, list(event.reset.resume_from)) for event in events if event.HasField("reset")]
     assert (said, resets) == (list(range(TOKENS)), [(2, [4])])
