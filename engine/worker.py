@@ -32,6 +32,7 @@ from engine.config import EngineConfig
 from engine.cores import usable_cores
 from engine.errors import CheckpointError, ConfigError, EngineError, FrameError
 from engine.frames import PROTOCOL_VERSION, Abort, Close, FrameDecoder, Hello, Payload, encode
+from engine.library_pages import release_library_pages
 from engine.openmp import pin_threads, prefer_short_spin
 from engine.output import EngineFacts, EngineFailure, EngineProgress, StepOutput, StepStats, TokenOutput
 from engine.request import Request
@@ -263,12 +264,13 @@ def serve(connection: socket.socket, config_json: str) -> int:
             config = replace(config, num_threads=config.num_threads or usable_cores())
             pin_threads()
         engine, encode_output = build(config, progress)
-        if engine.facts.device == "cpu":
-            step_back(config.nice)
         gc.collect()
         gc.freeze()
         # Pages that loading and packing have left free go back to the system.
         ctypes.CDLL(None).malloc_trim(0)
+        if engine.facts.device == "cpu":
+            release_library_pages()
+            step_back(config.nice)
         outbox.put(encode(Hello(protocol_version=PROTOCOL_VERSION, facts=engine.facts)))
         Worker(engine, connection, outbox, encode_output).run()
     except ConnectionError:

@@ -86,9 +86,9 @@ LIMITS = (
         unit="×",
     ),
     Limit(
-        what="memory of the engine beside weights",
+        what="memory of the engine beside weights and KV cache, after requests",
         benchmark="startup",
-        read=lambda r: r["engine_beside_weights_mib"],
+        read=lambda r: r["engine_beside_weights_and_kv_mib"]["after_requests"]["median"],
         bound=600,
         at_most=True,
         unit=" MiB",
@@ -107,7 +107,11 @@ def service_rows(suite: Json) -> str:
         if limit.benchmark not in suite:
             lines.append(f"| {limit.what} | {wanted} | – | not measured: no `{limit.benchmark}` in these documents |")
             continue
-        value = limit.read(suite[limit.benchmark]["results"])
+        try:
+            value = limit.read(suite[limit.benchmark]["results"])
+        except KeyError:
+            lines.append(f"| {limit.what} | {wanted} | – | not in these documents: `{limit.benchmark}` measured it otherwise |")
+            continue
         met = value <= limit.bound if limit.at_most else value >= limit.bound
         off = value / limit.bound
         lines.append(f"| {limit.what} | {wanted} | {value:g}{limit.unit} | {'met' if met else f'missed: {off:.0%} of it'} |")

@@ -2,8 +2,8 @@
 
     python -m tests.bench.startup [--starts 3] [--idle-s 10]
 
-Ready beyond loading is exec-to-ready less the engine's own loading time. Memory is proportional set size; the engine's is shown less
-its weights and its KV cache, which the configuration decides.
+Ready beyond loading is exec-to-ready less the engine's own loading time. Memory is proportional set size, idle and after 32 requests,
+16 at a time; the engine's is shown less its weight files and its KV cache, which the configuration decides.
 """
 
 import argparse
@@ -12,9 +12,11 @@ from typing import Any
 
 from service.cli.demo_model import ensure_demo_model
 from tests.bench import report
+from tests.bench.load_run import fixed, plan, run_load
 from tests.bench.served import Served, model_bytes, resident_bytes, serving
 
-KV_BYTES = 256 * 2**20
+KV_BYTES = 60 * 2**20
+"""2 MiB a layer: an engine takes the first pages ahead, so all of it is resident."""
 
 
 def parse() -> argparse.Namespace:
@@ -29,9 +31,13 @@ def cpu_seconds(served: Served) -> float:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    model = ensure_demo_model()
+    known = model_bytes(ensure_demo_model()) + KV_BYTES
+
+    def beside(served: Served) -> float:
+        return (resident_bytes(served.child) - known) / 2**20
+
     ready, load, beyond, idle = [], [], [], []
-    parent = child = 0
+    parents, engines, busy = [], [], []
     for _ in range(arguments.starts):
         with serving("--embedded", "--brokers", "127.0.0.1:0", "--set", f"engine.kv_cache_bytes={KV_BYTES}") as served:
             ready.append(served.ready_s)
@@ -41,16 +47,17 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             before = cpu_seconds(served)
             time.sleep(arguments.idle_s)
             idle.append((cpu_seconds(served) - before) / arguments.idle_s * 100)
-            parent, child = resident_bytes(served.process), resident_bytes(served.child)
+            parents.append(resident_bytes(served.process) / 2**20)
+            engines.append(beside(served))
+            run_load(served, "grpc", plan(fixed(64, 32), requests=32, concurrency=16), "memory")
+            busy.append(beside(served))
     results = {
         "ready_s": report.spread(ready),
         "load_s": report.spread(load),
         "ready_beyond_loading_s": report.spread(beyond),
         "idle_percent_of_a_core": report.spread(idle),
-        "parent_mib": round(parent / 2**20),
-        "engine_mib": round(child / 2**20),
-        # Pages of the KV cache that no block has used are not resident, so this is an upper bound of neither; it is what is there.
-        "engine_beside_weights_mib": round((child - model_bytes(model)) / 2**20),
+        "parent_mib": round(max(parents)),
+        "engine_beside_weights_and_kv_mib": {"idle": report.spread(engines, 0), "after_requests": report.spread(busy, 0)},
     }
     return report.emit("startup", vars(arguments) | {"kv_cache_bytes": KV_BYTES}, results)
 

@@ -244,6 +244,14 @@ def test_a_real_engine_says_in_a_child_what_it_says_here(tmp_path: Path) -> None
     assert heard.tokens() == run(Engine(config), requests).tokens()
 
 
+def test_a_ready_engine_on_a_cpu_keeps_no_code_that_loading_alone_has_run(tmp_path: Path) -> None:
+    """Of torch's libraries some 300 MiB are resident once it is imported."""
+    config = EngineConfig(model_dir=str(write_tiny_model(tmp_path / "tiny")), num_threads=1, num_blocks=128)
+    with child(config) as engine:
+        engine.hello()
+        assert psutil.Process(engine.process.pid).memory_info().shared < 100 * 2**20
+
+
 @pytest.mark.parametrize("nice", [0, 7])
 def test_every_thread_of_an_engine_on_a_cpu_stands_back(tmp_path: Path, nice: int) -> None:
     config = EngineConfig(model_dir=str(write_tiny_model(tmp_path / "tiny")), num_threads=2, num_blocks=128, nice=nice)
