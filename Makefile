@@ -37,9 +37,9 @@ serve: setup  ## a broker and the service until Ctrl-C; prints what to try
 servers: setup-dev  ## fetch and build what the tests run against (model, Kafka, Jaeger), once
 	@$(BIN)/python -m tests.servers.prepare
 
-WORKERS ?=
-test: servers  ## every test; WORKERS=2 runs files side by side, each worker with a broker of its own
-	@$(BIN)/python -m pytest $(if $(WORKERS),-n $(WORKERS) --dist loadfile)
+WORKERS ?= 2
+test: servers  ## every test, files side by side: each of the 2 (WORKERS=…) workers has a broker of its own; WORKERS=1 for one by one
+	@$(BIN)/python -m pytest $(if $(filter-out 1,$(WORKERS)),-n $(WORKERS) --dist loadfile)
 
 lint: setup-dev  ## style, types, import contracts, generated code
 	@$(BIN)/ruff format --check --quiet . || { echo "ruff format . would change files" >&2; exit 1; }
