@@ -23,7 +23,7 @@ from engine.execution.captured_steps import CapturedSteps, known_ids
 from engine.execution.forward_batch import ForwardBatch
 from engine.execution.host_batch import ON_DEVICE, HostBatch
 from engine.execution.memory import lacks_memory
-from engine.execution.recorded_steps import RecordedSteps
+from engine.execution.recorded_steps import FEW, RecordedSteps
 from engine.execution.sampler import PendingSample, Sampler
 from engine.execution.slot_table import Ints, SlotTable
 from engine.scheduling.step import Chunk, ChunkResult, Follow, StepPlan, StepResult
@@ -122,6 +122,8 @@ class Runner:
             if captures
             else None
         )
+        if self._recorded_steps is not None:
+            self._record(self._recorded_steps)
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Launched:
@@ -198,6 +200,18 @@ class Runner:
         if self._captured is not None:
             self._captured.clear()
         torch.cuda.empty_cache()
+
+    @torch.inference_mode()
+    def _record(self, steps: RecordedSteps) -> None:
+        """All that a step may be wanted for, before there is one: in the midst of a stream it would be heard as a pause."""
+        slots = torch.zeros(FEW, dtype=torch.int64)
+        with _memory_errors():
+            steps.record(self._hidden, torch.tensor([0, FEW - 1]))
+            steps.record(self._logits)
+            if self._finds_best and self.overlaps:
+                steps.record(self._draw, slots, torch.empty_like(slots))
+            elif self._finds_best:
+                steps.record(self._tokens)
 
     def _launched(self, chunks: tuple[Chunk, ...], slots: Ints, pending: PendingSample) -> Launched:
         return Launched(chunks=chunks, slots=slots, starts=self._slots.starts[slots], pending=pending)

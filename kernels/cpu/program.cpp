@@ -127,6 +127,20 @@ public:
         finished_ = true;
     }
 
+    // The same calls, of which nothing has run yet: what is prepared for one number of rows stays while another's runs.
+    c10::intrusive_ptr<Program> copy() const {
+        TORCH_CHECK(finished_, "only a finished program can be copied");
+        auto made = c10::make_intrusive<Program>(num_inputs_);
+        made->result_ = result_;
+        made->finished_ = true;
+        made->registers_.clear();
+        for (const Register& one : registers_) made->registers_.push_back({one.root, one.last_read, false, 0, IValue()});
+        for (const Call& call : calls_) {
+            made->calls_.push_back({call.op, call.kind, call.constants, call.reads, call.first_write, call.num_writes, call.done, false, {}});
+        }
+        return made;
+    }
+
     // What it gives no other run touches. One run at a time.
     Tensor run(const std::vector<Tensor>& inputs) {
         TORCH_CHECK(finished_ && (int64_t)inputs.size() == num_inputs_, "run takes ", num_inputs_, " inputs of a finished program");
@@ -366,6 +380,7 @@ TORCH_LIBRARY_FRAGMENT(sluice_cpu, library) {
                        .def(torch::init<int64_t>())
                        .def("call", &Program::call)
                        .def("finish", &Program::finish)
+                       .def("copy", &Program::copy)
                        .def("run", &Program::run);
     library.class_<Running>("Running").def("wait", &Running::wait).def("synchronize", &Running::synchronize);
     // What it gives is what it writes into its inputs and into what it keeps.

@@ -35,11 +35,13 @@ class Program:
     """What was recorded; one run of it at a time.
 
     `run` gives what the function gave. `start` begins a run behind those begun before: what it gives is what it writes into its inputs
-    and into what it keeps. Until the caller synchronizes, it has one thread less, which is the caller's.
+    and into what it keeps. Until the caller synchronizes, it has one thread less, which is the caller's. `copy` gives the same calls as a
+    program of its own: each stays prepared for the numbers of rows that it ran last, so two that take turns want two.
     """
 
     run: Callable[[list[Tensor]], Tensor]
     start: Callable[[list[Tensor]], Running]
+    copy: Callable[[], "Program"]
 
 
 class RecordError(Exception):
@@ -50,13 +52,20 @@ class RecordError(Exception):
 def record(function: Callable[..., Tensor], inputs: list[Tensor]) -> tuple[Tensor, Program]:
     """Calls `function(*inputs)`; gives its result and the same calls as a program. Raises `RecordError`.
 
-    The operators are there once `kernels.cpu.choose` has loaded them. Raises whatever the function raises.
+    Inputs are told apart by being different tensors. The operators are there once `kernels.cpu.choose` has loaded them. Raises whatever
+    the function raises.
     """
+    if len({id(one) for one in inputs}) < len(inputs):
+        raise RecordError("one tensor stands for two inputs")
     program = torch.classes.sluice_cpu.Program(len(inputs))
     with _Recorder(program, inputs) as recorder:
         result = function(*inputs)
     program.finish(recorder.register(result))
-    return result, Program(program.run, program.start)
+    return result, _of(program)
+
+
+def _of(program: Any) -> Program:
+    return Program(program.run, program.start, lambda: _of(program.copy()))
 
 
 class _Recorder(TorchDispatchMode):

@@ -281,6 +281,7 @@ class Bench:
         return argparse.Namespace(
             concurrent=concurrent,
             requests=options.rounds * concurrent,
+            warm_up=concurrent,
             prompt_tokens=options.prompt_tokens,
             new_tokens=options.new_tokens,
             blocks=options.blocks,

@@ -1,11 +1,12 @@
 """Output tokens a second through the whole service, against the engine offline, in one interleaved run.
 
-    python -m tests.bench.service [--concurrent 16] [--requests 48] [--prompt-tokens 64] [--new-tokens 32] [--blocks 3]
+    python -m tests.bench.service [--concurrent 16] [--requests 48] [--prompt-tokens 64] [--new-tokens 32] [--blocks 5] [--warm-up 240]
 
 Closed loop: as many requests in flight as `concurrent`, the next one when one ends. Offline: `Engine` stepped in this process.
 gRPC: `Stream` calls of the client library. Kafka: prompt records in, chunks and result records out, on a real Apache Kafka broker on
 the same machine. The load generator and the broker share the cores with the service: these figures hold for that; what each cost
-stands beside them.
+stands beside them. `--warm-up` requests of each transport come before the blocks: a broker's JVM that has just started takes three times
+the processor time of one that has compiled what it runs.
 """
 
 import argparse
@@ -34,7 +35,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=48)
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=32)
-    parser.add_argument("--blocks", type=int, default=3)
+    parser.add_argument("--blocks", type=int, default=5)
+    parser.add_argument("--warm-up", type=int, default=240)
     return parser.parse_args()
 
 
@@ -82,13 +84,14 @@ def compare(
     rates: dict[str, list[float]] = {"offline": [], **{name: [] for name in transports}}
     costs: dict[str, dict[str, list[float]]] = {name: {} for name in transports}
     for block in range(-1, arguments.blocks):
-        # The first block warms all of them up.
-        num_requests = arguments.requests if block >= 0 else arguments.concurrent
-        load = plan(equal, requests=num_requests, concurrency=arguments.concurrent)
-        prompts = tokenized(tokenization, arguments, f"{seed}offline {block}", num_requests)
+        warms_up = block < 0
+        load = plan(equal, requests=arguments.warm_up if warms_up else arguments.requests, concurrency=arguments.concurrent)
+        prompts = tokenized(
+            tokenization, arguments, f"{seed}offline {block}", arguments.concurrent if warms_up else arguments.requests
+        )
         took = offline(engine, prompts, arguments, block)
         runs = {name: run_load(served, name, load, f"{seed}{name} {block}", broker_pid) for name in transports}
-        if block < 0:
+        if warms_up:
             continue
         rates["offline"].append(tokens / took)
         for name, ([run], cost) in runs.items():

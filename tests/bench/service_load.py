@@ -1,6 +1,6 @@
 """Latency of the served model: what the service adds to the first token, and equal requests from light to heavy load.
 
-    python -m tests.bench.service_load [--alone 60] [--level-s 20] [--loads 0.1,0.3,0.5,0.7,0.9] [--concurrent 16]
+    python -m tests.bench.service_load [--alone 200] [--level-s 20] [--loads 0.1,0.3,0.5,0.7,0.9] [--concurrent 16]
 
 Added TTFT: one request at a time on an otherwise idle service; from sending to the first token at the client, less the engine's own
 part (first scheduled to first token, which each answer tells). The sweep: a closed loop finds what `concurrent` in flight reach, then
@@ -21,7 +21,7 @@ from tests.bench.served import BROKER, resident_bytes, serving, small_broker
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--alone", type=int, default=60)
+    parser.add_argument("--alone", type=int, default=200)
     parser.add_argument("--level-s", type=float, default=20.0)
     parser.add_argument("--loads", default="0.1,0.3,0.5,0.7,0.9")
     parser.add_argument("--concurrent", type=int, default=16)

@@ -2,8 +2,9 @@
 
     python -m tests.bench.startup [--starts 3] [--idle-s 10]
 
-Ready beyond loading is exec-to-ready less the engine's own loading time. Memory is proportional set size, idle and after 32 requests,
-16 at a time; the engine's is shown less its weight files and its KV cache, which the configuration decides.
+Ready beyond loading is exec-to-ready less the engine's own loading time. The first request is one of 64 tokens, over gRPC. Memory is
+proportional set size, idle and after 32 more requests, 16 at a time; the engine's is shown less its weight files and its KV cache, which
+the configuration decides.
 """
 
 import argparse
@@ -37,6 +38,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         return (resident_bytes(served.child) - known) / 2**20
 
     ready, load, beyond, idle = [], [], [], []
+    first_token: list[float] = []
     parents, engines, busy = [], [], []
     for _ in range(arguments.starts):
         with serving("--embedded", "--brokers", "127.0.0.1:0", "--set", f"engine.kv_cache_bytes={KV_BYTES}") as served:
@@ -49,6 +51,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             idle.append((cpu_seconds(served) - before) / arguments.idle_s * 100)
             parents.append(resident_bytes(served.process) / 2**20)
             engines.append(beside(served))
+            [alone], _ = run_load(served, "grpc", plan(fixed(64, 2), requests=1, concurrency=1), "first")
+            first_token.append(alone.summary.as_json()["ttft_ms"]["p50"])
             run_load(served, "grpc", plan(fixed(64, 32), requests=32, concurrency=16), "memory")
             busy.append(beside(served))
     results = {
@@ -56,6 +60,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "load_s": report.spread(load),
         "ready_beyond_loading_s": report.spread(beyond),
         "idle_percent_of_a_core": report.spread(idle),
+        "first_token_of_the_first_request_ms": report.spread(first_token),
         "parent_mib": round(max(parents)),
         "engine_beside_weights_and_kv_mib": {"idle": report.spread(engines, 0), "after_requests": report.spread(busy, 0)},
     }

@@ -111,6 +111,17 @@ def test_the_number_of_rows_may_change_from_run_to_run(residual_from_afar) -> No
             assert torch.equal(program.run(inputs), of_some(*inputs))
 
 
+def test_a_copy_gives_what_the_program_gives_and_each_stays_prepared_for_its_own_rows() -> None:
+    deep = _deep(residual_from_afar=True)
+    _, program = record(deep, [torch.randn(3, SIZE)])
+    copies = {rows: program.copy() for rows in (1, 3, 40)}
+    for _ in range(2):
+        for rows, copy in copies.items():
+            x = torch.randn(rows, SIZE)
+            for one in (copy, program, copy.copy()):
+                assert torch.equal(one.run([x]), deep(x))
+
+
 BROAD = 208  # some panels of every instruction set, so that rows are read after others' sums are written
 
 
@@ -282,6 +293,11 @@ def test_dimensions_that_only_operators_look_at_may_change() -> None:
 def test_a_function_that_reads_a_number_is_refused() -> None:
     with pytest.raises(RecordError, match="reads a number of a tensor"):
         record(lambda x: x.repeat(x.sum().item()), [torch.ones(3, dtype=torch.int64)])
+
+
+def test_one_tensor_for_two_inputs_is_refused() -> None:
+    with pytest.raises(RecordError, match="one tensor stands for two inputs"):
+        record(torch.add, [torch.ones(2)] * 2)
 
 
 def test_a_change_of_shape_in_place_is_refused() -> None:

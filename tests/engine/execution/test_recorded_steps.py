@@ -8,7 +8,7 @@ from torch import Tensor
 
 from engine import Engine, EngineConfig, Request, SamplingParams
 from engine.attention.base import AttentionMetadata
-from engine.execution.recorded_steps import Compute, RecordedSteps, SingleTokens
+from engine.execution.recorded_steps import FEW, Compute, RecordedSteps, SingleTokens
 from kernels.cpu.program import Program
 from tests.engine.models.families import save
 from tests.engine.tiny_model import VOCAB, write_tiny_model
@@ -45,7 +45,7 @@ def _said(engine: Engine, lengths: list[int]) -> dict[str, list[tuple[int, float
         ("bfloat16", "int4", "auto"),
     ],
 )
-def test_recorded_steps_say_what_the_models_own_python_says(model_dir, dtype, quantize, kept, num_batched, monkeypatch):
+def test_recorded_steps_say_what_the_models_own_python_says(model_dir, dtype, quantize, kept, num_batched):
     config = EngineConfig(
         model_dir=str(model_dir),
         dtype=dtype,
@@ -55,11 +55,11 @@ def test_recorded_steps_say_what_the_models_own_python_says(model_dir, dtype, qu
         enable_prefix_cache=False,
         max_num_batched_tokens=num_batched,
     )
-    monkeypatch.setattr(RecordedSteps, "_recorded", unrecorded)
-    own = _said(Engine(config), [3, 17, 40])
-    monkeypatch.undo()
+    in_python = Engine(config)
+    in_python._loop._executor._recorded_steps = None
+    own = _said(in_python, [3, 17, 40])
     recorded = Engine(config)
-    # The second round runs what the first has recorded, over other blocks.
+    # The second round runs what the first has prepared, over other blocks.
     first, again = _said(recorded, [3, 17, 40]), _said(recorded, [3, 17, 40])
     assert (first, again) == (own, own)
 
@@ -76,9 +76,10 @@ WITH_HEADS_OF_16 = {"hidden_size": 64, "head_dim": 16}
         ("Qwen3", {}),
     ],
 )
-def test_chunks_of_any_number_of_tokens_run_what_was_recorded(tmp_path, family, overrides):
+def test_any_number_of_tokens_runs_what_was_recorded(tmp_path, family, overrides):
     save(tmp_path, family, WITH_HEADS_OF_16 | overrides)
-    runner = Engine(EngineConfig(model_dir=str(tmp_path), num_blocks=16, block_size=16))._loop._executor
+    config = EngineConfig(model_dir=str(tmp_path), num_blocks=16, block_size=16, overlap="on")
+    runner = Engine(config)._loop._executor
     steps = runner._recorded_steps
     if steps is None:
         pytest.fail("the C++ operators cannot be built here; install g++", pytrace=False)
@@ -94,6 +95,22 @@ def test_chunks_of_any_number_of_tokens_run_what_was_recorded(tmp_path, family, 
         ):
             given = _chunks(chunks, torch.tensor(rows, dtype=torch.int64))
             assert torch.equal(steps.run_chunks(runner._hidden, *given), runner._hidden(*given))
+        # What they have written into the cache is read by single tokens, of one sequence and of two.
+        for places in ([31], [30, 20], [9]):
+            ids, positions, metadata, _ = _chunks([(place, 1) for place in places], torch.tensor([]))
+            batch = SingleTokens(
+                input_ids=ids,
+                positions=positions,
+                query_start_loc=metadata.query_start_loc,
+                seq_lens=metadata.seq_lens,
+                block_tables=metadata.block_tables,
+                slot_mapping=metadata.slot_mapping,
+            )
+            assert torch.equal(steps.run(runner._logits, batch), runner._logits(ids, positions, metadata))
+            slots, tokens = torch.arange(len(places)), torch.empty(len(places), dtype=torch.int64)
+            steps.start(runner._draw, batch, slots, tokens).synchronize()
+            assert torch.equal(tokens, runner._tokens(ids, positions, metadata))
+            assert torch.equal(runner._drawn[slots], tokens)
 
 
 def _chunks(chunks: list[tuple[int, int]], rows: Tensor) -> tuple[Tensor, Tensor, AttentionMetadata, Tensor]:
@@ -116,22 +133,6 @@ def _chunks(chunks: list[tuple[int, int]], rows: Tensor) -> tuple[Tensor, Tensor
     return positions * 7 % 61, positions, metadata, rows
 
 
-def unrecorded(self: RecordedSteps, compute: Compute, num_singles: int, inputs: list[Tensor]) -> Tensor:
-    """The model's own Python each time."""
-
-    def plain(function, values):
-        return function(*values), Program(lambda later: function(*later), lambda later: Done(function(*later)))
-
-    self._record, record = plain, self._record
-    try:
-        return STEPS_RECORDED(self, compute, num_singles, inputs)
-    finally:
-        self._record = record
-
-
-STEPS_RECORDED = RecordedSteps._recorded
-
-
 class Done:
     """A run that is over."""
 
@@ -146,7 +147,7 @@ class Done:
 
 
 class FakeRecorder:
-    """Notes what is recorded and what is run again; fails the recordings that are told to."""
+    """Notes what is recorded, copied and run again; fails the recordings that are told to."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -156,16 +157,21 @@ class FakeRecorder:
         if self.error is not None:
             raise self.error
         self.calls.append(f"recorded {len(inputs[0])}")
+        return function(*inputs), self.program(function, "the first")
 
+    def program(self, function, name) -> Program:
         def run(later):
-            self.calls.append(f"ran {len(later[0])}")
+            self.calls.append(f"{name} ran {len(later[0])}")
             return function(*later)
 
         def start(later):
-            self.calls.append(f"started {len(later[0])}")
+            self.calls.append(f"{name} began {len(later[0])}")
             return Done(function(*later))
 
-        return function(*inputs), Program(run, start)
+        def copy():
+            return self.program(function, "a copy")
+
+        return Program(run, start, copy)
 
 
 def _batch(num_seqs: int) -> SingleTokens:
@@ -196,21 +202,28 @@ def _ids(ids: Tensor, *_: object) -> Tensor:
     return ids
 
 
-def test_each_number_of_sequences_is_recorded_once() -> None:
+def test_each_number_of_sequences_runs_a_copy_of_its_own() -> None:
     recorder = FakeRecorder()
     steps = _steps(recorder)
-    assert [_step(steps, _sum, num_seqs) for num_seqs in (2, 3, 2)] == [[1, 4], [1, 4, 7], [1, 4]]
-    assert recorder.calls == ["recorded 2", "recorded 3", "ran 2"]
+    steps.record(_sum)
+    copies = []
+    for num_seqs in (2, 3, 2):
+        assert _step(steps, _sum, num_seqs) == [3 * i + 1 for i in range(num_seqs)]
+        copies.append(steps._program(_sum, _batch(num_seqs)))
+    assert recorder.calls == ["recorded 3", "a copy ran 2", "a copy ran 3", "a copy ran 2"]
+    assert copies[0] is copies[2] is not copies[1]
 
 
 def test_each_thing_wanted_of_a_step_is_recorded_apart() -> None:
     recorder = FakeRecorder()
     steps = _steps(recorder)
+    steps.record(_sum)
+    steps.record(_ids)
     assert [_step(steps, compute, 2) for compute in (_sum, _ids, _sum, _ids)] == [[1, 4], [0, 1], [1, 4], [0, 1]]
-    assert recorder.calls == ["recorded 2", "recorded 2", "ran 2", "ran 2"]
+    assert recorder.calls == ["recorded 3"] * 2 + ["a copy ran 2"] * 4
 
 
-def test_steps_of_any_chunks_are_recorded_once_with_a_few_tokens_that_write_nothing() -> None:
+def test_it_is_recorded_with_a_few_tokens_that_write_nothing_and_chunks_run_it_as_it_is() -> None:
     recorder, mappings = FakeRecorder(), []
     steps = _steps(recorder)
 
@@ -231,35 +244,42 @@ def test_steps_of_any_chunks_are_recorded_once_with_a_few_tokens_that_write_noth
         )
         return steps.run_chunks(compute, batch.input_ids, batch.positions, metadata, torch.tensor(rows)).tolist()
 
+    steps.record(compute, torch.tensor([0, 2]))
     assert [chunks(900, [899]), chunks(2, [1, 0])] == [[1798], [2, 0]]
-    assert recorder.calls == ["recorded 3", "ran 900", "ran 2"]
+    assert recorder.calls == ["recorded 3", "the first ran 900", "the first ran 2"]
     assert mappings == [[-1] * 3, list(range(900)), [0, 1]]
 
 
-def test_a_recording_that_failed_is_made_anew() -> None:
+def test_a_recording_that_failed_may_be_made_anew() -> None:
     recorder = FakeRecorder()
     steps = _steps(recorder)
     recorder.error = MemoryError()
     with pytest.raises(MemoryError):
-        _step(steps, _ids, 1)
+        steps.record(_ids)
     recorder.error = None
-    assert (_step(steps, _ids, 1), recorder.calls) == ([0], ["recorded 1"])
+    steps.record(_ids)
+    assert (_step(steps, _ids, 1), recorder.calls) == ([0], ["recorded 3", "a copy ran 1"])
 
 
 def _into(ids: Tensor, places: Tensor, metadata: AttentionMetadata, out: Tensor) -> Tensor:
     return out.copy_(ids + places)
 
 
-def test_a_step_may_be_begun_once_it_is_recorded() -> None:
+def test_a_step_may_be_begun() -> None:
     recorder = FakeRecorder()
-    steps, out = _steps(recorder), torch.zeros(3, dtype=torch.int64)
-    assert steps.start(_into, _batch(3), out) is None
-    assert out.tolist() == [0, 2, 4]
-    out.zero_()
-    begun = steps.start(_into, _batch(3), out)
-    assert begun is not None
-    begun.synchronize()
-    assert (out.tolist(), recorder.calls) == ([0, 2, 4], ["recorded 3", "started 3"])
+    steps, out = _steps(recorder), torch.zeros(4, dtype=torch.int64)
+    steps.record(_into, torch.zeros(FEW, dtype=torch.int64))
+    steps.start(_into, _batch(4), out).synchronize()
+    assert (out.tolist(), recorder.calls) == ([0, 2, 4, 6], ["recorded 3", "a copy began 4"])
+
+
+def test_a_model_with_room_for_one_token_and_one_sequence_is_recorded_too(tmp_path) -> None:
+    config = EngineConfig(
+        model_dir=str(write_tiny_model(tmp_path)), num_blocks=2, block_size=16, max_num_seqs=1, max_model_len=1, overlap="on"
+    )
+    engine = Engine(config)
+    assert engine._loop._executor._recorded_steps is not None
+    assert not engine._loop._executor._caches[0].k.any()
 
 
 @pytest.mark.parametrize("wish", [{}, {"temperature": 0.8}, {"logprobs": 1}], ids=["greedy", "drawn", "with logprobs"])
