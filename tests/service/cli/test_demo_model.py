@@ -98,3 +98,10 @@ def test_no_tensor_library_enters_the_calling_process():
 def test_the_real_model_is_a_whole_directory():
     names = {path.name for path in model_dir().iterdir()}
     assert names >= {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+
+
+def test_a_process_that_has_fetched_it_can_build_the_operators() -> None:
+    """Which setuptools takes part in; on Python 3.11 it gives way to pip in a process that has looked for pip as one imports it."""
+    script = "from service.cli import demo_model; demo_model._installer(); from torch.utils import cpp_extension; print('well')"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.returncode) == ("well\n", 0), done.stderr
