@@ -38,7 +38,7 @@ servers: setup-dev  ## fetch and build what the tests run against (model, Kafka,
 	@$(BIN)/python -m tests.servers.prepare
 
 WORKERS ?= 2
-test: servers  ## every test, files side by side: each of the 2 (WORKERS=…) workers has a broker of its own; WORKERS=1 for one by one
+test: servers  ## every test, files side by side in 2 workers (WORKERS=…), each with a broker of its own unless one is named
 	@$(BIN)/python -m pytest $(if $(filter-out 1,$(WORKERS)),-n $(WORKERS) --dist loadfile)
 
 lint: setup-dev  ## style, types, import contracts, generated code
@@ -49,7 +49,7 @@ lint: setup-dev  ## style, types, import contracts, generated code
 	@$(BIN)/python -m tests.proto_drift
 	@echo "lint: clean"
 
-bench: servers  ## the benchmarks, as JSON on standard output (about 10 minutes)
+bench: servers  ## the benchmarks, as JSON on standard output (about 15 minutes)
 	@$(BIN)/python -m tests.bench
 
 bench-peers: setup-dev  ## against llama.cpp, vLLM and transformers, as JSON on standard output (built first, 10 minutes and 7 GB once)

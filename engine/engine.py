@@ -93,7 +93,8 @@ class Engine:
     ) -> None:
         """Loads the model and takes the pool's memory. `progress`: (share in [0, 1], what is done), may be None.
 
-        Raises `ConfigError` naming the setting, `CheckpointError` naming the file.
+        Raises `ConfigError` naming the setting, `CheckpointError` naming the file, `OutOfMemoryError` where not even a few tokens can be
+        computed.
         """
         began_ns = clock()
         device = resolve_device(config.device)

@@ -17,11 +17,16 @@ _MADV_DONTNEED = 4
 def release_library_pages() -> int:
     """Bytes of shared libraries that were resident until now; what of them is read again comes back from the page cache or the file.
 
-    0 where the system does not say what is resident (it is Linux that does). Other threads may run.
+    0 where the system does not say what is resident (Linux does, unless a sandbox forbids it). Other threads may run, but none may load
+    or unload a library meanwhile.
     """
+    try:
+        smaps = _SMAPS.read_text("utf-8", "replace")
+    except OSError:
+        return 0
     libc = ctypes.CDLL(None)
     released = 0
-    for start, end, resident in _as_in_their_files(_SMAPS.read_text("utf-8", "replace") if _SMAPS.exists() else ""):
+    for start, end, resident in _as_in_their_files(smaps):
         if libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_DONTNEED) == 0:
             released += resident
     return released
@@ -40,4 +45,4 @@ def _as_in_their_files(smaps: str) -> Iterator[tuple[int, int, int]]:
             continue
         fields = {name: int(kib) << 10 for name, kib in re.findall(r"^(\w+): +(\d+) kB$", lines, re.MULTILINE)}
         if fields.get("Anonymous") == 0 and fields.get("Swap") == 0:
-            yield int(mapping["start"], 16), int(mapping["end"], 16), fields["Rss"]
+            yield int(mapping["start"], 16), int(mapping["end"], 16), fields.get("Rss", 0)

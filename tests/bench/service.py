@@ -83,7 +83,7 @@ def compare(
     tokens = arguments.requests * arguments.new_tokens
     rates: dict[str, list[float]] = {"offline": [], **{name: [] for name in transports}}
     costs: dict[str, dict[str, list[float]]] = {name: {} for name in transports}
-    for block in range(-1, arguments.blocks):
+    for block in range(-1 if arguments.warm_up else 0, arguments.blocks):
         warms_up = block < 0
         load = plan(equal, requests=arguments.warm_up if warms_up else arguments.requests, concurrency=arguments.concurrent)
         prompts = tokenized(

@@ -23,6 +23,7 @@ from urllib.error import HTTPError, URLError
 from urllib.request import urlopen
 
 from service.config import cache_dir
+from tests.servers.kafka import free_port
 from tests.servers.tied import tie
 
 VERSION = "1.76.0"
@@ -167,7 +168,7 @@ def running() -> Iterator[JaegerServer]:
         yield JaegerServer(otlp, f"http://{query}")
         return
     executable = binary()
-    otlp_port, query_port, *others = _free_ports(7)
+    otlp_port, query_port, *others = (free_port() for _ in range(7))
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(_command(executable, otlp_port, query_port, others), stdout=log, stderr=subprocess.STDOUT)
         tie(process.pid)
@@ -191,17 +192,6 @@ def _command(executable: Path, otlp_port: int, query_port: int, others: list[int
         "admin.http.host-port": f"127.0.0.1:{others[4]}",
     }
     return [str(executable), *(f"--{name}={value}" for name, value in flags.items())]
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for item in sockets:
-            item.bind(("127.0.0.1", 0))
-        return [item.getsockname()[1] for item in sockets]
-    finally:
-        for item in sockets:
-            item.close()
 
 
 def _wait_ready(process: subprocess.Popen[bytes], server: JaegerServer, log: IO[bytes]) -> None:

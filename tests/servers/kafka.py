@@ -7,6 +7,7 @@ elsewhere. `python -m tests.servers.kafka` prints the bootstrap address and runs
 import base64
 import fcntl
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -17,7 +18,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from confluent_kafka import KafkaException
@@ -34,7 +35,9 @@ SHORT_LIVED = ("-Xmx512m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1")
 12 s instead of 18)."""
 TWO_CORES = ("num.network.threads=1", "num.io.threads=2")
 """For a broker that has no more cores: an eighth less processor time than with the eleven threads that are the default."""
-LOGS = Path(__file__).resolve().parents[1] / ".logs"
+LOGS = Path(__file__).resolve().parents[1] / ".logs" / os.environ.get("PYTEST_XDIST_WORKER", "")
+_NEVER_GIVEN = range(20_000, 32_000)
+"""Linux gives from 32,768 on. Not drawn by `random`, whose seed test runs side by side share."""
 
 _POM = f"""<project xmlns="http://maven.apache.org/POM/4.0.0">
   <modelVersion>4.0.0</modelVersion>
@@ -171,7 +174,7 @@ def started(server: KafkaServer, name: str) -> Iterator[None]:
 def keep_log(server: KafkaServer, name: str) -> None:
     """Copies the broker's log to tests/.logs."""
     if server.log.exists():
-        LOGS.mkdir(exist_ok=True)
+        LOGS.mkdir(parents=True, exist_ok=True)
         shutil.copy(server.log, LOGS / f"{name}.log")
 
 
@@ -277,11 +280,12 @@ def _fetch(root: Path, libs: Path) -> None:
 
 
 def free_port() -> int:
-    """A TCP port on the loopback that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A TCP port on the loopback that nobody listens on now, nor is given who asks for any port before a server listens there."""
+    while True:
+        port = secrets.choice(_NEVER_GIVEN)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def main() -> int:

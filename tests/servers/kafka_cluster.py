@@ -113,7 +113,7 @@ def cluster(num_brokers: int = 3, *, advertised_ports: Sequence[int] = (), name:
             yield brokers
         finally:
             brokers.stop()
-            LOGS.mkdir(exist_ok=True)
+            LOGS.mkdir(parents=True, exist_ok=True)
             for broker in brokers.brokers:
                 if broker.log.exists():
                     shutil.copy(broker.log, LOGS / f"{name}-{broker.node_id}.log")
