@@ -3,7 +3,8 @@
 // The context is walked in chunks of 256 positions counted from the sequence's start. Each gives its rows a peak, a total and a weighted
 // sum of values; those are combined in the order of the chunks. A row's result is therefore the same, bit for bit, in a decode and in a
 // prompt of any chunking, beside any other rows, on any number of threads and however the context is split between them.
-// Slots that a row must not see are never multiplied, so that nothing which they hold can reach a result.
+// Slots that no row of a tile sees are never multiplied. One that others of its tile see has weight 0 for a row: a finite number there
+// cannot reach its result, an infinite one can.
 #pragma once
 
 namespace SLUICE_ISA {

@@ -30,7 +30,7 @@ inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline bool tokens_are_single(const Attention& call, int64_t num_seqs) {
     if (call.tokens != num_seqs || call.q_heads / call.kv_heads > prompt_rows) return false;
     for (int64_t seq = 0; seq < num_seqs; ++seq) {
-        if (call.starts[seq] != seq) return false;
+        if (call.starts[seq + 1] != seq + 1) return false;
         const int64_t last = call.seq_lens[seq] - 1, block = call.tables[seq * call.table_stride + last / call.block_size];
         if (call.slots[seq] != block * call.block_size + last % call.block_size) return false;
     }

@@ -10,6 +10,8 @@ constexpr int64_t rows_prepared_apart = 2;
 constexpr int64_t inputs_prepared_at_once = 8192;
 constexpr int64_t products_at_once = 786432;  // of few rows some 20 us of a thread
 constexpr int64_t row_block_bytes = (Simd::matrices ? 1024 : 192) << 10, row_block = Simd::matrices ? 512 : 240;  // a block's rows: at most
+constexpr int64_t rows_in_parts = 48;  // where fewer whole rows fit, rows are multiplied part by part,
+constexpr int64_t panels_of_part = 4;  // each part by so many panels, whose sums fit as well
 
 // As much as is asked for and no more, where a sanitizer watches what lies behind.
 #ifdef __SANITIZE_ADDRESS__
@@ -58,16 +60,36 @@ struct Product {
     float* row_scales;
     float* sums;      // of the rows and panels under way: sum_bytes
 
+    // Whole rows that fit a core's cache beside what they are multiplied by.
+    static int64_t rows_fitting(int64_t inputs) { return row_block_bytes / (row_elements(inputs) * (int64_t)sizeof(Row)); }
+
+    // Whether so many rows are multiplied part by part, since whole ones would be so few at a time that the weights came from memory again
+    // and again.
+    static bool in_parts(int64_t rows, const PackedHeader& header) {
+        if (multiplies_matrices<Tile> || Tile::part_inputs(header.group) == 0 || rows <= Tile::max_rows) return false;
+        const int64_t fitting = rows_fitting(header.inputs);
+        return fitting < std::min(rows, rows_in_parts);
+    }
+
     // Rows of one of the fewest nearly equal blocks, a whole number of tiles.
-    static int64_t rows_at_once(int64_t rows, int64_t inputs) {
-        const int64_t fitting = std::min(row_block, row_block_bytes / (row_elements(inputs) * (int64_t)sizeof(Row)));
+    static int64_t rows_at_once(int64_t rows, const PackedHeader& header) {
+        const int64_t fitting = in_parts(rows, header) ? row_block : std::min(row_block, rows_fitting(header.inputs));
         const int64_t most = std::max<int64_t>(fitting / Tile::max_rows, 1) * Tile::max_rows, blocks = (rows + most - 1) / most;
         return round_up((rows + blocks - 1) / blocks, Tile::max_rows);
     }
 
+    // Inputs of one of the fewest nearly equal parts.
+    static int64_t inputs_at_once(int64_t rows, const PackedHeader& header) {
+        if (!in_parts(rows, header)) return header.inputs;
+        const int64_t block = Tile::block_inputs(header.inputs), whole = block == header.inputs ? Tile::part_inputs(header.group) : block;
+        const int64_t most = row_block_bytes / (rows_at_once(rows, header) * (int64_t)sizeof(Row));
+        const int64_t parts = (header.inputs + most - 1) / most;
+        return round_up((header.inputs + parts - 1) / parts, whole);
+    }
+
     static int64_t sum_bytes(const Linear& call, const PackedHeader& header) {
-        int64_t most = multiplies_matrices<Tile> ? Tile::max_rows : rows_at_once(call.rows, header.inputs);
-        int64_t count = std::min(call.rows, most) * (header.gated ? 2 : 1);
+        int64_t most = multiplies_matrices<Tile> ? Tile::max_rows : rows_at_once(call.rows, header);
+        int64_t count = std::min(call.rows, most) * (in_parts(call.rows, header) ? panels_of_part : header.gated ? 2 : 1);
         return round_up(std::max<int64_t>(count, Tile::max_rows * (multiplies_matrices<Tile> ? 2 : 1)) * panel_outputs * (int64_t)sizeof(float), 64);
     }
 
@@ -107,11 +129,12 @@ struct Product {
 
     // A unit: a panel, or a pair of gate and up, for one block of rows; block after block.
     static int64_t units(const Linear& call, const PackedHeader& header) {
-        int64_t block = rows_at_once(call.rows, header.inputs);
+        int64_t block = rows_at_once(call.rows, header);
         return (call.rows + block - 1) / block * block_units(header);
     }
 
     static int64_t units_at_once(int64_t rows, const PackedHeader& header) {
+        if (in_parts(rows, header)) return panels_of_part / (header.gated ? 2 : 1);
         int64_t weights_of_unit = header.inputs * panel_outputs * (header.gated ? 2 : 1);
         int64_t count = std::clamp<int64_t>(products_at_once / (weights_of_unit * std::clamp<int64_t>(rows, 8, row_block)), 1, 64);
         // A whole number of what few rows take at once.
@@ -122,7 +145,7 @@ struct Product {
     // Units [first, last): `out` is given the sums of each with each row.
     template <class Out>
     void run(int64_t first, int64_t last, const Out& out) {
-        int64_t block = rows_at_once(call.rows, inputs), of_block = block_units(header);
+        int64_t block = rows_at_once(call.rows, header), of_block = block_units(header);
         while (first < last) {
             int64_t row = first / of_block * block, unit = first % of_block, count = std::min(of_block - unit, last - first);
             run_block(row, std::min(call.rows, row + block), unit, unit + count, out);
@@ -135,8 +158,7 @@ struct Product {
         if constexpr (multiplies_matrices<Tile>) {
             multiply_matrices(row, 1, panel, sums);
         } else {
-            if (Tile::adds_blocks) std::memset(sums, 0, sizeof(float) * panel_outputs);
-            multiply(row, 1, 1, panel, 1, sums);
+            multiply(row, 1, 1, panel, 1, 0, inputs, header.panel_bytes, sums);
         }
         for (int v = 0; v < panel_vectors; ++v) Simd::store(to + v * width, value(row, panel, sums, v));
     }
@@ -149,7 +171,7 @@ struct Product {
     }
 
     // What follows a panel's inputs.
-    const uint8_t* after(int64_t panel) const { return panels + panel * header.panel_bytes + Tile::panel_offset(inputs); }
+    const uint8_t* after(int64_t panel) const { return panels + panel * header.panel_bytes + Tile::panel_offset(inputs, header.group); }
 
 private:
     static int64_t block_units(const PackedHeader& header) {
@@ -168,19 +190,28 @@ private:
         int64_t per_unit = header.gated ? 2 : 1;
         int64_t panel = first * per_unit, end = last * per_unit;
         int64_t count = row_end - row, tiles = (count + Tile::max_rows - 1) / Tile::max_rows;
-        int64_t at_once = tiles == 1 ? panels_at_once((int)count) : 1;
+        const int64_t part = inputs_at_once(call.rows, header);
+        int64_t at_once = tiles == 1 && part == inputs ? panels_at_once((int)count) : 1;
         while (panel < end) {
             if (panel + at_once > end) at_once = 1;
-            int64_t side_by_side = std::max(at_once, per_unit), size = count * at_once * panel_outputs;
-            if (Tile::adds_blocks) std::memset(sums, 0, sizeof(float) * (size_t)(count * side_by_side * panel_outputs));
-            for (int64_t i = 0; i < side_by_side; i += at_once) multiply(row, count, tiles, panel + i, at_once, sums + i * size);
-            for (int64_t i = 0; i < side_by_side; i += per_unit) {
+            const int64_t size = count * at_once * panel_outputs;
+            const int64_t together = part < inputs ? std::min(panels_of_part, end - panel) : std::max(at_once, per_unit);
+            for (int64_t k = 0; k < inputs; k += part) {
+                const int64_t behind = std::min(inputs, k + part);
+                for (int64_t i = 0; i < together; i += at_once) {
+                    // What comes next: the next panel's part, or the first one's next.
+                    const bool last = i + at_once == together && behind < inputs;
+                    const int64_t back = Tile::panel_offset(behind, header.group) - Tile::panel_offset(k, header.group) - i * header.panel_bytes;
+                    multiply(row, count, tiles, panel + i, at_once, k, behind, last ? back : header.panel_bytes, sums + i * size);
+                }
+            }
+            for (int64_t i = 0; i < together; i += per_unit) {
                 // Panels multiplied at once stand side by side in a row, others one after the other.
-                const float* mine = sums + i * panel_outputs;
+                const float* mine = sums + i * (at_once == 1 ? size : panel_outputs);
                 const float* up = header.gated ? mine + (at_once == 1 ? size : panel_outputs) : nullptr;
                 out.finish(*this, row, count, panel + i, mine, up, at_once * panel_outputs);
             }
-            panel += side_by_side;
+            panel += together;
         }
     }
 
@@ -207,42 +238,44 @@ private:
         Tile::multiply(shape_, ahead_, count, rows + row * stride, stride, panels + panel * header.panel_bytes, inputs, to);
     }
 
-    // Blocks of inputs outermost, so that their weights are in the nearest cache for all rows but the first.
-    void multiply(int64_t row, int64_t count, int64_t tiles, int64_t panel, int64_t at_once, float* to) {
+    // Inputs [first, last), whose sums are added to those of the inputs before. Blocks of inputs outermost, so that their weights are in the
+    // nearest cache for all rows but the first. `next`: how far behind these weights those lie that are multiplied next.
+    void multiply(int64_t row, int64_t count, int64_t tiles, int64_t panel, int64_t at_once, int64_t first, int64_t last, int64_t next,
+                  float* to) {
         const int64_t block = Tile::block_inputs(inputs);
-        const Row* a = rows + row * stride;
-        for (int64_t k = 0; k < inputs; k += block, a += Tile::row_block(block)) {
-            const uint8_t* w = panels + panel * header.panel_bytes + Tile::panel_offset(k);
-            int64_t size = std::min(block, inputs - k);
-            int64_t share = (size == inputs ? header.panel_bytes : Tile::panel_offset(size)) / tiles;
+        for (int64_t k = first; k < last; k += block) {
+            const Row* a = rows + row * stride + Tile::row_offset(k, inputs);
+            const uint8_t* w = panels + panel * header.panel_bytes + Tile::panel_offset(k, header.group);
+            int64_t size = std::min(block, last - k);
+            int64_t share = (size == inputs ? header.panel_bytes : Tile::panel_offset(size, header.group)) / tiles;
             const Asks asks = tiles == 1 ? Asks::alone : tiles == 2 && Tile::waits_for_memory ? Asks::far : Asks::near;
-            const int64_t distance = tiles == 1 && Simd::bytes_ahead ? Simd::bytes_ahead : header.panel_bytes;
+            const int64_t distance = tiles == 1 && Simd::bytes_ahead ? Simd::bytes_ahead : next;
             // Tiles of nearly equal height: none so low that its few sums wait for each other.
             for (int64_t i = 0; i < tiles; ++i) {
                 int64_t top = count * i / tiles, bottom = count * (i + 1) / tiles;
                 Ahead ahead{w + distance + share * i, (tiles > 1 ? 128 : 64) / tiles};
-                add_tile<1>((int)(bottom - top), asks, a + top * stride, w, size, at_once, ahead, to + top * at_once * panel_outputs);
+                add_tile<1>((int)(bottom - top), asks, a + top * stride, w, size, at_once, ahead, k > 0, to + top * at_once * panel_outputs);
             }
         }
     }
 
     template <int R>
-    void add_tile(int height, Asks asks, const Row* a, const uint8_t* w, int64_t size, int64_t at_once, Ahead ahead, float* to) {
+    void add_tile(int height, Asks asks, const Row* a, const uint8_t* w, int64_t size, int64_t at_once, Ahead ahead, bool goes_on, float* to) {
         if constexpr (R <= Tile::max_rows) {
-            if (height != R) return add_tile<R + 1>(height, asks, a, w, size, at_once, ahead, to);
-            if (asks == Asks::alone && at_once > 1) return tile<R, panels_at_once(R), Asks::alone>(a, w, size, ahead, to);
-            if (asks == Asks::alone) return tile<R, 1, Asks::alone>(a, w, size, ahead, to);
+            if (height != R) return add_tile<R + 1>(height, asks, a, w, size, at_once, ahead, goes_on, to);
+            if (asks == Asks::alone && at_once > 1) return tile<R, panels_at_once(R), Asks::alone>(a, w, size, ahead, goes_on, to);
+            if (asks == Asks::alone) return tile<R, 1, Asks::alone>(a, w, size, ahead, goes_on, to);
             if constexpr (2 * R >= Tile::max_rows) {  // of nearly equal ones, none is lower
-                if (asks == Asks::near) tile<R, 1, Asks::near>(a, w, size, ahead, to);
-                else tile<R, 1, Asks::far>(a, w, size, ahead, to);
+                if (asks == Asks::near) tile<R, 1, Asks::near>(a, w, size, ahead, goes_on, to);
+                else tile<R, 1, Asks::far>(a, w, size, ahead, goes_on, to);
             }
         }
     }
 
     // Not inlined: among other tiles, its sums would not be given registers.
     template <int R, int C, Asks asks>
-    [[gnu::noinline]] void tile(const Row* a, const uint8_t* w, int64_t size, Ahead ahead, float* to) {
-        Tile::template add<R, C, asks>(a, stride, w, header.panel_bytes, size, header.group, ahead, to);
+    [[gnu::noinline]] void tile(const Row* a, const uint8_t* w, int64_t size, Ahead ahead, bool goes_on, float* to) {
+        Tile::template add<R, C, asks>(a, stride, w, header.panel_bytes, size, header.group, ahead, goes_on, to);
     }
 
     [[no_unique_address]] RowShape shape_;

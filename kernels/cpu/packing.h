@@ -61,7 +61,7 @@ inline int64_t padded_inputs(Format format, int64_t in_features, int group) {
     return round_up(in_features, format == Format::int4 ? group : input_steps(format));
 }
 
-inline int64_t group_bytes(int group) { return (int64_t)group / 2 * panel_outputs + 2 * panel_outputs; }
+constexpr int64_t group_bytes(int group) { return (int64_t)group / 2 * panel_outputs + 2 * panel_outputs; }
 
 // Of weights of 8 bits beside which others stand: whether their rows have 8 bits too (screen.h).
 constexpr bool screens_by_bytes = Simd::byte_limit == 127;
@@ -245,16 +245,15 @@ inline bool pack(const void* weight, Type type, Format format, int64_t out_featu
     int64_t count = num_panels(out_features, gated);
     bool well = true;
     sluice::parallel(count, std::max<int64_t>(65536 / header.panel_bytes, 1), [&](sluice::Share& share) {
-        float* row = (float*)std::malloc(sizeof(float) * (size_t)in_features);
+        std::vector<float> row((size_t)in_features);
         bool mine = true;
         for (int64_t first, last; share.take(first, last);) {
             for (int64_t i = first; i < last; ++i) {
                 uint8_t* panel = panels + i * header.panel_bytes;
                 std::memset(panel, 0, (size_t)header.panel_bytes);
-                mine &= pack_panel(weight, type, header, i, panel, row);
+                mine &= pack_panel(weight, type, header, i, panel, row.data());
             }
         }
-        std::free(row);
         if (!mine) __atomic_store_n(&well, false, __ATOMIC_RELAXED);
     });
     return well;

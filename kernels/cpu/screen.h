@@ -136,18 +136,17 @@ inline void pack_screen(const void* packed, const void* norm_weight, Type type, 
     std::memcpy(screen, &header, sizeof header);
     const uint8_t* from = (const uint8_t*)packed + exact.panels;
     uint8_t* to = (uint8_t*)screen + header.panels;
-    int32_t* place = (int32_t*)std::malloc(sizeof(int32_t) * (size_t)exact.in_features);
-    for (int64_t k = 0; k < exact.in_features; ++k) place[k] = (int32_t)k;
+    std::vector<int32_t> place((size_t)exact.in_features);
+    std::iota(place.begin(), place.end(), 0);
     if (screens_by_bytes) {
         int32_t* order = (int32_t*)((PackedHeader*)screen + 1);
-        double* weights = (double*)std::malloc(sizeof(double) * (size_t)exact.in_features);
-        weigh_inputs(exact, from, norm_weight, type, weights);
-        order_inputs(weights, exact.in_features, fine_inputs(header.inputs), order);
-        for (int64_t i = 0; i < exact.in_features; ++i) place[order[i]] = (int32_t)i;
-        std::free(weights);
+        std::vector<double> weights((size_t)exact.in_features);
+        weigh_inputs(exact, from, norm_weight, type, weights.data());
+        order_inputs(weights.data(), exact.in_features, fine_inputs(header.inputs), order);
+        for (int64_t i = 0; i < exact.in_features; ++i) place[(size_t)order[i]] = (int32_t)i;
     }
     sluice::parallel(num_panels(exact.out_features, false), std::max<int64_t>(65536 / header.panel_bytes, 1), [&](sluice::Share& share) {
-        double* row = (double*)std::malloc(sizeof(double) * (size_t)exact.in_features);
+        std::vector<double> row((size_t)exact.in_features);
         for (int64_t first, last; share.take(first, last);) {
             for (int64_t i = first; i < last; ++i) {
                 uint8_t* panel = to + i * header.panel_bytes;
@@ -157,14 +156,12 @@ inline void pack_screen(const void* packed, const void* norm_weight, Type type, 
                         ((float*)(panel + header.inputs * panel_outputs))[(screens_by_bytes ? 3 : 1) * panel_outputs + output] = -INFINITY;
                         continue;
                     }
-                    for (int64_t k = 0; k < exact.in_features; ++k) row[k] = weight_at(exact, from + i * exact.panel_bytes, output, k);
-                    pack_coarse_row(exact, row, place, output, panel, header.inputs);
+                    for (int64_t k = 0; k < exact.in_features; ++k) row[(size_t)k] = weight_at(exact, from + i * exact.panel_bytes, output, k);
+                    pack_coarse_row(exact, row.data(), place.data(), output, panel, header.inputs);
                 }
             }
         }
-        std::free(row);
     });
-    std::free(place);
 }
 
 }  // namespace SLUICE_ISA

@@ -28,17 +28,20 @@ struct ByteScreenTile : OneBlock {
     static constexpr int max_rows = Simd::tile_rows;
 
     static constexpr int64_t row_block(int64_t inputs) { return (int64_t)sizeof(ScreenRow) + fine_inputs(inputs) + inputs; }
-    static constexpr int64_t panel_offset(int64_t k) { return k * panel_outputs; }
+    static constexpr int64_t part_inputs(int) { return 0; }
+    static constexpr int64_t row_offset(int64_t, int64_t) { return 0; }
+    static constexpr int64_t panel_offset(int64_t k, int) { return k * panel_outputs; }
     static F total(const float* sums, const uint8_t* after, int v) {
         return Simd::mul(Simd::load(sums + v * width), Simd::load((const float*)after + v * width));
     }
 
     template <int R, int C, Asks asks>
-    static void add(const Row* a, int64_t stride, const uint8_t* w, int64_t panel_bytes, int64_t inputs, int, Ahead ahead, float* sums) {
+    static void add(const Row* a, int64_t stride, const uint8_t* w, int64_t panel_bytes, int64_t inputs, int group, Ahead ahead, bool,
+                    float* sums) {
         constexpr int V = panel_vectors * C;
         const int64_t fine = fine_inputs(inputs);
         const Row* bytes = a + sizeof(ScreenRow);
-        const uint8_t* excess = w + panel_offset(inputs) + 4 * panel_outputs;
+        const uint8_t* excess = w + panel_offset(inputs, group) + 4 * panel_outputs;
         I sum[R][V];
         clear_tile(sum);
         add_bytes<R, C, asks>(sum, bytes, stride, w, panel_bytes, fine, ahead);
@@ -46,7 +49,7 @@ struct ByteScreenTile : OneBlock {
         add_bytes<R, C, asks>(sum, bytes + fine, stride, w, panel_bytes, fine, ahead);
         put<false>(sum, a, stride, offsetof(ScreenRow, fine_scale), excess, panel_bytes, sums);
         clear_tile(sum);
-        add_bytes<R, C, asks>(sum, bytes + 2 * fine, stride, w + panel_offset(fine), panel_bytes, inputs - fine, ahead);
+        add_bytes<R, C, asks>(sum, bytes + 2 * fine, stride, w + panel_offset(fine, group), panel_bytes, inputs - fine, ahead);
         put<true>(sum, a, stride, offsetof(ScreenRow, scale), excess + 4 * panel_outputs, panel_bytes, sums);
     }
 

@@ -170,7 +170,7 @@ private:
     bool begin(int thread) {
         try {
             std::thread([this, thread] { work(thread); }).detach();
-        } catch (const std::system_error&) {
+        } catch (const std::exception&) {  // no memory for one, too
             return false;
         }
         return true;
@@ -308,10 +308,11 @@ struct TasksBeside::State {
 TasksBeside::TasksBeside() : state_(new State) {
     try {
         std::thread([state = state_] { state->work(); }).detach();
-    } catch (const std::system_error&) {
+    } catch (const std::exception&) {
         state_->threadless = true;
     }
-    pthread_atfork(nullptr, nullptr, [] { instance().state_->forked(); });
+    // A task that is under way would never end in the child.
+    pthread_atfork([] { instance().state_->drain(); }, nullptr, [] { instance().state_->forked(); });
     // Nothing that a task uses may be taken down under it.
     std::atexit([] { instance().state_->drain(); });
 }

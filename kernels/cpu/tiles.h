@@ -3,13 +3,14 @@
 // R, C and the row's place in a tile therefore cannot change a result. A tile says
 //
 //   Row, row_block(inputs)  what rows.h makes of a row, and elements of it that a block of inputs takes
-//   block_inputs(inputs)    inputs of a block
-//   panel_offset(k)         bytes before input k in a panel; what stands for all inputs comes after the last
-//   add<R, C, asks>(a, stride, w, panel_bytes, inputs, group, ahead, sums)
-//                           multiplies a block: `a` rows `stride` elements apart, `w` in the first of C panels `panel_bytes` apart, `sums`
-//                           [R][C * panel_outputs], lanes of 32 bits
+//   block_inputs(inputs)    inputs of a block, the most that are multiplied at once
+//   part_inputs(group)      what inputs that are multiplied at once are a multiple of, if they are not all; 0: they are always all
+//   row_offset(k, inputs)   elements before input k in a row
+//   panel_offset(k, group)  bytes before input k in a panel; what stands for all inputs comes after the last
+//   add<R, C, asks>(a, stride, w, panel_bytes, inputs, group, ahead, goes_on, sums)
+//                           multiplies them: `a` rows `stride` elements apart, `w` in the first of C panels `panel_bytes` apart, `sums`
+//                           [R][C * panel_outputs], lanes of 32 bits, which hold those of the inputs before if it `goes_on`
 //   waits_for_memory        whether two tiles take less time than a block's way from memory
-//   adds_blocks             whether there are several blocks, whose sums are added to what stands in `sums`
 //   total(sums, after, v)   vector v of a panel's sums in floats, `after` the panel's inputs
 #pragma once
 
@@ -45,6 +46,23 @@ SLUICE_INLINE void clear_tile(F (&sum)[R][V]) {
 template <int R, int V>
 SLUICE_INLINE void clear_tile(I (&sum)[R][V]) {
     each<R>([&](auto r) SLUICE_HERE { each<V>([&](auto v) SLUICE_HERE { Simd::hold(sum[r][v] = Simd::zero_lanes()); }); });
+}
+
+// From the sums of the inputs before, if it goes on.
+template <int R, int V>
+SLUICE_INLINE void begin_tile(F (&sum)[R][V], bool goes_on, const float* sums) {
+    if (!goes_on) return clear_tile(sum);
+    each<R>([&](auto r) SLUICE_HERE {
+        each<V>([&](auto v) SLUICE_HERE { Simd::hold(sum[r][v] = Simd::load(sums + (r * V + v) * width)); });
+    });
+}
+
+template <int R, int V>
+SLUICE_INLINE void begin_tile(I (&sum)[R][V], bool goes_on, const float* sums) {
+    if (!goes_on) return clear_tile(sum);
+    each<R>([&](auto r) SLUICE_HERE {
+        each<V>([&](auto v) SLUICE_HERE { Simd::hold(sum[r][v] = Simd::load_lanes(sums + (r * V + v) * width)); });
+    });
 }
 
 // sum[r][v] = term(sum[r][v], factor(r), vector(v)), the fewer of the two held in registers. `hold` keeps the compiler from loading
@@ -137,9 +155,10 @@ SLUICE_INLINE const uint8_t* vector_at(const uint8_t* at, int64_t panel_bytes, i
 constexpr auto add_product = [](F sum, F x, F weights) SLUICE_HERE { return Simd::add_product(sum, x, weights); };
 
 struct OneBlock {
-    static constexpr bool adds_blocks = false;
     static constexpr bool waits_for_memory = true;
     static constexpr int64_t block_inputs(int64_t inputs) { return inputs; }
+    static constexpr int64_t part_inputs(int) { return 64; }
+    static constexpr int64_t row_offset(int64_t k, int64_t) { return k; }
 };
 
 // Rows that are their inputs alone, sums that are floats.
@@ -152,13 +171,14 @@ struct FloatTile : FloatSums {
     using Row = float;
     static constexpr int max_rows = Simd::tile_rows;
 
-    static constexpr int64_t panel_offset(int64_t k) { return k * panel_outputs * 4; }
+    static constexpr int64_t panel_offset(int64_t k, int) { return k * panel_outputs * 4; }
 
     template <int R, int C, Asks asks>
-    static void add(const Row* a, int64_t stride, const uint8_t* w, int64_t panel_bytes, int64_t inputs, int, Ahead ahead, float* sums) {
+    static void add(const Row* a, int64_t stride, const uint8_t* w, int64_t panel_bytes, int64_t inputs, int, Ahead ahead, bool goes_on,
+                    float* sums) {
         constexpr int V = panel_vectors * C;
         F sum[R][V];
-        clear_tile(sum);
+        begin_tile(sum, goes_on, sums);
         const RowsAt<Row, R> row(a, stride);
         each_step<R, C, asks, 1>(w, panel_bytes, inputs, ahead, [&](int64_t k, const uint8_t* at) SLUICE_HERE {
             add_products(
@@ -173,13 +193,14 @@ struct Bf16Tile : FloatSums {
     using Row = std::conditional_t<bf16_rows, uint16_t, float>;
     static constexpr int max_rows = Simd::tile_rows;
 
-    static constexpr int64_t panel_offset(int64_t k) { return k * panel_outputs * 2; }
+    static constexpr int64_t panel_offset(int64_t k, int) { return k * panel_outputs * 2; }
 
     template <int R, int C, Asks asks>
-    static void add(const Row* a, int64_t stride, const uint8_t* w, int64_t panel_bytes, int64_t inputs, int, Ahead ahead, float* sums) {
+    static void add(const Row* a, int64_t stride, const uint8_t* w, int64_t panel_bytes, int64_t inputs, int, Ahead ahead, bool goes_on,
+                    float* sums) {
         constexpr int V = panel_vectors * C;
         F sum[R][V];
-        clear_tile(sum);
+        begin_tile(sum, goes_on, sums);
         const RowsAt<Row, R> row(a, stride);
         each_step<R, C, asks, 2>(w, panel_bytes, inputs, ahead, [&](int64_t k, const uint8_t* at) SLUICE_HERE {
             const auto pairs = [&](int v) SLUICE_HERE { return Simd::load_lanes(vector_at<4>(at, panel_bytes, v)); };
@@ -209,16 +230,18 @@ struct PairTile {
     static constexpr int pairs = 2 / weight_bytes;  // of a step
 
     static constexpr int64_t row_block(int64_t inputs) { return fixed_scale_words + inputs; }
-    static constexpr bool adds_blocks = true;
     static constexpr bool waits_for_memory = true;
     static constexpr int64_t block_inputs(int64_t inputs) { return fixed_block(inputs); }
-    static constexpr int64_t panel_offset(int64_t k) { return k * panel_outputs * weight_bytes; }
+    static constexpr int64_t part_inputs(int) { return 1; }  // whole blocks
+    static constexpr int64_t row_offset(int64_t k, int64_t inputs) { return k + k / fixed_block(inputs) * fixed_scale_words; }
+    static constexpr int64_t panel_offset(int64_t k, int) { return k * panel_outputs * weight_bytes; }
     static F total(const float* sums, const uint8_t* after, int v) {
         return Simd::mul(Simd::load(sums + v * width), Simd::load((const float*)after + v * width));
     }
 
     template <int R, int C, Asks asks>
-    static void add(const Row* a, int64_t stride, const uint8_t* w, int64_t panel_bytes, int64_t inputs, int, Ahead ahead, float* sums) {
+    static void add(const Row* a, int64_t stride, const uint8_t* w, int64_t panel_bytes, int64_t inputs, int, Ahead ahead, bool goes_on,
+                    float* sums) {
         constexpr int V = panel_vectors * C;
         I sum[R][V];
         clear_tile(sum);
@@ -241,7 +264,7 @@ struct PairTile {
             const F scale = Simd::set1(row_scale);
             each<V>([&](auto v) SLUICE_HERE {
                 float* all = sums + (r * V + v) * width;
-                Simd::store(all, Simd::fma(Simd::to_float(sum[r][v]), scale, Simd::load(all)));
+                Simd::store(all, Simd::fma(Simd::to_float(sum[r][v]), scale, goes_on ? Simd::load(all) : Simd::zero()));
             });
         });
     }
@@ -271,7 +294,7 @@ struct Int8Tile : OneBlock {
     static constexpr bool waits_for_memory = screens_by_bytes;
 
     static constexpr int64_t row_block(int64_t inputs) { return inputs; }
-    static constexpr int64_t panel_offset(int64_t k) { return k * panel_outputs; }
+    static constexpr int64_t panel_offset(int64_t k, int) { return k * panel_outputs; }
     static F total(const float* sums, const uint8_t* after, int v) {
         const float* scale = (const float*)after + v * width;
         const I exact = Simd::sub_lanes(Simd::load_lanes(sums + v * width), Simd::load_lanes(scale + panel_outputs));
@@ -279,10 +302,11 @@ struct Int8Tile : OneBlock {
     }
 
     template <int R, int C, Asks asks>
-    static void add(const Row* a, int64_t stride, const uint8_t* w, int64_t panel_bytes, int64_t inputs, int, Ahead ahead, float* sums) {
+    static void add(const Row* a, int64_t stride, const uint8_t* w, int64_t panel_bytes, int64_t inputs, int, Ahead ahead, bool goes_on,
+                    float* sums) {
         constexpr int V = panel_vectors * C;
         I sum[R][V];
-        clear_tile(sum);
+        begin_tile(sum, goes_on, sums);
         add_bytes<R, C, asks>(sum, a, stride, w, panel_bytes, inputs, ahead);
         store_tile(sum, sums);
     }
@@ -294,10 +318,12 @@ struct Int4Tile : FloatSums {
     static constexpr int max_rows = Simd::tile_rows * 2 / 3;  // the excess takes registers too
     static constexpr bool waits_for_memory = false;
 
-    static constexpr int64_t panel_offset(int64_t) { return 0; }  // nothing comes after the inputs
+    static constexpr int64_t part_inputs(int group) { return group; }
+    static constexpr int64_t panel_offset(int64_t k, int group) { return k / group * group_bytes(group); }
 
     template <int R, int C, Asks asks>
-    static void add(const Row* a, int64_t stride, const uint8_t* w, int64_t panel_bytes, int64_t inputs, int group, Ahead ahead, float* sums) {
+    static void add(const Row* a, int64_t stride, const uint8_t* w, int64_t panel_bytes, int64_t inputs, int group, Ahead ahead, bool goes_on,
+                    float* sums) {
         constexpr int V = panel_vectors * C;
         static const uint8_t excess_bytes[4] = {128, 128, 128, 128};
         const I excess_row = Simd::set1_lane(excess_bytes);
@@ -305,7 +331,7 @@ struct Int4Tile : FloatSums {
         if (asks != Asks::alone) ahead.step = ahead.step * step_bytes / ((step_bytes + 127) / 128 * 128);
         const int together = group % nibbles_summed ? nibbles_summed / 2 : nibbles_summed;
         F total[R][V];
-        clear_tile(total);
+        begin_tile(total, goes_on, sums);
         const uint8_t* at = w;
         for (int64_t start = 0; start < inputs; start += group) {
             const uint8_t* scales = at + (int64_t)group / 2 * panel_outputs;

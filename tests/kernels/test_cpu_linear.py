@@ -143,6 +143,16 @@ def test_rows_of_several_blocks_are_as_they_are_alone(native, dtype, stored_as):
         assert torch.equal(together[i], case.row(i).run(native, stored_as)[0])
 
 
+@pytest.mark.parametrize(("dtype", "stored_as"), [(dtype, name) for dtype, names in FORMATS.items() for name in names])
+@pytest.mark.parametrize(("rows", "inputs"), [(9, 22_000), (37, 5_121), (242, 4_099), (250, 3_000)])
+@pytest.mark.parametrize(("out", "gated"), [(250, False), (260, True), (130, True)])
+def test_rows_multiplied_in_parts_of_their_inputs_are_as_they_are_alone(native, dtype, stored_as, rows, inputs, out, gated):
+    case = make_case(rows, out, inputs, gated=gated).to(dtype)
+    together = case.run(native, stored_as)
+    for i in {0, 8, rows // 2, min(rows, 240) - 1, rows - 1}:
+        assert torch.equal(together[i], case.row(i).run(native, stored_as)[0]), i
+
+
 def packed_format(packed: Tensor) -> int:
     """`Format` of the header (kernels/cpu/operators.h)."""
     return int.from_bytes(bytes(packed[4:8].tolist()), "little")
