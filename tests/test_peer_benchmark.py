@@ -9,17 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import gguf
-import numpy as np
 import pytest
-import torch
-from safetensors.torch import save_file
 
-from tests.bench.peers import build, summary, targets
+from tests.bench.peers import build, models, summary, targets
 from tests.bench.peers.blocks import Hold, HoldError
 from tests.bench.peers.cases import CASES
 from tests.bench.peers.catalogue import CATALOGUE, default_systems
-from tests.bench.peers.ggufs import write_gguf
 from tests.bench.peers.machine import Clock, foreign_share
 from tests.bench.peers.process import SystemFailed, SystemProcess
 from tests.bench.peers.recipes import Recipe
@@ -132,6 +127,16 @@ def test_runs_of_different_commits_do_not_merge() -> None:
         summary.document([run_of([]), run_of([], commit="d")])
 
 
+def test_runs_of_different_models_do_not_merge_and_a_run_that_names_none_is_of_the_demos() -> None:
+    old, demo, other = run_of([]), run_of([]), run_of([])
+    del old["parameters"]["model"]
+    demo["parameters"]["model"] = models.DEMO
+    other["parameters"] |= {"model": "qwen2.5-0.5b", "weights": "random"}
+    assert len(summary.document([old, demo])["runs"]) == 2
+    with pytest.raises(summary.MergeError, match=r"differ in model: .*qwen2\.5-0\.5b"):
+        summary.document([old, other])
+
+
 def test_runs_of_one_commit_merge_their_blocks() -> None:
     block = {"sluice": turn(30)}
     assert summary.document([run_of([block]), run_of([block])])["summary"]["cases"]["decode 8/32"]["blocks"] == 2
@@ -159,6 +164,13 @@ def test_the_report_names_a_peer_that_cannot_run_and_a_missed_target() -> None:
     assert "| vLLM bf16 | unavailable: no AVX-512 |" in text
     assert "missed: 48% of it" in text
     assert "not measured: no `service` in these documents" in text
+
+
+def test_the_report_names_the_model_and_says_where_its_weights_are_random() -> None:
+    run = run_of([{"sluice": turn(12)}])
+    assert "\nm, 2 threads" in page(summary.document([run]), {}, "bars.png")
+    run["parameters"] |= {"model": "llama-3.2-1b", "weights": "random"}
+    assert "\nllama-3.2-1b (random weights of its shape), 2 threads" in page(summary.document([run]), {}, "bars.png")
 
 
 def test_a_machine_that_is_not_given_is_not_measured() -> None:
@@ -258,27 +270,3 @@ def test_a_built_peer_is_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (home / "built.json").write_text(json.dumps({"versions": {"torch": "2"}, "said": "AVX2"}))
     recipe = Recipe(name="peer", version="1", installs=(), check="", builds_with=("no-such-compiler",))
     assert build.ensure(recipe) == build.Built(python=home / "env/bin/python", versions={"torch": "2"}, said="AVX2")
-
-
-def test_a_gguf_file_holds_the_checkpoints_values_with_rotated_rows_side_by_side(tmp_path: Path) -> None:
-    config = {
-        "num_attention_heads": 1,
-        "num_key_value_heads": 1,
-        "vocab_size": 32,
-        "max_position_embeddings": 64,
-        "hidden_size": 32,
-        "num_hidden_layers": 1,
-        "intermediate_size": 32,
-        "rms_norm_eps": 1e-5,
-        "head_dim": 32,
-        "rope_parameters": {"rope_theta": 10000.0},
-    }
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    query, value = torch.randn(32, 32).bfloat16(), torch.randn(32, 32).bfloat16()
-    stem = "model.layers.0.self_attn"
-    save_file({f"{stem}.q_proj.weight": query, f"{stem}.v_proj.weight": value}, tmp_path / "model.safetensors")
-    write_gguf(tmp_path, tmp_path / "model.gguf", "F16")
-    read = {tensor.name: np.array(tensor.data) for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
-    assert np.array_equal(read["blk.0.attn_v.weight"], value.half().numpy())
-    pairs = [row for i in range(16) for row in (i, i + 16)]
-    assert np.array_equal(read["blk.0.attn_q.weight"], query[pairs].half().numpy())

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from tests.bench.peers.summary import model_of
 from tests.bench.peers.targets import outcomes
 from tests.bench.services import service_rows
 
@@ -33,7 +34,7 @@ def main() -> int:
     if peers:
         from tests.bench.bars import draw
 
-        draw(peers["summary"], picture)
+        draw(peers["summary"], model_of(peers["runs"][0]), picture)
     arguments.out.with_suffix(".md").write_text(page(peers, suite, picture.name), encoding="utf-8")
     return 0
 
@@ -79,7 +80,7 @@ def _machine(peers: Json | None, suite: Json) -> str:
     if peers:
         parameters = peers["runs"][0]["parameters"]
         lines.append(
-            f"{parameters['model']}, {parameters['threads']} threads, greedy, end of sequence ignored, seed {parameters['seed']}. "
+            f"{model_of(peers['runs'][0])}, {parameters['threads']} threads, greedy, end of sequence ignored, seed {parameters['seed']}. "
             f"A turn counts as disturbed when other processes used more than {parameters['max_foreign_share']:.0%} of the cores or "
             f"the hypervisor took more than {parameters['max_stolen_share']:.0%}. "
             + ("The system in turn had the highest scheduling priority. " if parameters["favoured"] else "")

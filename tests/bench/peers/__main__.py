@@ -1,8 +1,10 @@
 """`make bench-peers`: Sluice and its peers in interleaved blocks, as one JSON document.
 
-    python -m tests.bench.peers [--systems a,b] [--cases "decode 8/32,prefill 512"] [--first-block 0] [--blocks 3] [--merge FILE ...]
+    python -m tests.bench.peers [--model NAME] [--systems a,b] [--cases "decode 8/32,prefill 512"] [--first-block 0] [--blocks 3]
+                                [--merge FILE ...]
 
-Further runs (other cases, other blocks) of the same commit and machine merge into one document: --merge reads them and prints the
+All systems hold the model at once: where memory is short, name fewer of them.
+Further runs (other cases, other blocks) of the same commit, machine and model merge into one document: --merge reads them and prints the
 whole. On a machine that others use, --quiet-with COMMAND runs each turn while `COMMAND cat` runs, and --favour (root) puts the
 system whose turn it is before all other processes. --busy N measures beside N processes that never sleep.
 """
@@ -18,11 +20,18 @@ from tests.bench import report
 from tests.bench.peers import blocks, machine, summary
 from tests.bench.peers.cases import CASES
 from tests.bench.peers.catalogue import CATALOGUE, default_systems
+from tests.bench.peers.models import DEMO, known_models, weights_of
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     defaults = default_systems(machine.description()["instruction_sets"])
+    parser.add_argument(
+        "--model",
+        default=DEMO,
+        choices=known_models(),
+        help="%(default)s has trained weights; the others are of these models' shapes, with random ones",
+    )
     parser.add_argument(
         "--systems", default=",".join(defaults), help=f"of {', '.join(CATALOGUE)}; by this processor %(default)s"
     )
@@ -50,6 +59,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     indices = range(arguments.first_block, arguments.first_block + arguments.blocks)
     with blocks.Bench(
         arguments.systems.split(","),
+        model=arguments.model,
         threads=threads,
         seed=arguments.seed,
         quiet_with=arguments.quiet_with,
@@ -62,7 +72,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "environment": report.environment() | where | {"probe": probe},
         "parameters": {
-            "model": "SmolLM2-135M-Instruct",
+            "model": arguments.model,
+            "weights": weights_of(arguments.model),
             "threads": threads,
             "seed": arguments.seed,
             "favoured": arguments.favour,

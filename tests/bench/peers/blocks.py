@@ -77,9 +77,18 @@ class Bench:
     """The systems that run, and those that cannot. Use as a context: it ends their processes."""
 
     def __init__(
-        self, names: Sequence[str], *, threads: int, seed: int, quiet_with: str = "", favour: bool = False, busy: int = 0
+        self,
+        names: Sequence[str],
+        *,
+        model: str,
+        threads: int,
+        seed: int,
+        quiet_with: str = "",
+        favour: bool = False,
+        busy: int = 0,
     ) -> None:
         self._names = names
+        self._model = model
         self._threads = threads
         self._seed = seed
         self._hold = Hold(quiet_with)
@@ -124,7 +133,7 @@ class Bench:
         """What the result says of a system."""
         entry = CATALOGUE[name]
         said: Json = {"label": entry.label, "kind": entry.kind, "bits": entry.bits}
-        start = start_of(name, self._threads)
+        start = start_of(name, self._model, self._threads)
         if isinstance(start, Unavailable):
             return said | {"unavailable": start.reason}
         process = self._start(start.command, dict(start.environment), name)

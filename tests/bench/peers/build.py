@@ -124,6 +124,7 @@ def _logged(home: Path, command: Sequence[str]) -> str:
 def main() -> int:
     """Builds everything; exit code 3 when something cannot be built, each said in one line."""
     from tests.bench.peers.ggufs import FORMATS, ensure_gguf
+    from tests.bench.peers.models import DEMO
 
     failed = False
     for recipe in RECIPES:
@@ -131,7 +132,7 @@ def main() -> int:
             print(f"error: {made.reason}", file=sys.stderr)
             failed = True
     for name in FORMATS:
-        ensure_gguf(name)
+        ensure_gguf(DEMO, name)
     return 3 if failed else 0
 
 

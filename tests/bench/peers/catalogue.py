@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from engine.openmp import prefer_short_spin
-from service.cli.demo_model import ensure_demo_model
 from tests.bench.peers.build import Built, Unavailable, ensure
 from tests.bench.peers.ggufs import ensure_gguf
+from tests.bench.peers.models import ensure_model
 from tests.bench.peers.recipes import LLAMA_CPP, VLLM_CPU
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "systems"
@@ -104,10 +104,10 @@ class Start:
     versions: Mapping[str, str]
 
 
-def start_of(name: str, threads: int) -> Start | Unavailable:
+def start_of(name: str, model: str, threads: int) -> Start | Unavailable:
     """Builds what is missing. An `Unavailable` says why the system cannot run here."""
     entry = CATALOGUE[name]
-    options = {**entry.options, "threads": threads, "model_dir": str(ensure_demo_model())}
+    options = {**entry.options, "threads": threads, "model_dir": str(ensure_model(model))}
     environment = dict(os.environ) | {"TOKENIZERS_PARALLELISM": "false"}
     if entry.kind == "ours":
         prefer_short_spin(environment)  # as the service does for its engine, and before torch is imported
@@ -118,7 +118,7 @@ def start_of(name: str, threads: int) -> Start | Unavailable:
             return made
         python, versions = made.python, made.versions
         if entry.script == "llama_cpp_batch.py":
-            options["gguf"] = str(ensure_gguf(str(options["format"])))
+            options["gguf"] = str(ensure_gguf(model, str(options["format"])))
         else:
             environment |= _vllm_environment(made, threads)
     return Start(

@@ -5,9 +5,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from tests.bench.peers.cases import CASES, Case
+from tests.bench.peers.models import DEMO, RANDOM, TRAINED
 from tests.bench.report import spread
 
 Json = dict[str, Any]
+
+
+BEFORE = {"model": DEMO, "weights": TRAINED}
+"""What runs had that say nothing of it: those of before --model, --busy and --quiet-with; 0 for the rest."""
 
 
 class MergeError(ValueError):
@@ -15,19 +20,25 @@ class MergeError(ValueError):
 
 
 def document(runs: list[Json]) -> Json:
-    """The whole benchmark as one JSON object. Raises `MergeError` for runs of different commits, machines, company or seeds."""
+    """The whole benchmark as one JSON object. Raises `MergeError` for runs of different commits, machines, models, company or seeds."""
     if not runs:
         raise MergeError("there is no run: name files to merge, or measure")
     alike = {
         "environment": ("commit", "modified", "cpu", "cores"),
-        "parameters": ("seed", "threads", "busy_processes", "favoured", "held"),
+        "parameters": ("model", "weights", "seed", "threads", "busy_processes", "favoured", "held"),
     }
     for part, names in alike.items():
         for name in names:
-            values = {run[part].get(name, 0) for run in runs}  # runs of before --busy and --quiet-with say nothing of them
+            values = {run[part].get(name, BEFORE.get(name, 0)) for run in runs}
             if len(values) > 1:
                 raise MergeError(f"the runs differ in {name}: {', '.join(map(str, values))}")
     return {"benchmark": "peers", "summary": summarise(runs), "runs": runs}
+
+
+def model_of(run: Json) -> str:
+    """The model of a run in words, which say so where its weights are random."""
+    known = BEFORE | run["parameters"]
+    return f"{known['model']} (random weights of its shape)" if known["weights"] == RANDOM else str(known["model"])
 
 
 def summarise(runs: list[Json]) -> Json:
