@@ -19,6 +19,8 @@ from tests.bench.peers.machine import Clock, foreign_share
 from tests.bench.peers.process import SystemFailed, SystemProcess
 from tests.bench.peers.recipes import Recipe
 from tests.bench.published import page
+from tests.bench.report import shown, spread
+from tests.bench.services import service_rows
 from tests.bench.systems.speaking import Recorder
 
 Json = dict[str, Any]
@@ -147,9 +149,64 @@ def outcome(rate: float, peer: float = 10) -> targets.Outcome:
     return next(one for one in found if one.target.what == "batch 8" and one.case == "decode 8/32")
 
 
-@pytest.mark.parametrize(("rate", "met"), [(25, True), (24, False)])
+@pytest.mark.parametrize(("rate", "met"), [(25, True), (24.96, False), (24, False)])
 def test_a_target_is_met_from_its_ratio_on(rate: float, met: bool) -> None:
     assert outcome(rate).met is met
+
+
+def test_a_target_that_is_missed_by_a_hair_is_shown_as_missed() -> None:
+    text = page(summary.document([run_of([{"sluice": turn(24.98), "llama.cpp-bf16": turn(10)}])]), {}, "bars.png")
+    assert "| 2.5× | 2.498× | missed: 99.9% of it |" in text
+
+
+@pytest.mark.parametrize(
+    ("value", "bounds", "said"),
+    [(0.8954, [0.9], "0.895"), (0.9, [0.9], "0.90"), (1.234, [0.9], "1.23"), (2.9999, [2.5, 3], "2.9999")],
+)
+def test_a_figure_is_shown_on_its_side_of_a_bound(value: float, bounds: list[float], said: str) -> None:
+    assert shown(value, bounds) == said
+
+
+def test_the_services_targets_are_judged_before_rounding() -> None:
+    documents = {
+        "service": {"results": {"grpc_against_offline": spread([0.8954]), "kafka_against_offline": {"median": 0.9}}},
+        "startup": {"results": {"parent_mib": 250.2}},
+    }
+    rows = {row.split(" | ")[0]: row for row in service_rows(documents).splitlines()}
+    assert rows["| gRPC against the engine offline"].endswith("| 0.895× | missed: 99% of it |")
+    assert rows["| Kafka to Kafka against the engine offline"].endswith("| 0.90× | met |")
+    assert rows["| memory of the service"].endswith("| 250.20 MiB | missed: 100.1% of it |")
+
+
+def test_a_turn_whose_whole_batch_never_decoded_has_failed() -> None:
+    blocks = [{"sluice": turn(30) | {"window_s": 0.0, "window_tokens": 0}, "llama.cpp-bf16": turn(10)}]
+    case = summary.summarise([run_of(blocks)])["cases"]["decode 8/32"]
+    assert case["ratios"]["sluice"] == {}
+    assert "tokens_per_s" not in case["systems"]["sluice"]
+    assert "the whole batch never decoded" in case["systems"]["sluice"]["failed"][0]
+
+
+def test_a_system_that_failed_before_its_first_turn_is_in_the_report() -> None:
+    run = run_of([{"sluice": turn(30)}])
+    run["systems"]["llama.cpp-bf16"]["failed"] = {"decode 8/32": "out of memory"}
+    text = page(summary.document([run]), {}, "bars.png")
+    assert "**failed at decode 8/32: out of memory**" in text
+    assert "| llama.cpp BF16 | failed |" in text
+    [found] = [
+        one for one in targets.outcomes(summary.summarise([run])) if one.target.what == "batch 8" and one.case == "decode 8/32"
+    ]
+    assert found.ratio is None
+
+
+def test_the_report_says_whose_first_tokens_are_sluices() -> None:
+    blocks = [
+        {
+            "sluice": turn(30) | {"first_tokens_as_sluice": 1.0},
+            "llama.cpp-bf16": turn(10) | {"first_tokens_as_sluice": share},
+        }
+        for share in (1.0, 0.75)
+    ]
+    assert "| llama.cpp BF16 | 87.5% |" in page(summary.document([run_of(blocks)]), {}, "bars.png")
 
 
 def test_a_target_that_was_not_measured_says_why() -> None:

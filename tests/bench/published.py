@@ -15,6 +15,7 @@ from typing import Any
 
 from tests.bench.peers.summary import model_of
 from tests.bench.peers.targets import outcomes
+from tests.bench.report import shown
 from tests.bench.services import service_rows
 
 Json = dict[str, Any]
@@ -51,6 +52,10 @@ def page(peers: Json | None, suite: Json, picture: str) -> str:
             "## Tokens a second",
             "Medians of undisturbed turns, range in brackets; n of m: turns counted.",
             _rates(summary),
+            "## First tokens as Sluice's",
+            "Share of the prompts whose first token is the one that Sluice's 16-bit engine gives, mean of the turns that count. Formats "
+            "round differently, so that the best two of a prompt may change places; weights of 8 and 4 bits change more of them.",
+            _firsts(summary),
             "## Machine, beside the blocks",
             _probe(summary),
             "## Systems",
@@ -101,9 +106,9 @@ def _targets(summary: Json) -> str:
         if outcome.ratio is None:
             verdict, ratio = f"not measured: {outcome.reason}", "–"
         else:
-            ratio = f"{outcome.ratio:.2f}×"
-            share = outcome.ratio / target.least
-            verdict = "met" if outcome.met else f"missed: {share:.0%} of it"
+            bounds = [target.least, *([target.stretch] if target.stretch else [])]
+            ratio = f"{shown(outcome.ratio, bounds)}×"
+            verdict = "met" if outcome.met else f"missed: {shown(100 * outcome.ratio / target.least, [100], 0)}% of it"
             if target.stretch and outcome.ratio >= target.stretch:
                 verdict = "met, stretch too"
         against = summary["systems"].get(outcome.against, {}).get("label", outcome.against or "–")
@@ -115,7 +120,7 @@ def _targets(summary: Json) -> str:
 def _rates(summary: Json) -> str:
     cases = summary["cases"]
     rows = [
-        [said["label"], *(_rate(case["systems"].get(name), case["blocks"]) for case in cases.values())]
+        [said["label"], *(_rate(case["systems"].get(name), case["blocks"], said, at) for at, case in cases.items())]
         for name, said in summary["systems"].items()
     ]
     rows.append(
@@ -127,13 +132,28 @@ def _rates(summary: Json) -> str:
     return _table(("", *cases), rows)
 
 
-def _rate(said: Json | None, blocks: int) -> str:
+def _rate(said: Json | None, blocks: int, system: Json, case: str) -> str:
     if said is None:
-        return "–"
+        return "failed" if case in system.get("failed", {}) else "–"
     if "tokens_per_s" not in said:
         return "failed" if said["failed"] else f"0 of {blocks}"
     rate = said["tokens_per_s"]
     return f"**{rate['median']}** ({rate['min']}–{rate['max']}), {len(rate['blocks'])} of {blocks}"
+
+
+def _firsts(summary: Json) -> str:
+    cases = summary["cases"]
+    shares = {
+        name: [case["systems"].get(name, {}).get("first_tokens_as_sluice") for case in cases.values()]
+        for name in summary["systems"]
+        if name != "sluice"
+    }
+    rows = [
+        [summary["systems"][name]["label"], *("–" if share is None else f"{share:.1%}" for share in found)]
+        for name, found in shares.items()
+        if any(share is not None for share in found)
+    ]
+    return _table(("", *cases), rows) if rows else "Not measured: Sluice's 16-bit engine took no part."
 
 
 def _probe(summary: Json) -> str:
@@ -147,10 +167,10 @@ def _systems(peers: Json) -> str:
         if "unavailable" in said:
             rows.append((said["label"], f"unavailable: {said['unavailable']}"))
             continue
-        facts = next(run["systems"][name]["facts"] for run in peers["runs"] if "facts" in run["systems"].get(name, {}))
-        rows.append(
-            (said["label"], "; ".join(f"{key} {value}" for key, value in facts.items() if not isinstance(value, list | dict)))
-        )
+        facts = next((run["systems"][name]["facts"] for run in peers["runs"] if "facts" in run["systems"].get(name, {})), {})
+        words = [f"{key} {value}" for key, value in facts.items() if not isinstance(value, list | dict)]
+        words += [f"**failed at {case}: {reason}**" for case, reason in said.get("failed", {}).items()]
+        rows.append((said["label"], "; ".join(words)))
     return _table(("system", "what it said of itself"), rows)
 
 

@@ -8,6 +8,7 @@ Poisson arrivals at shares of that rate, latency from the instant at which a req
 """
 
 import argparse
+from dataclasses import asdict
 from typing import Any
 
 from engine.openmp import prefer_short_spin
@@ -61,7 +62,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             warm = plan(equal, requests=4 * arguments.concurrent, concurrency=arguments.concurrent)
             run_load(served, transport, warm, f"warm {transport}")
             [run], _ = run_load(served, transport, alone, f"alone {transport}")
-            results["added_ttft_ms"][transport] = run.summary.as_json()["added_ttft_ms"]
+            added = run.summary.added_ttft_ms
+            results["added_ttft_ms"][transport] = asdict(added) if added else None
         sweep = plan(
             equal, duration_s=arguments.level_s, concurrency=arguments.concurrent, loads=loads, warm_up=arguments.concurrent
         )

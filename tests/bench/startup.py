@@ -61,7 +61,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "ready_beyond_loading_s": report.spread(beyond),
         "idle_percent_of_a_core": report.spread(idle),
         "first_token_of_the_first_request_ms": report.spread(first_token),
-        "parent_mib": round(max(parents)),
+        "parent_mib": max(parents),
         "engine_beside_weights_and_kv_mib": {"idle": report.spread(engines, 0), "after_requests": report.spread(busy, 0)},
     }
     return report.emit("startup", vars(arguments) | {"kv_cache_bytes": KV_BYTES}, results)

@@ -136,7 +136,7 @@ def in_process(engine: Engine, phases: Phases, pieces: Tokenization, batch: int,
         "layers_in_python_step_ms": _spread_ms(plain),
         "phases_us": {phase: round(value, 1) for phase, value in phase_us.items()},
         "host_us": round(host_us, 1),
-        "host_percent": round(100 * host_us / step_us, 2),
+        "host_percent": 100 * host_us / step_us,
         "beside_the_step_us": _beside(said, pieces),
     }
 

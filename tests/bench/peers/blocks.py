@@ -156,7 +156,9 @@ class Bench:
         """A first run of each system, so that contexts exist and kept prompts are computed."""
         for name in self._takes_part(case):
             _tell(f"preparing {CATALOGUE[name].label} for {case.name} …")
-            self._turn(name, case, case.prompts(self._seed, -1))
+            said = self._turn(name, case, case.prompts(self._seed, -1))
+            if "failed" in said:
+                self._note_failure(name, case, said["failed"])
 
     def block(self, case: Case, index: int) -> Json:
         """One block of a case."""
@@ -169,7 +171,9 @@ class Bench:
         probe = self._probe.ask({"op": "probe"})
         turns = {name: self._turn(name, case, prompts) for name in order}
         base = turns.get("sluice", {}).get("tokens")
-        for turn in turns.values():
+        for name, turn in turns.items():
+            if "failed" in turn:
+                self._note_failure(name, case, turn["failed"])
             if "tokens" in turn:
                 said = turn.pop("tokens")
                 turn["first_tokens_as_sluice"] = _share_of_equal_firsts(said, base) if base else None
@@ -181,6 +185,10 @@ class Bench:
             "order": order,
             "turns": turns,
         }
+
+    def _note_failure(self, name: str, case: Case, reason: str) -> None:
+        # It takes part in nothing from here on; without a word here its absence would say nothing.
+        self.systems[name].setdefault("failed", {})[case.name] = reason
 
     def _takes_part(self, case: Case) -> list[str]:
         return [name for name in self._running if case.name not in CATALOGUE[name].without]

@@ -47,7 +47,9 @@ def summarise(runs: list[Json]) -> Json:
     for run in runs:
         for name, said in run["systems"].items():
             if "unavailable" not in said or name not in systems:
+                failed = systems.get(name, {}).get("failed", {}) | said.get("failed", {})
                 systems[name] = {key: said[key] for key in ("label", "kind", "bits", "unavailable") if key in said}
+                systems[name] |= {"failed": failed} if failed else {}
     blocks = [block for run in runs for block in run["blocks"]]
     model = _model(runs)
     cases = {name: _case(case, [b for b in blocks if b["case"] == name], model) for name, case in CASES.items()}
@@ -69,11 +71,20 @@ def rate(case: Case, turn: Json) -> float:
 def ratios(case: Case, blocks: Iterable[Json], mine: str, theirs: str) -> list[float]:
     """`mine` over `theirs` in each block in which neither was disturbed."""
     pairs = [(block["turns"].get(mine), block["turns"].get(theirs)) for block in blocks]
-    return [rate(case, a) / rate(case, b) for a, b in pairs if _counts(a) and _counts(b) and a is not None and b is not None]
+    return [rate(case, a) / rate(case, b) for a, b in pairs if a and b and _counts(case, a) and _counts(case, b)]
 
 
-def _counts(turn: Json | None) -> bool:
-    return turn is not None and "failed" not in turn and not turn["disturbed"]
+def failure_of(case: Case, turn: Json) -> str:
+    """Why a turn has no figures; "" where it has."""
+    if "failed" in turn:
+        return str(turn["failed"])
+    if case.new_tokens > 1 and not turn["window_s"]:
+        return "a sequence ended before another had its first token: the whole batch never decoded"
+    return ""
+
+
+def _counts(case: Case, turn: Json) -> bool:
+    return not failure_of(case, turn) and not turn["disturbed"]
 
 
 def _model(runs: list[Json]) -> Json:
@@ -99,14 +110,17 @@ def _case(case: Case, blocks: list[Json], model: Json) -> Json | None:
     rates: Json = {}
     for name in names:
         turns = [block["turns"][name] for block in blocks if name in block["turns"]]
-        good = [turn for turn in turns if _counts(turn)]
+        good = [turn for turn in turns if _counts(case, turn)]
+        firsts = [share for turn in good if (share := turn.get("first_tokens_as_sluice")) is not None]
         entry: Json = {
             "disturbed": sum(turn.get("disturbed", False) for turn in turns),
-            "failed": [turn["failed"] for turn in turns if "failed" in turn],
+            "failed": [reason for turn in turns if (reason := failure_of(case, turn))],
         }
         if good:
             entry["tokens_per_s"] = spread([rate(case, turn) for turn in good], 1)
             entry["ttft_ms"] = spread([turn["first_s"] * 1e3 for turn in good], 1)
+            if firsts:
+                entry["first_tokens_as_sluice"] = round(statistics.fmean(firsts), 3)
             if steps := [step for turn in good for step in turn["step_s"]]:
                 entry["step_ms"] = {"median": round(statistics.median(steps) * 1e3, 2), "max": round(max(steps) * 1e3, 2)}
         rates[name] = entry
