@@ -323,7 +323,10 @@ def test_a_peer_that_cannot_be_built_is_named_in_one_line(tmp_path: Path, monkey
 def test_a_built_peer_is_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLUICE_CACHE", str(tmp_path))
     home = tmp_path / "peers" / "peer-1"
-    home.mkdir(parents=True)
+    (home / "env/bin").mkdir(parents=True)
+    (home / "env/bin/python").touch()
     (home / "built.json").write_text(json.dumps({"versions": {"torch": "2"}, "said": "AVX2"}))
     recipe = Recipe(name="peer", version="1", installs=(), check="", builds_with=("no-such-compiler",))
     assert build.ensure(recipe) == build.Built(python=home / "env/bin/python", versions={"torch": "2"}, said="AVX2")
+    (home / "env/bin/python").unlink()
+    assert build.ensure(recipe) == build.Unavailable(reason="peer 1 cannot be built: no no-such-compiler on the path")

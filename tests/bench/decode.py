@@ -21,10 +21,10 @@ from tests.bench import report
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="")
-    parser.add_argument("--batches", default="1,8,32")
-    parser.add_argument("--prompt-tokens", type=int, default=32)
-    parser.add_argument("--new-tokens", type=int, default=32)
-    parser.add_argument("--blocks", type=int, default=3)
+    parser.add_argument("--batches", type=report.counts, default="1,8,32")
+    parser.add_argument("--prompt-tokens", type=report.at_least(1), default=32)
+    parser.add_argument("--new-tokens", type=report.at_least(2), default=32)
+    parser.add_argument("--blocks", type=report.at_least(1), default=3)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
@@ -78,6 +78,7 @@ def decode_rate(system: Ours | Transformers, prompts: list[list[int]], new_token
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    began = report.environment()
     model_dir = arguments.model or str(ensure_demo_model())
     ours, peer = Ours(model_dir, arguments.dtype), Transformers(model_dir, arguments.dtype)
     torch.set_num_threads(ours.num_threads)
@@ -100,6 +101,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "decode",
         vars(arguments) | {"model": "SmolLM2-135M-Instruct" if not arguments.model else "given"},
         results | {"probe": report.probe()},
+        began,
     )
 
 

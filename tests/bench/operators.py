@@ -61,11 +61,14 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     prefer_short_spin()
-    arguments = parse()
+    arguments, began = parse(), report.environment()
     dtype = getattr(torch, arguments.dtype)
     where = machine.description()
     torch.set_num_threads(where["cores"])
-    ops, probe = for_device("cpu"), Probe({"threads": where["cores"]})
+    ops, probe = (
+        for_device("cpu"),
+        Probe({"threads": where["cores"], "last_level_cache_bytes": where["last_level_cache_bytes"]}),
+    )
     before = probe.probe()
     bytes_per_s = before["read_gb_per_s"] * 1e9
     flop_per_s = max(before["fp32_gflop_per_s"], before["bf16_gflop_per_s"]) * 1e9
@@ -86,7 +89,7 @@ def main() -> None:
             "bound": "bandwidth" if read_us > compute_us else "arithmetic",
         }
     results["probe"] = {"before": before, "after": probe.probe()}
-    document = report.emit("operators", vars(arguments) | {"operators": ops.name}, results)
+    document = report.emit("operators", vars(arguments) | {"operators": ops.name}, results, began)
     document["environment"] |= where
     report.print_report(document)
 

@@ -32,7 +32,7 @@ def main() -> int:
     suite: Json = {report["benchmark"]: report for report in rest if isinstance(report, dict) and "benchmark" in report}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     picture = arguments.out.with_suffix(".png")
-    if peers:
+    if peers and _has_rates(peers):
         from tests.bench.bars import draw
 
         draw(peers["summary"], model_of(peers["runs"][0]), picture)
@@ -46,12 +46,12 @@ def page(peers: Json | None, suite: Json, picture: str) -> str:
     if peers:
         summary = peers["summary"]
         parts += [
-            f"![Tokens a second against peers and the machine's limit]({picture})",
+            f"![Tokens a second against peers and the machine's limit]({picture})" if _has_rates(peers) else "",
             "## Targets",
             _targets(summary),
             "## Tokens a second",
             "Medians of undisturbed turns, range in brackets; n of m: turns counted.",
-            _rates(summary),
+            _rates(summary) if summary["cases"] else "No block was measured whole.",
             "## First tokens as Sluice's",
             "Share of the prompts whose first token is the one that Sluice's 16-bit engine gives, mean of the turns that count. Formats "
             "round differently, so that the best two of a prompt may change places; weights of 8 and 4 bits change more of them.",
@@ -70,6 +70,10 @@ def page(peers: Json | None, suite: Json, picture: str) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def _has_rates(peers: Json) -> bool:
+    return any("tokens_per_s" in said for case in peers["summary"]["cases"].values() for said in case["systems"].values())
+
+
 def _machine(peers: Json | None, suite: Json) -> str:
     found = [run["environment"] for run in peers["runs"]] if peers else []
     found += [report["environment"] for report in suite.values()]
@@ -83,6 +87,7 @@ def _machine(peers: Json | None, suite: Json) -> str:
         f"Commit {commits}; {first['time']}; torch {first['versions']['torch']}.",
     ]
     if peers:
+        lines += [f"A run ended early: {run['ended_early']}." for run in peers["runs"] if "ended_early" in run]
         parameters = peers["runs"][0]["parameters"]
         lines.append(
             f"{model_of(peers['runs'][0])}, {parameters['threads']} threads, greedy, end of sequence ignored, seed {parameters['seed']}. "

@@ -1,6 +1,8 @@
 """What every benchmark says beside its figures: versions, commit, machine, how fast the machine was just then, and the spread."""
 
+import argparse
 import json
+import math
 import os
 import platform
 import statistics
@@ -17,7 +19,7 @@ PACKAGES = ("torch", "triton", "transformers", "numpy", "tokenizers", "aiokafka"
 
 
 def environment() -> dict[str, Any]:
-    """Versions, commit and machine."""
+    """Versions, commit, machine, time and load. To be asked before measuring: the tree may change and the load rises meanwhile."""
     return {
         "commit": _git("rev-parse", "HEAD"),
         "modified": bool(_git("status", "--porcelain", "--untracked-files=no")),
@@ -86,9 +88,36 @@ def quantiles(values: Sequence[float], digits: int = 2) -> dict[str, float]:
     return {f"p{q}": round(ordered[-(-q * len(ordered) // 100) - 1], digits) for q in (50, 90, 99)}
 
 
-def emit(name: str, parameters: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
-    """The report as one JSON object."""
-    return {"benchmark": name, "parameters": parameters, "results": results, "environment": environment()}
+def emit(name: str, parameters: dict[str, Any], results: dict[str, Any], began: dict[str, Any]) -> dict[str, Any]:
+    """The report as one JSON object. `began`: the `environment` of before the benchmark."""
+    return {"benchmark": name, "parameters": parameters, "results": results, "environment": began}
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """A type of argparse: whole numbers from `least` on."""
+
+    def count(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value} is below {least}")
+        return value
+
+    return count
+
+
+def counts(text: str) -> str:
+    """A type of argparse: whole numbers from 1 on with commas between them, as they are."""
+    for part in text.split(","):
+        at_least(1)(part)
+    return text
+
+
+def above_zero(text: str) -> float:
+    """A type of argparse: a number above 0 and finite."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no number above 0")
+    return value
 
 
 def print_report(report: dict[str, Any]) -> None:

@@ -22,12 +22,12 @@ from tests.bench.served import BROKER, resident_bytes, serving, small_broker
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--alone", type=int, default=200)
-    parser.add_argument("--level-s", type=float, default=20.0)
+    parser.add_argument("--alone", type=report.at_least(1), default=200)
+    parser.add_argument("--level-s", type=report.above_zero, default=20.0)
     parser.add_argument("--loads", default="0.1,0.3,0.5,0.7,0.9")
-    parser.add_argument("--concurrent", type=int, default=16)
-    parser.add_argument("--prompt-tokens", type=int, default=64)
-    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--concurrent", type=report.at_least(1), default=16)
+    parser.add_argument("--prompt-tokens", type=report.at_least(1), default=64)
+    parser.add_argument("--new-tokens", type=report.at_least(1), default=32)
     return parser.parse_args()
 
 
@@ -48,6 +48,7 @@ def figures(summary: Summary) -> dict[str, Any]:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    began = report.environment()
     prefer_short_spin()
     equal = fixed(arguments.prompt_tokens, arguments.new_tokens)
     loads = tuple(float(load) for load in arguments.loads.split(","))
@@ -77,7 +78,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             [run], _ = run_load(served, "grpc", spread, shape)
             results["spread_lengths"][shape] = figures(run.summary)
         results["parent_mib_after"] = round(resident_bytes(served.process) / 2**20)
-    return report.emit("service_load", vars(arguments) | BROKER, results | {"probe": report.probe()})
+    return report.emit("service_load", vars(arguments) | BROKER, results | {"probe": report.probe()}, began)
 
 
 if __name__ == "__main__":

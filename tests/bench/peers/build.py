@@ -1,8 +1,9 @@
 """Builds the peers' environments and model files under the cache directory, once: `python -m tests.bench.peers.build`.
 
 `${SLUICE_CACHE:-~/.cache/sluice}/peers/NAME-VERSION/`: `env/` (a virtual environment), `build.log`, and `built.json`, written
-last: without it the directory is no environment and is built anew. One builder at a time; a second one waits. A peer that cannot
-be built is an `Unavailable` with one line that says why: the benchmark names it, and does not leave it out in silence.
+last: without it, or without its Python, the directory is no environment and is built anew. One builder at a time; a second one
+waits. A peer that cannot be built is an `Unavailable` with one line that says why: the benchmark names it, and does not leave it out
+in silence.
 """
 
 import fcntl
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from service.config import cache_dir
+from service.errors import SetupError
 from tests.bench.peers.recipes import RECIPES, Recipe
 
 _REQUIREMENTS = """
@@ -46,6 +48,11 @@ class Unavailable:
     """A peer that cannot run here, and why, in one line."""
 
     reason: str
+
+
+def in_one_line(error: Exception) -> str:
+    """An error's whole message."""
+    return " ".join(str(error).split())
 
 
 class PeerError(RuntimeError):
@@ -78,7 +85,9 @@ def _read(home: Path) -> Built | None:
         facts = json.loads((home / "built.json").read_text("utf-8"))
     except FileNotFoundError:
         return None
-    return Built(python=home / "env/bin/python", versions=facts["versions"], said=facts["said"])
+    python = home / "env/bin/python"
+    # An environment links to the interpreter that it was made with, which may be gone.
+    return Built(python=python, versions=facts["versions"], said=facts["said"]) if python.is_file() else None
 
 
 def _build(recipe: Recipe, home: Path) -> Built:
@@ -131,8 +140,12 @@ def main() -> int:
         if isinstance(made := ensure(recipe), Unavailable):
             print(f"error: {made.reason}", file=sys.stderr)
             failed = True
-    for name in FORMATS:
-        ensure_gguf(DEMO, name)
+    try:
+        for name in FORMATS:
+            ensure_gguf(DEMO, name)
+    except SetupError as error:
+        print(f"error: {in_one_line(error)}", file=sys.stderr)
+        failed = True
     return 3 if failed else 0
 
 

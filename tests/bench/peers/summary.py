@@ -1,7 +1,7 @@
 """What the blocks come to: medians of undisturbed turns, ratios within a block, limits from the probes beside them."""
 
 import statistics
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tests.bench.peers.cases import CASES, Case
@@ -20,19 +20,27 @@ class MergeError(ValueError):
 
 
 def document(runs: list[Json]) -> Json:
-    """The whole benchmark as one JSON object. Raises `MergeError` for runs of different commits, machines, models, company or seeds."""
+    """The whole benchmark as one JSON object. Raises `MergeError`."""
     if not runs:
         raise MergeError("there is no run: name files to merge, or measure")
+    check(runs)
+    return {"benchmark": "peers", "summary": summarise(runs), "runs": runs}
+
+
+def check(runs: Sequence[Json]) -> None:
+    """Raises `MergeError` for runs of different commits, machines, models, company or seeds, and where one of several was measured with
+    a tree that its commit does not tell. Looks at their `environment` and `parameters` alone."""
     alike = {
-        "environment": ("commit", "modified", "cpu", "cores"),
+        "environment": ("commit", "cpu", "cores"),
         "parameters": ("model", "weights", "seed", "threads", "busy_processes", "favoured", "held"),
     }
     for part, names in alike.items():
         for name in names:
             values = {run[part].get(name, BEFORE.get(name, 0)) for run in runs}
             if len(values) > 1:
-                raise MergeError(f"the runs differ in {name}: {', '.join(map(str, values))}")
-    return {"benchmark": "peers", "summary": summarise(runs), "runs": runs}
+                raise MergeError(f"the runs differ in {name}: {', '.join(sorted(map(str, values)))}")
+    if len(runs) > 1 and any(run["environment"]["modified"] for run in runs):
+        raise MergeError("a run of a modified tree merges with no other: nothing tells that the changes were the same")
 
 
 def model_of(run: Json) -> str:
