@@ -10,10 +10,12 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from service.bench.summary import Targets, summarize
 from service.errors import SetupError
 from tests.bench import __main__ as suite
-from tests.bench import published, report
+from tests.bench import decode, operators, published, report, service_load
 from tests.bench.peers import __main__ as peers
 from tests.bench.peers import blocks, build, catalogue, models, summary
 from tests.bench.peers.machine import ticks_of
@@ -170,6 +172,35 @@ def test_a_document_without_blocks_becomes_a_page_without_a_picture(tmp_path: Pa
     assert published.main() == 0
     assert "No block was measured whole." in (tmp_path / "page.md").read_text()
     assert not (tmp_path / "page.png").exists()
+
+
+def test_an_operator_that_works_in_the_caches_has_no_share_of_the_memorys_limit() -> None:
+    norm = {"us": {"median": 1.5}}
+    linear = {"us": {"median": 20.0}, "limit_us": 10.0, "share_of_limit": 0.5, "bound": "bandwidth"}
+    suite_of = {"operators": {"results": {"rms_norm x 1": norm, "linear": linear}, "environment": report.environment()}}
+    text = published.page(None, suite_of, "")
+    assert "| rms_norm x 1 | 1.5 | – | – | caches |" in text
+    assert "| linear | 20.0 | 10.0 | 50% | bandwidth |" in text
+
+
+def test_norms_are_measured_without_a_limit() -> None:
+    ops: Any = SimpleNamespace(hidden_dtype=None, rms_norm=lambda x, weight, eps: x)
+    assert {num_bytes for _, _, num_bytes, _ in operators._norms(ops, torch.float32)} == {0.0}
+
+
+def test_generate_begins_every_second_block() -> None:
+    assert [decode.in_turn(("ours", "theirs"), block)[0] for block in range(4)] == ["ours", "theirs", "ours", "theirs"]
+
+
+@pytest.mark.parametrize(("flags", "dtype"), [(["avx2"], "float32"), (["avx512_bf16"], "bfloat16")])
+def test_generate_has_the_type_in_which_it_is_faster(flags: list[str], dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode.machine, "description", lambda: {"instruction_sets": flags})
+    assert decode.peer_dtype() == dtype
+
+
+def test_the_sweep_publishes_what_was_in_time() -> None:
+    found = service_load.figures(summarize([], 0.0, Targets(deadline_s=3.0)))
+    assert (found["e_tps"], found["goodput_per_s"]) == (0.0, 0.0)
 
 
 def test_a_stray_line_beside_a_report_loses_nothing() -> None:

@@ -172,7 +172,9 @@ def _systems(peers: Json) -> str:
         if "unavailable" in said:
             rows.append((said["label"], f"unavailable: {said['unavailable']}"))
             continue
-        facts = next((run["systems"][name]["facts"] for run in peers["runs"] if "facts" in run["systems"].get(name, {})), {})
+        facts: Json = next(
+            (run["systems"][name]["facts"] for run in peers["runs"] if "facts" in run["systems"].get(name, {})), {}
+        )
         words = [f"{key} {value}" for key, value in facts.items() if not isinstance(value, list | dict)]
         words += [f"**failed at {case}: {reason}**" for case, reason in said.get("failed", {}).items()]
         rows.append((said["label"], "; ".join(words)))
@@ -183,7 +185,12 @@ def _kernels(report: Json) -> str:
     rows = []
     for name, said in report["results"].items():
         if isinstance(said, dict) and "us" in said:
-            rows.append((name, said["us"]["median"], said["limit_us"], f"{said['share_of_limit']:.0%}", said["bound"]))
+            limit = (
+                (said["limit_us"], f"{said['share_of_limit']:.0%}", said["bound"])
+                if "limit_us" in said
+                else ("–", "–", "caches")
+            )
+            rows.append((name, said["us"]["median"], *limit))
     return _table(("operator", "µs", "limit µs", "share", "bound by"), rows)
 
 

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from service.config import cache_dir
 from service.errors import SetupError
@@ -108,7 +109,7 @@ def _build(recipe: Recipe, home: Path) -> Built:
         _logged(home, [*install, "-r", str(home / "requirements.txt")])
     said = _logged(home, [str(python), "-c", recipe.check]).strip().splitlines()[-1]
     listed = _logged(home, [sys.executable, "-m", "uv", "pip", "list", "--format", "json", "--python", str(python)])
-    facts = {
+    facts: dict[str, Any] = {
         "versions": {package["name"]: package["version"] for package in json.loads(listed)},
         "said": said,
         "build_s": round(time.monotonic() - start),
