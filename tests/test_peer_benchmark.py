@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from tests.bench.peers import build, models, summary, targets
-from tests.bench.peers.blocks import Hold, HoldError
-from tests.bench.peers.cases import CASES
+from tests.bench.peers.blocks import Bench, Hold, HoldError
+from tests.bench.peers.cases import CASES, Case
 from tests.bench.peers.catalogue import CATALOGUE, default_systems
 from tests.bench.peers.machine import Clock, foreign_share
 from tests.bench.peers.process import SystemFailed, SystemProcess
@@ -305,6 +305,15 @@ def test_a_systems_error_is_told_and_ends_nothing(speaker: SystemProcess) -> Non
     with pytest.raises(SystemFailed, match="LookupError: no such case"):
         speaker.ask({"op": "run", "case": "bad", "prompts": [[1]], "new_tokens": 1, "keep": False})
     assert speaker.ask({"op": "run", "case": "good", "prompts": [[1]], "new_tokens": 1, "keep": False})["tokens"] == [[1]]
+
+
+def test_a_system_that_fails_while_it_is_prepared_leaves_a_trace(speaker: SystemProcess) -> None:
+    bench = Bench(["sluice"], model="m", threads=1, seed=0)
+    speaker.ask({"op": "load"})
+    bench._running["sluice"], bench.systems["sluice"] = speaker, {}
+    bench.prepare(Case(name="bad", batch=1, prompt_tokens=1, new_tokens=1, keep=False))
+    assert bench.systems["sluice"] == {"failed": {"bad": "LookupError: no such case"}}
+    assert bench._running == {}
 
 
 def test_a_system_that_ends_says_its_last_words(tmp_path: Path) -> None:

@@ -53,8 +53,9 @@ def page(peers: Json | None, suite: Json, picture: str) -> str:
             "Medians of undisturbed turns, range in brackets; n of m: turns counted.",
             _rates(summary) if summary["cases"] else "No block was measured whole.",
             "## First tokens as Sluice's",
-            "Share of the prompts whose first token is the one that Sluice's 16-bit engine gives, mean of the turns that count. Formats "
-            "round differently, so that the best two of a prompt may change places; weights of 8 and 4 bits change more of them.",
+            "Share of the prompts whose first token is the one that Sluice's 16-bit engine gives, mean of the turns that count. "
+            "Prompts are random tokens, after which the best two are often close: what rounds otherwise makes them change places, weights "
+            "of 8 and 4 bits more than 16-bit ones. Of text, `make bench` has the quality.",
             _firsts(summary),
             "## Machine, beside the blocks",
             _probe(summary),
