@@ -9,21 +9,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import gguf
-import numpy as np
 import pytest
-import torch
-from safetensors.torch import save_file
 
-from tests.bench.peers import build, summary, targets
-from tests.bench.peers.blocks import Hold, HoldError
-from tests.bench.peers.cases import CASES
+from tests.bench.peers import build, models, summary, targets
+from tests.bench.peers.blocks import Bench, Hold, HoldError
+from tests.bench.peers.cases import CASES, Case
 from tests.bench.peers.catalogue import CATALOGUE, default_systems
-from tests.bench.peers.ggufs import write_gguf
 from tests.bench.peers.machine import Clock, foreign_share
 from tests.bench.peers.process import SystemFailed, SystemProcess
 from tests.bench.peers.recipes import Recipe
 from tests.bench.published import page
+from tests.bench.report import shown, spread
+from tests.bench.services import service_rows
 from tests.bench.systems.speaking import Recorder
 
 Json = dict[str, Any]
@@ -132,6 +129,16 @@ def test_runs_of_different_commits_do_not_merge() -> None:
         summary.document([run_of([]), run_of([], commit="d")])
 
 
+def test_runs_of_different_models_do_not_merge_and_a_run_that_names_none_is_of_the_demos() -> None:
+    old, demo, other = run_of([]), run_of([]), run_of([])
+    del old["parameters"]["model"]
+    demo["parameters"]["model"] = models.DEMO
+    other["parameters"] |= {"model": "qwen2.5-0.5b", "weights": "random"}
+    assert len(summary.document([old, demo])["runs"]) == 2
+    with pytest.raises(summary.MergeError, match=r"differ in model: .*qwen2\.5-0\.5b"):
+        summary.document([old, other])
+
+
 def test_runs_of_one_commit_merge_their_blocks() -> None:
     block = {"sluice": turn(30)}
     assert summary.document([run_of([block]), run_of([block])])["summary"]["cases"]["decode 8/32"]["blocks"] == 2
@@ -142,9 +149,64 @@ def outcome(rate: float, peer: float = 10) -> targets.Outcome:
     return next(one for one in found if one.target.what == "batch 8" and one.case == "decode 8/32")
 
 
-@pytest.mark.parametrize(("rate", "met"), [(25, True), (24, False)])
+@pytest.mark.parametrize(("rate", "met"), [(25, True), (24.96, False), (24, False)])
 def test_a_target_is_met_from_its_ratio_on(rate: float, met: bool) -> None:
     assert outcome(rate).met is met
+
+
+def test_a_target_that_is_missed_by_a_hair_is_shown_as_missed() -> None:
+    text = page(summary.document([run_of([{"sluice": turn(24.98), "llama.cpp-bf16": turn(10)}])]), {}, "bars.png")
+    assert "| 2.5× | 2.498× | missed: 99.9% of it |" in text
+
+
+@pytest.mark.parametrize(
+    ("value", "bounds", "said"),
+    [(0.8954, [0.9], "0.895"), (0.9, [0.9], "0.90"), (1.234, [0.9], "1.23"), (2.9999, [2.5, 3], "2.9999")],
+)
+def test_a_figure_is_shown_on_its_side_of_a_bound(value: float, bounds: list[float], said: str) -> None:
+    assert shown(value, bounds) == said
+
+
+def test_the_services_targets_are_judged_before_rounding() -> None:
+    documents = {
+        "service": {"results": {"grpc_against_offline": spread([0.8954]), "kafka_against_offline": {"median": 0.9}}},
+        "startup": {"results": {"parent_mib": 250.2}},
+    }
+    rows = {row.split(" | ")[0]: row for row in service_rows(documents).splitlines()}
+    assert rows["| gRPC against the engine offline"].endswith("| 0.895× | missed: 99% of it |")
+    assert rows["| Kafka to Kafka against the engine offline"].endswith("| 0.90× | met |")
+    assert rows["| memory of the service"].endswith("| 250.20 MiB | missed: 100.1% of it |")
+
+
+def test_a_turn_whose_whole_batch_never_decoded_has_failed() -> None:
+    blocks = [{"sluice": turn(30) | {"window_s": 0.0, "window_tokens": 0}, "llama.cpp-bf16": turn(10)}]
+    case = summary.summarise([run_of(blocks)])["cases"]["decode 8/32"]
+    assert case["ratios"]["sluice"] == {}
+    assert "tokens_per_s" not in case["systems"]["sluice"]
+    assert "the whole batch never decoded" in case["systems"]["sluice"]["failed"][0]
+
+
+def test_a_system_that_failed_before_its_first_turn_is_in_the_report() -> None:
+    run = run_of([{"sluice": turn(30)}])
+    run["systems"]["llama.cpp-bf16"]["failed"] = {"decode 8/32": "out of memory"}
+    text = page(summary.document([run]), {}, "bars.png")
+    assert "**failed at decode 8/32: out of memory**" in text
+    assert "| llama.cpp BF16 | failed |" in text
+    [found] = [
+        one for one in targets.outcomes(summary.summarise([run])) if one.target.what == "batch 8" and one.case == "decode 8/32"
+    ]
+    assert found.ratio is None
+
+
+def test_the_report_says_whose_first_tokens_are_sluices() -> None:
+    blocks = [
+        {
+            "sluice": turn(30) | {"first_tokens_as_sluice": 1.0},
+            "llama.cpp-bf16": turn(10) | {"first_tokens_as_sluice": share},
+        }
+        for share in (1.0, 0.75)
+    ]
+    assert "| llama.cpp BF16 | 87.5% |" in page(summary.document([run_of(blocks)]), {}, "bars.png")
 
 
 def test_a_target_that_was_not_measured_says_why() -> None:
@@ -159,6 +221,13 @@ def test_the_report_names_a_peer_that_cannot_run_and_a_missed_target() -> None:
     assert "| vLLM bf16 | unavailable: no AVX-512 |" in text
     assert "missed: 48% of it" in text
     assert "not measured: no `service` in these documents" in text
+
+
+def test_the_report_names_the_model_and_says_where_its_weights_are_random() -> None:
+    run = run_of([{"sluice": turn(12)}])
+    assert "\nm, 2 threads" in page(summary.document([run]), {}, "bars.png")
+    run["parameters"] |= {"model": "llama-3.2-1b", "weights": "random"}
+    assert "\nllama-3.2-1b (random weights of its shape), 2 threads" in page(summary.document([run]), {}, "bars.png")
 
 
 def test_a_machine_that_is_not_given_is_not_measured() -> None:
@@ -238,6 +307,15 @@ def test_a_systems_error_is_told_and_ends_nothing(speaker: SystemProcess) -> Non
     assert speaker.ask({"op": "run", "case": "good", "prompts": [[1]], "new_tokens": 1, "keep": False})["tokens"] == [[1]]
 
 
+def test_a_system_that_fails_while_it_is_prepared_leaves_a_trace(speaker: SystemProcess) -> None:
+    bench = Bench(["sluice"], model="m", threads=1, seed=0)
+    speaker.ask({"op": "load"})
+    bench._running["sluice"], bench.systems["sluice"] = speaker, {}
+    bench.prepare(Case(name="bad", batch=1, prompt_tokens=1, new_tokens=1, keep=False))
+    assert bench.systems["sluice"] == {"failed": {"bad": "LookupError: no such case"}}
+    assert bench._running == {}
+
+
 def test_a_system_that_ends_says_its_last_words(tmp_path: Path) -> None:
     process = SystemProcess([sys.executable, "-c", "import sys; sys.exit('no such library')"], os.environ, tmp_path / "log")
     with pytest.raises(SystemFailed, match="ended with 1: no such library"):
@@ -254,31 +332,10 @@ def test_a_peer_that_cannot_be_built_is_named_in_one_line(tmp_path: Path, monkey
 def test_a_built_peer_is_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLUICE_CACHE", str(tmp_path))
     home = tmp_path / "peers" / "peer-1"
-    home.mkdir(parents=True)
+    (home / "env/bin").mkdir(parents=True)
+    (home / "env/bin/python").touch()
     (home / "built.json").write_text(json.dumps({"versions": {"torch": "2"}, "said": "AVX2"}))
     recipe = Recipe(name="peer", version="1", installs=(), check="", builds_with=("no-such-compiler",))
     assert build.ensure(recipe) == build.Built(python=home / "env/bin/python", versions={"torch": "2"}, said="AVX2")
-
-
-def test_a_gguf_file_holds_the_checkpoints_values_with_rotated_rows_side_by_side(tmp_path: Path) -> None:
-    config = {
-        "num_attention_heads": 1,
-        "num_key_value_heads": 1,
-        "vocab_size": 32,
-        "max_position_embeddings": 64,
-        "hidden_size": 32,
-        "num_hidden_layers": 1,
-        "intermediate_size": 32,
-        "rms_norm_eps": 1e-5,
-        "head_dim": 32,
-        "rope_parameters": {"rope_theta": 10000.0},
-    }
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    query, value = torch.randn(32, 32).bfloat16(), torch.randn(32, 32).bfloat16()
-    stem = "model.layers.0.self_attn"
-    save_file({f"{stem}.q_proj.weight": query, f"{stem}.v_proj.weight": value}, tmp_path / "model.safetensors")
-    write_gguf(tmp_path, tmp_path / "model.gguf", "F16")
-    read = {tensor.name: np.array(tensor.data) for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
-    assert np.array_equal(read["blk.0.attn_v.weight"], value.half().numpy())
-    pairs = [row for i in range(16) for row in (i, i + 16)]
-    assert np.array_equal(read["blk.0.attn_q.weight"], query[pairs].half().numpy())
+    (home / "env/bin/python").unlink()
+    assert build.ensure(recipe) == build.Unavailable(reason="peer 1 cannot be built: no no-such-compiler on the path")

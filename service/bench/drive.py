@@ -23,7 +23,7 @@ TIMEOUT = "timeout"
 class Sample:
     """One request. Stamps in seconds of the run's clock; `arrivals`: one (stamp, tokens) a message that brought tokens.
 
-    `answer` None: it failed, with `code`.
+    `answer` None: it failed, with `code`: the endpoint's word, "timeout", or the name of an exception that nobody expected.
     """
 
     due_s: float
@@ -120,6 +120,8 @@ class Drive:
             code = error.code
         except TimeoutError:
             code = TIMEOUT
+        except Exception as error:  # noqa: BLE001 - a fault of one request, whatever it is, must not cost the run its figures
+            code = type(error).__name__
         finally:
             self.num_in_flight -= 1
         self.samples.append(
@@ -134,11 +136,20 @@ async def warm_up(target: Target, requests: Iterator[Planned], count: int, timeo
     try:
         async with asyncio.timeout(timeout_s), asyncio.TaskGroup() as tasks:
             for _ in range(count):
-                tasks.create_task(target.ask(next(requests), lambda num_tokens: None))
+                tasks.create_task(_uncounted(target, next(requests)))
     except* TargetError as errors:
         raise _first(errors) from None
     except* TimeoutError:
         raise TargetError(TIMEOUT, f"nothing had ended after {timeout_s:g} s") from None
+
+
+async def _uncounted(target: Target, planned: Planned) -> None:
+    try:
+        await target.ask(planned, lambda num_tokens: None)
+    except TargetError:
+        raise
+    except Exception as error:
+        raise TargetError(type(error).__name__, str(error)) from error
 
 
 def _first(errors: BaseExceptionGroup[TargetError]) -> TargetError:

@@ -3,7 +3,7 @@
 import contextlib
 from typing import Any
 
-from service.bench.target import Answer, OnTokens, TargetError
+from service.bench.target import TEMPERATURE, Answer, OnTokens, TargetError
 from service.bench.workload import Planned
 from service.contract import Delta, Finished, PromptRequest, SamplingFields
 from service.errors import SetupError
@@ -35,7 +35,7 @@ class GrpcTarget:
     async def ask(self, planned: Planned, on_tokens: OnTokens) -> Answer:
         assert self._client is not None
         sampling = SamplingFields(
-            max_tokens=planned.max_tokens, temperature=0.0, seed=planned.seed, ignore_eos=self._ignore_eos or None
+            max_tokens=planned.max_tokens, temperature=TEMPERATURE, seed=planned.seed, ignore_eos=self._ignore_eos or None
         )
         prompt = PromptRequest(text=planned.text, model=self._model, sampling=sampling)
         try:

@@ -19,7 +19,7 @@ from aiokafka.errors import KafkaError
 from aiokafka.structs import ConsumerRecord
 
 from service import wire
-from service.bench.target import Answer, OnTokens, TargetError
+from service.bench.target import TEMPERATURE, Answer, OnTokens, TargetError
 from service.bench.workload import Planned
 from service.contract import PromptRequest, SamplingFields
 from service.errors import SetupError
@@ -64,6 +64,7 @@ class KafkaTarget:
         self._waiting: dict[str, _Waiting] = {}
         self._endings: set[asyncio.Task[None]] = set()
         self._early: OrderedDict[str, list[ConsumerRecord]] = OrderedDict()
+        self._broken = ""
 
     async def open(self) -> dict[str, Any]:
         # What the client has to say reaches the person as one error.
@@ -97,6 +98,7 @@ class KafkaTarget:
                 "or name yours with --brokers host:port",
                 exit_code=3,
             ) from error
+        self._broken = ""
         self._reading = asyncio.create_task(self._read(consumer), name="bench results")
         partitions = consumer.partitions_for_topic(results) or ()
         return {
@@ -108,8 +110,9 @@ class KafkaTarget:
 
     async def ask(self, planned: Planned, on_tokens: OnTokens) -> Answer:
         assert self._producer is not None
+        self._check_reading()
         sampling = SamplingFields(
-            max_tokens=planned.max_tokens, temperature=0.0, seed=planned.seed, ignore_eos=self._ignore_eos or None
+            max_tokens=planned.max_tokens, temperature=TEMPERATURE, seed=planned.seed, ignore_eos=self._ignore_eos or None
         )
         prompt = PromptRequest(text=planned.text, model=self._model, sampling=sampling)
         try:
@@ -124,6 +127,7 @@ class KafkaTarget:
         key = f"{sent.topic}-{sent.partition}-{sent.offset}"
         waiting = self._waiting[key] = _Waiting(on_tokens)
         try:
+            self._check_reading()
             for record in self._early.pop(key, ()):
                 self._take(waiting, record)
             return _answer(await waiting.result)
@@ -174,14 +178,24 @@ class KafkaTarget:
                 if len(self._early) > _MAX_EARLY:
                     self._early.popitem(last=False)
         except KafkaError as error:
+            self._broken = str(error) or type(error).__name__
+        finally:
+            # Whoever waits would wait for ever; requests of later on are refused by `_check_reading`.
+            self._broken = self._broken or "nobody reads the results any more"
             for waiting in self._waiting.values():
                 if not waiting.result.done():
-                    waiting.result.set_exception(TargetError("unavailable", str(error)))
+                    waiting.result.set_exception(TargetError("unavailable", self._broken))
+
+    def _check_reading(self) -> None:
+        if self._broken:
+            raise TargetError("unavailable", self._broken)
 
     def _take(self, waiting: _Waiting, record: ConsumerRecord) -> None:
         try:
             value = json.loads(record.value or b"")
         except ValueError:
+            return
+        if not isinstance(value, dict):
             return
         if record.topic == self._topics.chunks:
             if tokens := value.get("token_ids"):

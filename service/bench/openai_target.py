@@ -8,7 +8,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from service.bench.http_stream import HttpClient, HttpError, events, whole
-from service.bench.target import Answer, OnTokens, TargetError
+from service.bench.target import TEMPERATURE, Answer, OnTokens, TargetError
 from service.bench.workload import Planned
 from service.errors import SetupError
 
@@ -68,7 +68,7 @@ class OpenAiTarget:
         body: dict[str, Any] = {
             "model": self._model,
             "max_tokens": planned.max_tokens,
-            "temperature": 0.0,
+            "temperature": TEMPERATURE,
             "seed": planned.seed,
             "stream": True,
             "stream_options": {"include_usage": True},

@@ -98,11 +98,12 @@ class Bench:
 
     async def _open(self, name: str, rate: float, load: float) -> None:
         drive = self._begin(name, name, {"rate": rate, "load": load})
-        await drive.open(rate, self._new_draw(f"arrivals {name}"))
+        await drive.open(rate, self._new_draw(f"arrivals {len(self.runs)} {name}"))
         self._end(drive)
 
     def _begin(self, name: str, stream: str, offered: dict[str, Any]) -> Drive:
-        requests = self._plan.workload.requests(self._new_draw, f"requests {stream}")
+        # A load that is asked for twice gets other requests the second time, which no prefix cache knows.
+        requests = self._plan.workload.requests(self._new_draw, f"requests {len(self.runs)} {stream}")
         self.current_name, self._offered = name, offered
         self.current = Drive(self.target, requests, self._plan.limits, clock=self._clock, sleep=self._sleep)
         return self.current

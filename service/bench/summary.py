@@ -43,6 +43,7 @@ class Summary:
     `steady_requests_per_s`: of a closed loop while every place was taken, which is what the endpoint can do at that concurrency;
     `num_steady` requests ended by then.
     `added_ttft_ms`: TTFT less the engine's own part (first scheduled to first token), where the endpoint tells it.
+    `e_tps`: None where no deadline was asked for. Latencies are of finished requests; `late_ms` of all.
     `late_ms`: how long after its due instant a request was sent: large values mean that this process could not keep up.
     """
 
@@ -57,7 +58,7 @@ class Summary:
     num_steady: int
     steady_requests_per_s: float
     output_tokens_per_s: float
-    e_tps: float
+    e_tps: float | None
     goodput_per_s: float
     ttft_ms: Quantiles | None
     tpot_ms: Quantiles | None
@@ -96,7 +97,7 @@ def summarize(samples: Sequence[Sample], started_s: float, targets: Targets) -> 
         num_steady=num_steady,
         steady_requests_per_s=num_steady / steady_s if steady_s > 0 else 0.0,
         output_tokens_per_s=rate(_tokens(finished)),
-        e_tps=rate(_tokens(in_time)),
+        e_tps=rate(_tokens(in_time)) if targets.deadline_s else None,
         goodput_per_s=rate(len(good)),
         ttft_ms=_of(finished, ttft_s),
         tpot_ms=_of(finished, tpot_s),

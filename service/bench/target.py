@@ -6,6 +6,9 @@ from typing import Any, Protocol
 
 from service.bench.workload import Planned
 
+TEMPERATURE = 0.0
+"""Of every request: greedy, so that lengths and speed do not depend on chance."""
+
 OnTokens = Callable[[int], None]
 """Told how many tokens have just come; whoever is told takes the time."""
 

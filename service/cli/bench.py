@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 import os
 import random
 import time
@@ -17,7 +18,7 @@ from service.bench.lengths import SHAPES, Lengths
 from service.bench.openai_target import ENDPOINTS, OpenAiTarget
 from service.bench.run import Bench, Plan, SweepError
 from service.bench.summary import Targets
-from service.bench.target import Target, TargetError
+from service.bench.target import TEMPERATURE, Target, TargetError
 from service.bench.workload import Workload
 from service.cli import bench_view
 from service.cli.options import ConfigFile, Json, Overrides, settings_from
@@ -142,11 +143,13 @@ def bench(
     """Put load on an endpoint and report throughput, latencies and errors.
 
     Closed loop by default; --rate opens it, --load sweeps from light to heavy. E-TPS: output tokens of requests that met --deadline, a
-    second. Goodput: requests that met --deadline, --ttft and --tpot, a second. In an open loop latency counts from the instant at which a
-    request was due, so a stall shows in full. TTFT: to the first token. TPOT: a token after it, on a request's average. ITL: between two
-    messages with tokens, as a reader sees them. p99/p50: of whole requests. Ctrl-C prints what was measured so far. Prompts are generated
-    from --seed; OPENAI_API_KEY is sent to --url where it is set.
+    second; without --deadline there is none. Goodput: requests that met --deadline, --ttft and --tpot, a second. In an open loop latency
+    counts from the instant at which a request was due, so a stall shows in full. TTFT: to the first token. TPOT: a token after it, on a
+    request's average. ITL: between two messages with tokens, as a reader sees them. p99/p50: of whole requests. Percentiles are of
+    finished requests: where some failed, it says how many. Ctrl-C prints what was measured so far. Prompts are generated from --seed;
+    OPENAI_API_KEY is sent to --url where it is set.
     """
+    _finite(rate=rate, duration=duration, timeout=timeout, deadline=deadline, ttft=ttft, tpot=tpot)
     seed = random.SystemRandom().randrange(1_000_000) if seed is None else seed
     settings = settings_from(config, overrides, {"kafka": {"bootstrap_servers": brokers or None}})
     plan = Plan(
@@ -165,7 +168,9 @@ def bench(
     )
     where = _target(settings, url, target, brokers, model=model, endpoint=endpoint, ignore_eos=ignore_eos)
     work = Bench(plan, where, new_draw=lambda stream: random.Random(f"{seed} {stream}").random, clock=time.perf_counter)
-    report = bench_view.Report(plan, work, seed=seed, as_json=as_json)
+    asked = {"model": model, "temperature": TEMPERATURE, "ignore_eos": ignore_eos}
+    began = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    report = bench_view.Report(plan, work, seed=seed, asked=asked, began=began, as_json=as_json)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_run(where, work, report))
@@ -213,6 +218,13 @@ def _target(settings: Settings, url: str, address: str, brokers: str, *, model: 
             Connection(settings.kafka), topic_prefix=settings.kafka.topic_prefix, model=model, ignore_eos=ignore_eos
         )
     return GrpcTarget(address or f"{settings.grpc.host}:{settings.grpc.port}", model=model, ignore_eos=ignore_eos)
+
+
+def _finite(**options: float) -> None:
+    """Limits of options let infinity pass, and those of some versions of Typer what is no number."""
+    for name, value in options.items():
+        if not math.isfinite(value):
+            raise SetupError(f"--{name} {value}: give a number")
 
 
 def _limits(requests: int, duration_s: float, timeout_s: float, *, sweep: bool) -> Limits:

@@ -22,10 +22,11 @@ _PACKAGES = ("grpcio", "aiokafka", "h11", "uvloop")
 
 
 class Report:
-    """Of one command. `endpoint` is set once it is known."""
+    """Of one command. `endpoint` is set once it is known. `asked`: what the plan does not say of the requests; `began`: UTC, ISO 8601."""
 
-    def __init__(self, plan: Plan, work: Bench, *, seed: int, as_json: bool) -> None:
+    def __init__(self, plan: Plan, work: Bench, *, seed: int, asked: dict[str, Any], began: str, as_json: bool) -> None:
         self._plan, self._work = plan, work
+        self._asked, self._began = asked, began
         self._seed, self._as_json = seed, as_json
         self.endpoint: dict[str, Any] = {}
 
@@ -50,6 +51,9 @@ class Report:
             output.out.print(latencies(runs))
             output.out.print(f"[dim]seed {self._seed}[/]")
             for run in runs:
+                if failed := run.summary.num_requests - run.summary.num_finished:
+                    of = f"of {run.summary.num_finished} finished, {failed} failed"
+                    output.out.print(f"[red]{escape(run.name)}: latencies {of}[/]")
                 for code, count in run.summary.errors.items():
                     output.out.print(f"[red]{escape(run.name)}: {count} x {escape(code)}[/]")
 
@@ -73,8 +77,10 @@ class Report:
             "commit": commit(),
             "python": platform.python_version(),
             "versions": {name: version(name) for name in _PACKAGES},
+            "cpu": _cpu_model(),
             "cores": len(os.sched_getaffinity(0)),
-            "parameters": asdict(self._plan) | {"seed": self._seed},
+            "time": self._began,
+            "parameters": asdict(self._plan) | {"seed": self._seed} | self._asked,
             "endpoint": self.endpoint,
             "interrupted": interrupted,
             "runs": [
@@ -96,7 +102,7 @@ def rates(runs: list[Run]) -> Table:
             f"{it.requests_per_s:.2f}",
             f"{it.goodput_per_s:.2f}",
             f"{it.output_tokens_per_s:.1f}",
-            f"{it.e_tps:.1f}",
+            "-" if it.e_tps is None else f"{it.e_tps:.1f}",
             f"{it.prompt_tokens:,}",
             f"{it.cached_prompt_tokens:,}",
         )
@@ -125,6 +131,15 @@ def _three(found: Quantiles | None) -> str:
     if found is None:
         return "-"
     return "/".join(f"{value:.{1 if value < 100 else 0}f}" for value in (found.p50, found.p90, found.p99))
+
+
+def _cpu_model() -> str:
+    """Of this machine, which the endpoint need not be on; as Linux names it, else as Python does."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def commit() -> str:

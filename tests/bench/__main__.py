@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from typing import Any
 
 from engine.openmp import prefer_short_spin
 from tests.servers.tied import tie
@@ -27,6 +28,17 @@ BENCHMARKS = (
 )
 
 
+def report_in(said: str) -> dict[str, Any]:
+    """The report in a benchmark's standard output, where a library may print too. Raises ValueError without one."""
+    lines = said.splitlines()
+    if "{" not in lines or "}" not in lines:
+        raise ValueError(f"no JSON object between lines of their own in {said[:200]!r}")
+    # Printed with indentation: no other line of it is a brace alone at its beginning.
+    first, last = lines.index("{"), len(lines) - lines[::-1].index("}")
+    found: dict[str, Any] = json.loads("\n".join(lines[first:last]))
+    return found
+
+
 def main() -> int:
     prefer_short_spin()
     reports, code = {}, 0
@@ -45,7 +57,11 @@ def main() -> int:
             print(f"error: {name} ended with {benchmark.returncode}", file=sys.stderr)
             code = 1
             continue
-        reports[name] = json.loads(said)
+        try:
+            reports[name] = report_in(said.decode("utf-8", "replace"))
+        except ValueError as error:
+            print(f"error: {name} printed no report: {error}", file=sys.stderr)
+            code = 1
     json.dump(reports, sys.stdout, indent=1)
     print()
     return code

@@ -15,8 +15,8 @@ OURS, PEER, NARROW = "#1f6f8b", "#b8b8b8", "#d9a441"
 """Sluice, 16-bit and wider peers, and 8-bit and narrower peers."""
 
 
-def draw(summary: Json, target: Path) -> None:
-    """Writes a PNG."""
+def draw(summary: Json, model: str, target: Path) -> None:
+    """Writes a PNG. `model`: in words."""
     cases = {name: case for name, case in summary["cases"].items() if _measured(case)}
     columns = 2
     rows = -(-len(cases) // columns)
@@ -25,7 +25,8 @@ def draw(summary: Json, target: Path) -> None:
         _panel(panel, name, case, summary["systems"])
     for panel in panels.flat[len(cases) :]:
         panel.set_axis_off()
-    figure.suptitle("Tokens a second; dashed: this machine's limit with 16-bit weights and float products", fontsize=10)
+    dashed = "dashed: this machine's limit with 16-bit weights and float products"
+    figure.suptitle(f"{model}: tokens a second; {dashed}", fontsize=10)
     figure.savefig(target, dpi=110)
     pyplot.close(figure)
 

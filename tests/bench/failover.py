@@ -42,10 +42,10 @@ class Silence:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--streams", type=int, default=50)
+    parser.add_argument("--streams", type=report.at_least(1), default=50)
     parser.add_argument("--sessions", type=int, nargs="*", default=[1_000, 3_000, 6_000])
     parser.add_argument("--heartbeats", type=int, nargs="*", default=[100, 300, 1_000])
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=report.at_least(1), default=2)
     parser.add_argument("--before", type=float, default=3.0, help="seconds from the first token of all to the fault")
     return parser.parse_args()
 
@@ -123,6 +123,7 @@ def _figures(found: list[Silence], *, field: str) -> dict[str, Any]:
 
 
 async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    began = report.environment()
     results: dict[str, Any] = {"killed_by_session_timeout_ms": {}, "stopped_by_heartbeat_ms": {}}
     number = 0
     async with stage(1, tag="failover") as on:
@@ -146,7 +147,7 @@ async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                 file=sys.stderr,
                 flush=True,
             )
-    return report.emit("failover", vars(arguments), results)
+    return report.emit("failover", vars(arguments), results, began)
 
 
 if __name__ == "__main__":

@@ -32,9 +32,9 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rate", type=float, default=50.0)
     parser.add_argument("--seconds", type=float, default=20.0)
-    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--new-tokens", type=report.at_least(1), default=64)
     parser.add_argument("--tokens-per-s", type=float, default=100.0)
-    parser.add_argument("--blocks", type=int, default=3, help="at least 2: the first one is the cold one")
+    parser.add_argument("--blocks", type=report.at_least(2), default=3, help="at least 2: the first one is the cold one")
     arguments = parser.parse_args()
     if arguments.blocks < 2:
         parser.error("--blocks: at least 2")
@@ -119,6 +119,7 @@ def block(bootstrap: str, mode: str, number: int, arguments: argparse.Namespace)
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    began = report.environment()
     found: dict[str, list[list[float]]] = {mode: [] for mode in MODES}
     with kafka.running("latency") as broker:
         for number in range(arguments.blocks):
@@ -134,7 +135,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         }
         for mode, (cold, *warm) in found.items()
     }
-    return report.emit("kafka_latency", vars(arguments), results | {"probe": report.probe()})
+    return report.emit("kafka_latency", vars(arguments), results | {"probe": report.probe()}, began)
 
 
 if __name__ == "__main__":

@@ -89,6 +89,7 @@ def slope(points: list[tuple[float, float]]) -> float:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    began = report.environment()
     group_id, admin = f"memory-{os.getpid()}", f"127.0.0.1:{free_port()}"
     with kafka.running("memory") as broker:
         create_topics(broker.bootstrap, partitions=PARTITIONS)
@@ -120,7 +121,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "peaks": peaks,
         "limits": {"window_offsets": arguments.window, "intake_tokens": arguments.intake},
     }
-    return report.emit("kafka_memory", vars(arguments), results)
+    return report.emit("kafka_memory", vars(arguments), results, began)
 
 
 def _watch(

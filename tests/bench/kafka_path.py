@@ -33,11 +33,11 @@ TIMEOUT_S = 240.0
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=6_000)
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--words", type=int, default=40)
-    parser.add_argument("--partitions", type=int, default=6)
-    parser.add_argument("--blocks", type=int, default=3)
+    parser.add_argument("--prompts", type=report.at_least(1), default=6_000)
+    parser.add_argument("--new-tokens", type=report.at_least(1), default=64)
+    parser.add_argument("--words", type=report.at_least(1), default=40)
+    parser.add_argument("--partitions", type=report.at_least(1), default=6)
+    parser.add_argument("--blocks", type=report.at_least(1), default=3)
     parser.add_argument("--sample-ratio", type=float, default=0.01, help="0: no Jaeger")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--set", action="append", default=[], help="a setting of the service")
@@ -100,6 +100,7 @@ def block(bootstrap: str, group: str, mode: str, otlp: str, arguments: argparse.
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    began = report.environment()
     blocks: dict[str, list[dict[str, float]]] = {mode: [] for mode in arguments.modes}
     tracing = jaeger.running() if arguments.sample_ratio else nullcontext(None)
     with kafka.running("bench") as broker, tracing as traced:
@@ -118,7 +119,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         pairs = zip(blocks["exactly-once"], blocks["at-least-once"], strict=True)
         ratios = [mine["prompts_per_s"] / base["prompts_per_s"] for mine, base in pairs]
         results["exactly_once_against_at_least_once"] = report.spread(ratios, 3)
-    return report.emit("kafka_path", vars(arguments), results | {"probe": report.probe()})
+    return report.emit("kafka_path", vars(arguments), results | {"probe": report.probe()}, began)
 
 
 if __name__ == "__main__":

@@ -20,10 +20,10 @@ from tests.bench.step import requests
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=8)
-    parser.add_argument("--chunk", type=int, default=128)
-    parser.add_argument("--context", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--rows", type=report.at_least(1), default=8)
+    parser.add_argument("--chunk", type=report.at_least(1), default=128)
+    parser.add_argument("--context", type=report.at_least(1), default=32)
+    parser.add_argument("--rounds", type=report.at_least(1), default=12)
     return parser.parse_args()
 
 
@@ -68,11 +68,11 @@ def measure(engine: Engine, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     prefer_short_spin()
-    arguments = parse()
+    arguments, began = parse(), report.environment()
     # In turns: with steps launched ahead, what a step holds was decided a step before.
     engine = Engine(EngineConfig(model_dir=str(ensure_demo_model()), enable_prefix_cache=False, overlap="off"))
     report.print_report(
-        report.emit("mixed", vars(arguments) | {"operators": engine.facts.operators}, measure(engine, arguments))
+        report.emit("mixed", vars(arguments) | {"operators": engine.facts.operators}, measure(engine, arguments), began)
     )
 
 

@@ -4,7 +4,8 @@
 
 Operators come from `kernels.ops.for_device("cpu")`; a linear or attention is theirs where they have one, else torch's. Weights
 and KV are taken in turn from as many copies as together exceed the last-level cache four times: in a step nothing is left in it
-from the step before. limit = the longer of bytes / measured bandwidth and operations / measured matmul rate; where the
+from the step before. Norms have their input from the caches, as in a step, where the operator before has just written it: memory bounds
+them not, and they have no limit here. limit = the longer of bytes / measured bandwidth and operations / measured matmul rate; where the
 processor has no bfloat16 products, theirs are of whole numbers, which that rate does not bound.
 """
 
@@ -61,11 +62,14 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     prefer_short_spin()
-    arguments = parse()
+    arguments, began = parse(), report.environment()
     dtype = getattr(torch, arguments.dtype)
     where = machine.description()
     torch.set_num_threads(where["cores"])
-    ops, probe = for_device("cpu"), Probe({"threads": where["cores"]})
+    ops, probe = (
+        for_device("cpu"),
+        Probe({"threads": where["cores"], "last_level_cache_bytes": where["last_level_cache_bytes"]}),
+    )
     before = probe.probe()
     bytes_per_s = before["read_gb_per_s"] * 1e9
     flop_per_s = max(before["fp32_gflop_per_s"], before["bf16_gflop_per_s"]) * 1e9
@@ -76,23 +80,25 @@ def main() -> None:
         _norms(ops, dtype),
     )
     for name, calls, num_bytes, flop in cases:
+        took = _times_us(calls, arguments.seconds)
+        results[name] = {"us": report.spread(took, 1) | {"blocks": len(took)}}
+        if not num_bytes:
+            continue
         read_us, compute_us = num_bytes / bytes_per_s * 1e6, flop / flop_per_s * 1e6
         limit = max(read_us, compute_us)
-        took = _times_us(calls, arguments.seconds)
-        results[name] = {
-            "us": report.spread(took, 1) | {"blocks": len(took)},
+        results[name] |= {
             "limit_us": round(limit, 1),
             "share_of_limit": round(limit / statistics.median(took), 3),
             "bound": "bandwidth" if read_us > compute_us else "arithmetic",
         }
     results["probe"] = {"before": before, "after": probe.probe()}
-    document = report.emit("operators", vars(arguments) | {"operators": ops.name}, results)
+    document = report.emit("operators", vars(arguments) | {"operators": ops.name}, results, began)
     document["environment"] |= where
     report.print_report(document)
 
 
 Measured = tuple[str, list[Call], float, float]
-"""Name, calls to be made in turn, bytes moved and operations of one call."""
+"""Name, calls to be made in turn, bytes of memory moved (0: from the caches, no limit) and operations of one call."""
 
 
 def _linears(ops: Operators, row_counts: list[int], dtype: torch.dtype, cache_bytes: int) -> "itertools.chain[Measured]":
@@ -142,7 +148,7 @@ def _norms(ops: Operators, dtype: torch.dtype) -> list[Measured]:
     for rows in (1, 32, 512):
         x = torch.randn(rows, HIDDEN, dtype=dtype)
         calls: list[Call] = [lambda x=x: ops.rms_norm(x, weight, 1e-5)]
-        found.append((f"rms_norm x {rows}", calls, 2.0 * x.nbytes, 4.0 * x.numel()))
+        found.append((f"rms_norm x {rows}", calls, 0.0, 4.0 * x.numel()))
     return found
 
 
@@ -151,7 +157,7 @@ def _copies(num_bytes: int, cache_bytes: int) -> int:
 
 
 def _times_us(calls: list[Call], seconds: float) -> list[float]:
-    """One time a call, after one round or a tenth of a second of warming up."""
+    """One time a call, after a tenth of a second of calls that do not count, at least one of them. At least three."""
     took: list[float] = []
     turn = itertools.cycle(calls)
     began = time.perf_counter()

@@ -31,6 +31,7 @@ class Document:
     commit: str
     results: Figures = field(default_factory=dict)
     began: float = field(default_factory=time.perf_counter)
+    environment: Figures = field(default_factory=report.environment)
 
     def part(self, name: str, measure: Callable[[], Figures]) -> None:
         """Its figures and seconds, or its traceback."""
@@ -44,7 +45,7 @@ class Document:
         self.write()
 
     def as_json(self) -> Figures:
-        document = report.emit(self.name, self.parameters, self.results)
+        document = report.emit(self.name, self.parameters, self.results, self.environment)
         environment = document["environment"]
         environment["commit"] = self.commit or environment["commit"]
         environment["versions"] |= {name: version(name) for name in ("confluent-kafka", "protobuf")}

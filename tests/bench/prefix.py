@@ -17,9 +17,9 @@ from tests.bench import report
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="")
-    parser.add_argument("--prompt-tokens", type=int, default=2048)
+    parser.add_argument("--prompt-tokens", type=report.at_least(1), default=2048)
     parser.add_argument("--shared", type=float, default=0.9)
-    parser.add_argument("--blocks", type=int, default=5)
+    parser.add_argument("--blocks", type=report.at_least(1), default=5)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -43,6 +43,7 @@ def first_token_ms(engine: Engine, name: str, prompt: list[int]) -> tuple[float,
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    began = report.environment()
     engine = Engine(EngineConfig(model_dir=arguments.model or str(ensure_demo_model())))
     draw = random.Random(arguments.seed)
 
@@ -65,7 +66,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "cut": report.spread(cuts, 3),
         "cached_tokens": report.spread(cached, 0),
     }
-    return report.emit("prefix", vars(arguments), results | {"probe": report.probe()})
+    return report.emit("prefix", vars(arguments), results | {"probe": report.probe()}, began)
 
 
 if __name__ == "__main__":

@@ -36,8 +36,8 @@ Logits = Callable[[list[int]], Tensor]
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="")
-    parser.add_argument("--windows", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=256, help="a window; the first one only starts it")
+    parser.add_argument("--windows", type=report.at_least(1), default=8)
+    parser.add_argument("--tokens", type=report.at_least(2), default=256, help="a window; the first one only starts it")
     parser.add_argument("--transformers", action="store_true")
     return parser.parse_args()
 
@@ -89,6 +89,7 @@ def figures(exact: list[Tensor], found: list[Tensor], windows: list[list[int]]) 
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    began = report.environment()
     model_dir = Path(arguments.model) if arguments.model else ensure_demo_model()
     windows = windows_of(model_dir, arguments.windows, arguments.tokens)
     exact = [*map(ours(model_dir, "torch", VARIANTS["float32"]), windows)]
@@ -98,7 +99,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         systems["transformers_bfloat16"] = theirs(model_dir)
     for name, logits in systems.items():
         results[name] = figures(exact, [*map(logits, windows)], windows)
-    return report.emit("quality", vars(arguments) | {"model": model_dir.name, "text": "pydoc_data.topics"}, results)
+    return report.emit("quality", vars(arguments) | {"model": model_dir.name, "text": "pydoc_data.topics"}, results, began)
 
 
 if __name__ == "__main__":

@@ -75,9 +75,11 @@ def measure_hash(num_tokens: int) -> float:
 
 def main() -> None:
     """Measures and prints."""
+    began = report.environment()
     decodes = {str(num_seqs): measure_steps(num_seqs) for num_seqs in (8, 64, 256)}
     parameters = {"num_prompt_tokens": NUM_PROMPT_TOKENS, "steps": NUM_STEPS}
-    report.print_report(report.emit("scheduler", parameters, {"decodes": decodes, "hash_2048_tokens_us": measure_hash(2048)}))
+    results = {"decodes": decodes, "hash_2048_tokens_us": measure_hash(2048)}
+    report.print_report(report.emit("scheduler", parameters, results, began))
 
 
 if __name__ == "__main__":

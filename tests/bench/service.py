@@ -31,12 +31,12 @@ KV_BYTES = 256 * 2**20
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--concurrent", type=int, default=16)
-    parser.add_argument("--requests", type=int, default=48)
-    parser.add_argument("--prompt-tokens", type=int, default=64)
-    parser.add_argument("--new-tokens", type=int, default=32)
-    parser.add_argument("--blocks", type=int, default=5)
-    parser.add_argument("--warm-up", type=int, default=240)
+    parser.add_argument("--concurrent", type=report.at_least(1), default=16)
+    parser.add_argument("--requests", type=report.at_least(1), default=48)
+    parser.add_argument("--prompt-tokens", type=report.at_least(1), default=64)
+    parser.add_argument("--new-tokens", type=report.at_least(1), default=32)
+    parser.add_argument("--blocks", type=report.at_least(1), default=5)
+    parser.add_argument("--warm-up", type=report.at_least(0), default=240)
     return parser.parse_args()
 
 
@@ -109,6 +109,7 @@ def compare(
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    began = report.environment()
     prefer_short_spin()
     model = ensure_demo_model()
     with (
@@ -121,7 +122,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         results = compare(engine, Tokenization(model), served, arguments, broker_pid=broker.pid)
         memory = resident_bytes(served.process)
     results["parent_mib_after"] = round(memory / 2**20)
-    return report.emit("service", vars(arguments) | BROKER, results | {"probe": report.probe()})
+    return report.emit("service", vars(arguments) | BROKER, results | {"probe": report.probe()}, began)
 
 
 if __name__ == "__main__":

@@ -20,16 +20,17 @@ from tests.bench.served import BROKER, resident_bytes, serving, small_broker
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens-per-s", type=float, default=94.0, help="of one sequence")
-    parser.add_argument("--concurrent", type=int, default=16)
-    parser.add_argument("--requests", type=int, default=96)
-    parser.add_argument("--prompt-tokens", type=int, default=64)
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--alone", type=int, default=100)
-    parser.add_argument("--blocks", type=int, default=3)
+    parser.add_argument("--concurrent", type=report.at_least(1), default=16)
+    parser.add_argument("--requests", type=report.at_least(1), default=96)
+    parser.add_argument("--prompt-tokens", type=report.at_least(1), default=64)
+    parser.add_argument("--new-tokens", type=report.at_least(1), default=64)
+    parser.add_argument("--alone", type=report.at_least(1), default=100)
+    parser.add_argument("--blocks", type=report.at_least(1), default=3)
     return parser.parse_args()
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    began = report.environment()
     ensure_demo_model()
     stand_in = ("engine.kind=stand-in", f"engine.stand_in_tokens_per_s={arguments.tokens_per_s}", "kafka.create_topics=true")
     flags = [part for setting in stand_in for part in ("--set", setting)]
@@ -64,7 +65,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "two_hops_without_sluice_ms": hops,
         "parent_mib_after": round(parent / 2**20),
     }
-    return report.emit("service_overhead", vars(arguments) | BROKER, results)
+    return report.emit("service_overhead", vars(arguments) | BROKER, results, began)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from tests.bench.report import exact_median, shown
+
 Json = dict[str, Any]
 
 
@@ -23,7 +25,7 @@ LIMITS = (
     Limit(
         what="gRPC against the engine offline",
         benchmark="service",
-        read=lambda r: r["grpc_against_offline"]["median"],
+        read=lambda r: exact_median(r["grpc_against_offline"]),
         bound=0.9,
         at_most=False,
         unit="×",
@@ -31,7 +33,7 @@ LIMITS = (
     Limit(
         what="Kafka to Kafka against the engine offline",
         benchmark="service",
-        read=lambda r: r["kafka_against_offline"]["median"],
+        read=lambda r: exact_median(r["kafka_against_offline"]),
         bound=0.9,
         at_most=False,
         unit="×",
@@ -63,12 +65,12 @@ LIMITS = (
     Limit(
         what="ready beyond loading",
         benchmark="startup",
-        read=lambda r: r["ready_beyond_loading_s"]["median"],
+        read=lambda r: exact_median(r["ready_beyond_loading_s"]),
         bound=10,
         at_most=True,
         unit=" s",
     ),
-    Limit(what="loading", benchmark="startup", read=lambda r: r["load_s"]["median"], bound=3, at_most=True, unit=" s"),
+    Limit(what="loading", benchmark="startup", read=lambda r: exact_median(r["load_s"]), bound=3, at_most=True, unit=" s"),
     Limit(
         what="host work in a step of 8 decodes",
         benchmark="step",
@@ -80,7 +82,7 @@ LIMITS = (
     Limit(
         what="a step of 8 decodes and a chunk against the two apart",
         benchmark="mixed",
-        read=lambda r: r["mixed_of_the_sum"]["median"],
+        read=lambda r: exact_median(r["mixed_of_the_sum"]),
         bound=1,
         at_most=True,
         unit="×",
@@ -88,7 +90,7 @@ LIMITS = (
     Limit(
         what="memory of the engine beside weights and KV cache, after requests",
         benchmark="startup",
-        read=lambda r: r["engine_beside_weights_and_kv_mib"]["after_requests"]["median"],
+        read=lambda r: exact_median(r["engine_beside_weights_and_kv_mib"]["after_requests"]),
         bound=600,
         at_most=True,
         unit=" MiB",
@@ -109,10 +111,10 @@ def service_rows(suite: Json) -> str:
             continue
         try:
             value = limit.read(suite[limit.benchmark]["results"])
-        except KeyError:
+        except (KeyError, TypeError):
             lines.append(f"| {limit.what} | {wanted} | – | not in these documents: `{limit.benchmark}` measured it otherwise |")
             continue
         met = value <= limit.bound if limit.at_most else value >= limit.bound
-        off = value / limit.bound
-        lines.append(f"| {limit.what} | {wanted} | {value:g}{limit.unit} | {'met' if met else f'missed: {off:.0%} of it'} |")
+        verdict = "met" if met else f"missed: {shown(100 * value / limit.bound, [100], 0)}% of it"
+        lines.append(f"| {limit.what} | {wanted} | {shown(value, [limit.bound])}{limit.unit} | {verdict} |")
     return "\n".join(lines)

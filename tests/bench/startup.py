@@ -22,8 +22,8 @@ KV_BYTES = 60 * 2**20
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--starts", type=int, default=3)
-    parser.add_argument("--idle-s", type=float, default=10.0)
+    parser.add_argument("--starts", type=report.at_least(1), default=3)
+    parser.add_argument("--idle-s", type=report.above_zero, default=10.0)
     return parser.parse_args()
 
 
@@ -32,6 +32,7 @@ def cpu_seconds(served: Served) -> float:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    began = report.environment()
     known = model_bytes(ensure_demo_model()) + KV_BYTES
 
     def beside(served: Served) -> float:
@@ -61,10 +62,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "ready_beyond_loading_s": report.spread(beyond),
         "idle_percent_of_a_core": report.spread(idle),
         "first_token_of_the_first_request_ms": report.spread(first_token),
-        "parent_mib": round(max(parents)),
+        "parent_mib": max(parents),
         "engine_beside_weights_and_kv_mib": {"idle": report.spread(engines, 0), "after_requests": report.spread(busy, 0)},
     }
-    return report.emit("startup", vars(arguments) | {"kv_cache_bytes": KV_BYTES}, results)
+    return report.emit("startup", vars(arguments) | {"kv_cache_bytes": KV_BYTES}, results, began)
 
 
 if __name__ == "__main__":

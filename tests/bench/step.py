@@ -41,10 +41,10 @@ COMPUTE = ("compute", "choose")
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batches", default="1,8,32")
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--blocks", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--batches", type=report.counts, default="1,8,32")
+    parser.add_argument("--steps", type=report.at_least(1), default=40)
+    parser.add_argument("--blocks", type=report.at_least(1), default=3)
+    parser.add_argument("--threads", type=report.at_least(0), default=0)
     return parser.parse_args()
 
 
@@ -136,7 +136,7 @@ def in_process(engine: Engine, phases: Phases, pieces: Tokenization, batch: int,
         "layers_in_python_step_ms": _spread_ms(plain),
         "phases_us": {phase: round(value, 1) for phase, value in phase_us.items()},
         "host_us": round(host_us, 1),
-        "host_percent": round(100 * host_us / step_us, 2),
+        "host_percent": 100 * host_us / step_us,
         "beside_the_step_us": _beside(said, pieces),
     }
 
@@ -198,7 +198,7 @@ def main() -> None:
     prefer_short_spin()
     # Standard output is the report's.
     logging.configure(LoggingSection(level="warning"))
-    arguments = parse()
+    arguments, began = parse(), report.environment()
     model = ensure_demo_model()
     batches = [int(size) for size in arguments.batches.split(",")]
     config = EngineConfig(model_dir=str(model), enable_prefix_cache=False, num_threads=arguments.threads, overlap="off")
@@ -213,7 +213,7 @@ def main() -> None:
     engine.close()
     results["child"] = uvloop.run(behind_the_socket(config, batches, arguments.steps))
     kept = {name: facts[name] for name in ("operators", "num_threads", "dtype", "attention_backend")}
-    report.print_report(report.emit("step", vars(arguments) | kept, results))
+    report.print_report(report.emit("step", vars(arguments) | kept, results, began))
 
 
 if __name__ == "__main__":

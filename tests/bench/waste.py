@@ -19,15 +19,16 @@ from tests.bench.tiny import write_tiny_model
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=200)
-    parser.add_argument("--concurrent", type=int, default=64)
-    parser.add_argument("--block-size", type=int, default=16)
-    parser.add_argument("--num-blocks", type=int, default=2048)
+    parser.add_argument("--requests", type=report.at_least(1), default=200)
+    parser.add_argument("--concurrent", type=report.at_least(1), default=64)
+    parser.add_argument("--block-size", type=report.at_least(1), default=16)
+    parser.add_argument("--num-blocks", type=report.at_least(1), default=2048)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    began = report.environment()
     draw = random.Random(arguments.seed)
 
     def length(mean: float, sigma: float) -> int:
@@ -77,7 +78,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "mean_held_slots": round(held / steps),
         "preemptions": preemptions,
     }
-    return report.emit("waste", vars(arguments), results)
+    return report.emit("waste", vars(arguments), results, began)
 
 
 if __name__ == "__main__":

@@ -100,6 +100,7 @@ def main() -> int:
         verdict = check(History.load(options.check), at_least_once=options.at_least_once)
         print(json.dumps(verdict.report(), indent=1))
         return 0 if verdict.ok else 1
+    began = environment()
     found = uvloop.run(runs(options))
     report = {
         "suite": "chaos",
@@ -108,7 +109,7 @@ def main() -> int:
         "runs": found,
         "kafka": VERSION,
         "confluent_kafka": version("confluent-kafka"),
-        "environment": environment(),
+        "environment": began,
     }
     print(json.dumps(report, indent=1))
     return 0 if report["ok"] else 1

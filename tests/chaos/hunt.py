@@ -83,6 +83,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=LOGS / "mutants")
     options = parser.parse_args()
+    began = environment()
     found = uvloop.run(hunt(options.names or [CONTROL, *MUTANTS], options.seed, options.out))
     caught = sum(one["passed"] for name, one in found.items() if name != CONTROL)
     report = {
@@ -90,7 +91,7 @@ def main() -> int:
         "ok": all(one["passed"] for one in found.values()),
         "caught": f"{caught} of {len(found.keys() - {CONTROL})}",
         "runs": found,
-        "environment": environment(),
+        "environment": began,
     }
     print(json.dumps(report, indent=1))
     return 0 if report["ok"] else 1

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -22,7 +23,7 @@ import psutil
 from tests.bench.peers.build import Unavailable
 from tests.bench.peers.cases import CASES, Case, Prompts
 from tests.bench.peers.catalogue import CATALOGUE, SCRIPTS, start_of
-from tests.bench.peers.machine import Clock, foreign_share
+from tests.bench.peers.machine import Clock, description, foreign_share
 from tests.bench.peers.process import SystemFailed, SystemProcess
 from tests.servers.tied import tie, tied_directory
 
@@ -77,9 +78,18 @@ class Bench:
     """The systems that run, and those that cannot. Use as a context: it ends their processes."""
 
     def __init__(
-        self, names: Sequence[str], *, threads: int, seed: int, quiet_with: str = "", favour: bool = False, busy: int = 0
+        self,
+        names: Sequence[str],
+        *,
+        model: str,
+        threads: int,
+        seed: int,
+        quiet_with: str = "",
+        favour: bool = False,
+        busy: int = 0,
     ) -> None:
         self._names = names
+        self._model = model
         self._threads = threads
         self._seed = seed
         self._hold = Hold(quiet_with)
@@ -96,7 +106,9 @@ class Bench:
             self._logs = self._stack.enter_context(tied_directory("sluice-bench-"))
             self._stack.callback(self._hold.give_back)
             self._probe = self._start([sys.executable, str(SCRIPTS / "machine_probe.py")], dict(os.environ), "machine-probe")
-            self.probe_facts = self._probe.ask({"op": "load", "threads": self._threads})["facts"]
+            self.probe_facts = self._probe.ask(
+                {"op": "load", "threads": self._threads, "last_level_cache_bytes": description()["last_level_cache_bytes"]}
+            )["facts"]
             for name in self._names:
                 self.systems[name] = self._load(name)
             for _ in range(self._num_busy):
@@ -124,9 +136,10 @@ class Bench:
         """What the result says of a system."""
         entry = CATALOGUE[name]
         said: Json = {"label": entry.label, "kind": entry.kind, "bits": entry.bits}
-        start = start_of(name, self._threads)
+        start = start_of(name, self._model, self._threads)
         if isinstance(start, Unavailable):
             return said | {"unavailable": start.reason}
+        said |= start.described()
         process = self._start(start.command, dict(start.environment), name)
         _tell(f"loading {entry.label} …")
         try:
@@ -147,7 +160,9 @@ class Bench:
         """A first run of each system, so that contexts exist and kept prompts are computed."""
         for name in self._takes_part(case):
             _tell(f"preparing {CATALOGUE[name].label} for {case.name} …")
-            self._turn(name, case, case.prompts(self._seed, -1))
+            said = self._turn(name, case, case.prompts(self._seed, -1))
+            if "failed" in said:
+                self._note_failure(name, case, said["failed"])
 
     def block(self, case: Case, index: int) -> Json:
         """One block of a case."""
@@ -160,7 +175,9 @@ class Bench:
         probe = self._probe.ask({"op": "probe"})
         turns = {name: self._turn(name, case, prompts) for name in order}
         base = turns.get("sluice", {}).get("tokens")
-        for turn in turns.values():
+        for name, turn in turns.items():
+            if "failed" in turn:
+                self._note_failure(name, case, turn["failed"])
             if "tokens" in turn:
                 said = turn.pop("tokens")
                 turn["first_tokens_as_sluice"] = _share_of_equal_firsts(said, base) if base else None
@@ -172,6 +189,10 @@ class Bench:
             "order": order,
             "turns": turns,
         }
+
+    def _note_failure(self, name: str, case: Case, reason: str) -> None:
+        # It takes part in nothing from here on; without a word here its absence would say nothing.
+        self.systems[name].setdefault("failed", {})[case.name] = reason
 
     def _takes_part(self, case: Case) -> list[str]:
         return [name for name in self._running if case.name not in CATALOGUE[name].without]
@@ -197,7 +218,7 @@ class Bench:
             for busy in self._busy:
                 busy.suspend()
         own = process.cpu_s() - cpu + time.process_time() - mine + busy_s
-        foreign, stolen = foreign_share(before, after, own, os.cpu_count() or 1)
+        foreign, stolen = foreign_share(before, after, own, len(os.sched_getaffinity(0)))
         return answer | {
             "foreign_share": foreign,
             "stolen_share": stolen,
@@ -208,12 +229,12 @@ class Bench:
         return sum(sum(process.cpu_times()[:2]) for process in self._busy)
 
 
-def run(bench: Bench, cases: Sequence[str], indices: Sequence[int]) -> list[Json]:
-    """Every block of every case. Blocks are the outer loop: what drifts, drifts for all cases alike.
+def run(bench: Bench, cases: Sequence[str], indices: Sequence[int], blocks: list[Json]) -> Exception | None:
+    """Every block of every case, each added to `blocks` once it is whole. Blocks are the outer loop: what drifts, drifts for all alike.
 
-    Interrupted (Ctrl-C, SIGTERM), it gives the blocks that are whole.
+    Interrupted (Ctrl-C, SIGTERM) it returns early; so it does with what went wrong (a machine that is not given, a probe that ended),
+    since what was measured by then is worth having.
     """
-    blocks: list[Json] = []
     prepared: set[str] = set()
     try:
         for index in indices:
@@ -225,7 +246,12 @@ def run(bench: Bench, cases: Sequence[str], indices: Sequence[int]) -> list[Json
                 blocks.append(bench.block(CASES[name], index))
     except KeyboardInterrupt:
         _tell(f"interrupted after {len(blocks)} blocks")
-    return blocks
+    except (HoldError, SystemFailed) as error:
+        return error
+    except Exception as error:  # noqa: BLE001 - nobody measures for an hour again because of what came after
+        traceback.print_exc()
+        return error
+    return None
 
 
 def _share_of_equal_firsts(said: list[list[int]], base: list[list[int]]) -> float:

@@ -1,8 +1,9 @@
 """Builds the peers' environments and model files under the cache directory, once: `python -m tests.bench.peers.build`.
 
 `${SLUICE_CACHE:-~/.cache/sluice}/peers/NAME-VERSION/`: `env/` (a virtual environment), `build.log`, and `built.json`, written
-last: without it the directory is no environment and is built anew. One builder at a time; a second one waits. A peer that cannot
-be built is an `Unavailable` with one line that says why: the benchmark names it, and does not leave it out in silence.
+last: without it, or without its Python, the directory is no environment and is built anew. One builder at a time; a second one
+waits. A peer that cannot be built is an `Unavailable` with one line that says why: the benchmark names it, and does not leave it out
+in silence.
 """
 
 import fcntl
@@ -15,8 +16,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from service.config import cache_dir
+from service.errors import SetupError
 from tests.bench.peers.recipes import RECIPES, Recipe
 
 _REQUIREMENTS = """
@@ -46,6 +49,11 @@ class Unavailable:
     """A peer that cannot run here, and why, in one line."""
 
     reason: str
+
+
+def in_one_line(error: Exception) -> str:
+    """An error's whole message."""
+    return " ".join(str(error).split())
 
 
 class PeerError(RuntimeError):
@@ -78,7 +86,9 @@ def _read(home: Path) -> Built | None:
         facts = json.loads((home / "built.json").read_text("utf-8"))
     except FileNotFoundError:
         return None
-    return Built(python=home / "env/bin/python", versions=facts["versions"], said=facts["said"])
+    python = home / "env/bin/python"
+    # An environment links to the interpreter that it was made with, which may be gone.
+    return Built(python=python, versions=facts["versions"], said=facts["said"]) if python.is_file() else None
 
 
 def _build(recipe: Recipe, home: Path) -> Built:
@@ -99,7 +109,7 @@ def _build(recipe: Recipe, home: Path) -> Built:
         _logged(home, [*install, "-r", str(home / "requirements.txt")])
     said = _logged(home, [str(python), "-c", recipe.check]).strip().splitlines()[-1]
     listed = _logged(home, [sys.executable, "-m", "uv", "pip", "list", "--format", "json", "--python", str(python)])
-    facts = {
+    facts: dict[str, Any] = {
         "versions": {package["name"]: package["version"] for package in json.loads(listed)},
         "said": said,
         "build_s": round(time.monotonic() - start),
@@ -124,14 +134,19 @@ def _logged(home: Path, command: Sequence[str]) -> str:
 def main() -> int:
     """Builds everything; exit code 3 when something cannot be built, each said in one line."""
     from tests.bench.peers.ggufs import FORMATS, ensure_gguf
+    from tests.bench.peers.models import DEMO
 
     failed = False
     for recipe in RECIPES:
         if isinstance(made := ensure(recipe), Unavailable):
             print(f"error: {made.reason}", file=sys.stderr)
             failed = True
-    for name in FORMATS:
-        ensure_gguf(name)
+    try:
+        for name in FORMATS:
+            ensure_gguf(DEMO, name)
+    except SetupError as error:
+        print(f"error: {in_one_line(error)}", file=sys.stderr)
+        failed = True
     return 3 if failed else 0
 
 

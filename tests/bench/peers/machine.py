@@ -3,6 +3,7 @@
 import os
 import platform
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,8 @@ def _last_level_cache() -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Clock:
-    """The machine's processor time at one moment, in seconds over all cores: spent on anything, and taken by the hypervisor."""
+    """The processor time of the cores that this process may use, at one moment, in seconds over all of them: spent on anything, and
+    taken by the hypervisor."""
 
     at: float
     busy_s: float
@@ -50,17 +52,24 @@ class Clock:
 
     @staticmethod
     def now() -> "Clock":
-        ticks = list(map(int, Path("/proc/stat").read_text().splitlines()[0].split()[1:9]))
-        user, nice, system, _, _, irq, softirq, stolen = ticks
-        return Clock(
-            at=time.perf_counter(),
-            busy_s=(user + nice + system + irq + softirq) / _TICKS_PER_S,
-            stolen_s=stolen / _TICKS_PER_S,
-        )
+        busy, stolen = ticks_of(Path("/proc/stat").read_text(), os.sched_getaffinity(0))
+        return Clock(at=time.perf_counter(), busy_s=busy / _TICKS_PER_S, stolen_s=stolen / _TICKS_PER_S)
+
+
+def ticks_of(stat: str, cores: Collection[int]) -> tuple[int, int]:
+    """Clock ticks in /proc/stat that these cores spent on anything, and that the hypervisor took from them."""
+    wanted, busy, taken = {f"cpu{core}" for core in cores}, 0, 0
+    for line in stat.splitlines():
+        name, *fields = line.split()
+        if name in wanted:
+            user, nice, system, _, _, irq, softirq, stolen = map(int, fields[:8])
+            busy += user + nice + system + irq + softirq
+            taken += stolen
+    return busy, taken
 
 
 def foreign_share(before: Clock, after: Clock, own_cpu_s: float, cores: int) -> tuple[float, float]:
-    """Shares of all cores between two moments that went to processes other than those that used `own_cpu_s`, and to the hypervisor."""
+    """Shares of `cores` cores between two moments that went to processes other than those that used `own_cpu_s`, and to the hypervisor."""
     capacity = max(1e-9, (after.at - before.at) * cores)
     foreign = max(0.0, after.busy_s - before.busy_s - own_cpu_s) / capacity
     return round(foreign, 4), round((after.stolen_s - before.stolen_s) / capacity, 4)

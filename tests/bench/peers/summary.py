@@ -1,13 +1,18 @@
 """What the blocks come to: medians of undisturbed turns, ratios within a block, limits from the probes beside them."""
 
 import statistics
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tests.bench.peers.cases import CASES, Case
+from tests.bench.peers.models import DEMO, RANDOM, TRAINED
 from tests.bench.report import spread
 
 Json = dict[str, Any]
+
+
+BEFORE = {"model": DEMO, "weights": TRAINED}
+"""What runs had that say nothing of it: those of before --model, --busy and --quiet-with; 0 for the rest."""
 
 
 class MergeError(ValueError):
@@ -15,19 +20,33 @@ class MergeError(ValueError):
 
 
 def document(runs: list[Json]) -> Json:
-    """The whole benchmark as one JSON object. Raises `MergeError` for runs of different commits, machines, company or seeds."""
+    """The whole benchmark as one JSON object. Raises `MergeError`."""
     if not runs:
         raise MergeError("there is no run: name files to merge, or measure")
+    check(runs)
+    return {"benchmark": "peers", "summary": summarise(runs), "runs": runs}
+
+
+def check(runs: Sequence[Json]) -> None:
+    """Raises `MergeError` for runs of different commits, machines, models, company or seeds, and where one of several was measured with
+    a tree that its commit does not tell. Looks at their `environment` and `parameters` alone."""
     alike = {
-        "environment": ("commit", "modified", "cpu", "cores"),
-        "parameters": ("seed", "threads", "busy_processes", "favoured", "held"),
+        "environment": ("commit", "cpu", "cores"),
+        "parameters": ("model", "weights", "seed", "threads", "busy_processes", "favoured", "held"),
     }
     for part, names in alike.items():
         for name in names:
-            values = {run[part].get(name, 0) for run in runs}  # runs of before --busy and --quiet-with say nothing of them
+            values = {run[part].get(name, BEFORE.get(name, 0)) for run in runs}
             if len(values) > 1:
-                raise MergeError(f"the runs differ in {name}: {', '.join(map(str, values))}")
-    return {"benchmark": "peers", "summary": summarise(runs), "runs": runs}
+                raise MergeError(f"the runs differ in {name}: {', '.join(sorted(map(str, values)))}")
+    if len(runs) > 1 and any(run["environment"]["modified"] for run in runs):
+        raise MergeError("a run of a modified tree merges with no other: nothing tells that the changes were the same")
+
+
+def model_of(run: Json) -> str:
+    """The model of a run in words, which say so where its weights are random."""
+    known = BEFORE | run["parameters"]
+    return f"{known['model']} (random weights of its shape)" if known["weights"] == RANDOM else str(known["model"])
 
 
 def summarise(runs: list[Json]) -> Json:
@@ -36,7 +55,9 @@ def summarise(runs: list[Json]) -> Json:
     for run in runs:
         for name, said in run["systems"].items():
             if "unavailable" not in said or name not in systems:
+                failed = systems.get(name, {}).get("failed", {}) | said.get("failed", {})
                 systems[name] = {key: said[key] for key in ("label", "kind", "bits", "unavailable") if key in said}
+                systems[name] |= {"failed": failed} if failed else {}
     blocks = [block for run in runs for block in run["blocks"]]
     model = _model(runs)
     cases = {name: _case(case, [b for b in blocks if b["case"] == name], model) for name, case in CASES.items()}
@@ -58,11 +79,20 @@ def rate(case: Case, turn: Json) -> float:
 def ratios(case: Case, blocks: Iterable[Json], mine: str, theirs: str) -> list[float]:
     """`mine` over `theirs` in each block in which neither was disturbed."""
     pairs = [(block["turns"].get(mine), block["turns"].get(theirs)) for block in blocks]
-    return [rate(case, a) / rate(case, b) for a, b in pairs if _counts(a) and _counts(b) and a is not None and b is not None]
+    return [rate(case, a) / rate(case, b) for a, b in pairs if a and b and _counts(case, a) and _counts(case, b)]
 
 
-def _counts(turn: Json | None) -> bool:
-    return turn is not None and "failed" not in turn and not turn["disturbed"]
+def failure_of(case: Case, turn: Json) -> str:
+    """Why a turn has no figures; "" where it has."""
+    if "failed" in turn:
+        return str(turn["failed"])
+    if case.new_tokens > 1 and not turn["window_s"]:
+        return "a sequence ended before another had its first token: the whole batch never decoded"
+    return ""
+
+
+def _counts(case: Case, turn: Json) -> bool:
+    return not failure_of(case, turn) and not turn["disturbed"]
 
 
 def _model(runs: list[Json]) -> Json:
@@ -88,14 +118,17 @@ def _case(case: Case, blocks: list[Json], model: Json) -> Json | None:
     rates: Json = {}
     for name in names:
         turns = [block["turns"][name] for block in blocks if name in block["turns"]]
-        good = [turn for turn in turns if _counts(turn)]
+        good = [turn for turn in turns if _counts(case, turn)]
+        firsts = [share for turn in good if (share := turn.get("first_tokens_as_sluice")) is not None]
         entry: Json = {
             "disturbed": sum(turn.get("disturbed", False) for turn in turns),
-            "failed": [turn["failed"] for turn in turns if "failed" in turn],
+            "failed": [reason for turn in turns if (reason := failure_of(case, turn))],
         }
         if good:
             entry["tokens_per_s"] = spread([rate(case, turn) for turn in good], 1)
             entry["ttft_ms"] = spread([turn["first_s"] * 1e3 for turn in good], 1)
+            if firsts:
+                entry["first_tokens_as_sluice"] = round(statistics.fmean(firsts), 3)
             if steps := [step for turn in good for step in turn["step_s"]]:
                 entry["step_ms"] = {"median": round(statistics.median(steps) * 1e3, 2), "max": round(max(steps) * 1e3, 2)}
         rates[name] = entry

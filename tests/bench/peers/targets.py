@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from tests.bench.report import exact_median
+
 Json = dict[str, Any]
 
 SHORT, LONG = ("decode 8/32", "decode 8/512"), ("decode 32/32", "decode 32/512")
@@ -80,17 +82,18 @@ def outcomes(summary: Json) -> list[Outcome]:
 
 def _outcome(target: Target, case: str, summary: Json) -> Outcome:
     measured = summary["cases"].get(case, {"systems": {}, "ratios": {}})
-    rates = {name: said["tokens_per_s"]["median"] for name, said in measured["systems"].items() if "tokens_per_s" in said}
+    rates = {name: exact_median(said["tokens_per_s"]) for name, said in measured["systems"].items() if "tokens_per_s" in said}
     ours = next((name for name in target.ours if name in rates), target.ours[0])
     against = _opponent(target, rates, summary["systems"])
-    ratio = measured["ratios"].get(ours, {}).get(against, {}).get("median")
+    found = measured["ratios"].get(ours, {}).get(against)
+    ratio = exact_median(found) if found else None
     return Outcome(
         target=target,
         case=case,
         ours=ours,
         against=against,
         ratio=ratio,
-        reason="" if ratio else _why(summary, case, ours, against),
+        reason="" if ratio is not None else _why(summary, case, ours, against),
     )
 
 
@@ -109,6 +112,8 @@ def _why(summary: Json, case: str, ours: str, against: str) -> str:
     if case not in summary["cases"]:
         return "the case was not run"
     for name in (ours, against):
+        for where, reason in summary["systems"].get(name, {}).get("failed", {}).items():
+            return f"{summary['systems'][name]['label']} failed at {where}: {reason}"
         if name not in summary["cases"][case]["systems"]:
             return f"{name} took no part" if name else "no peer took part"
     return "no block in which both were undisturbed"

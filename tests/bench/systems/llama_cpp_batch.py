@@ -1,7 +1,8 @@
 """llama.cpp through llama-cpp-python's C interface: a batch a step, the best token of each row, no text.
 
-A context a case, so that its KV cache is as large as the case needs and no other case's cells lie in it. `kv_unified` above 8
-sequences, its better mode there. Prompts go in as one logical batch, which llama.cpp computes in parts of `n_ubatch`.
+A context a case, so that its KV cache is as large as the case needs and no other case's cells lie in it. One KV cache for all
+sequences (`kv_unified`) above 8 of them, its better mode there, unless the option says how it is to be. Prompts go in as one logical
+batch, which llama.cpp computes in parts of `n_ubatch`.
 """
 
 import ctypes
@@ -36,6 +37,7 @@ class LlamaCpp:
             "instruction_set": llama_cpp.llama_print_system_info().decode().strip(),
             "threads": self._threads,
             "flash_attention": self._options.get("flash_attention", "auto"),
+            "kv_unified": self._options.get("kv_unified", f"above {UNIFIED_ABOVE} sequences"),
         }
 
     def run(self, case: str, prompts: list[list[int]], new_tokens: int, keep: bool, recorder: Recorder) -> list[list[int]]:
@@ -67,11 +69,12 @@ class LlamaCpp:
     def _context(self, num_seqs: int, tokens: int) -> Any:
         params = llama_cpp.llama_context_default_params()
         params.n_seq_max = num_seqs
+        # Shared out evenly where each sequence has a cache of its own, each part a multiple of 256.
         params.n_ctx = num_seqs * (-(-tokens // 256) * 256)
         params.n_batch = num_seqs * tokens
         params.n_ubatch = min(512, num_seqs * tokens)
         params.n_threads = params.n_threads_batch = self._threads
-        params.kv_unified = num_seqs > UNIFIED_ABOVE
+        params.kv_unified = self._options.get("kv_unified", num_seqs > UNIFIED_ABOVE)
         if "flash_attention" in self._options:
             params.flash_attn_type = int(self._options["flash_attention"])
         context = llama_cpp.llama_init_from_model(self._model, params)

@@ -23,6 +23,8 @@ class Vllm:
         self._runs = 0
 
     def facts(self) -> dict[str, Any]:
+        # vLLM adds to it where it brings libraries of its own.
+        preloaded = [os.path.basename(file) for file in os.environ.get("LD_PRELOAD", "").replace(" ", ":").split(":") if file]
         return {
             "vllm": vllm.__version__,
             "torch": torch.__version__,
@@ -30,7 +32,8 @@ class Vllm:
             "eager": self._options.get("eager", True),
             "instruction_set": torch.backends.cpu.get_cpu_capability(),
             "engine_process": os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING", "1") == "1",
-            "preload": os.path.basename(os.environ.get("LD_PRELOAD", "")),
+            "preload": ", ".join(preloaded),
+            "tcmalloc": any(file.startswith("libtcmalloc") for file in preloaded),
         }
 
     def run(self, case: str, prompts: list[list[int]], new_tokens: int, keep: bool, recorder: Recorder) -> list[list[int]]:

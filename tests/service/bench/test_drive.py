@@ -97,6 +97,48 @@ async def test_a_request_that_fails_is_counted_by_its_code_and_the_run_goes_on()
     assert summary.errors == {"internal": 1, "overloaded": 2}
 
 
+class Faulty(FakeTarget):
+    """Its second answer is not what anybody expects."""
+
+    async def ask(self, planned, on_tokens):
+        if planned.index == 1:
+            raise KeyError("usage")
+        return await super().ask(planned, on_tokens)
+
+
+async def test_a_fault_that_nobody_expected_is_that_requests_alone() -> None:
+    time = VirtualTime()
+    run = drive(Faulty(time), time, max_requests=3)
+    await time.run(run.closed(1))
+    assert [sample.code for sample in run.samples] == ["", "KeyError", ""]
+    assert run.num_in_flight == 0
+
+
+async def test_a_fault_of_the_warm_up_is_told_as_one() -> None:
+    time = VirtualTime()
+    with pytest.raises(TargetError, match="usage") as failed:
+        await time.run(warm_up(Faulty(time), requests(), 2, 10.0))
+    assert failed.value.code == "KeyError"
+
+
+async def test_a_load_that_is_asked_for_twice_gets_other_requests_and_arrivals() -> None:
+    time = VirtualTime()
+    target = FakeTarget(time)
+    plan = Plan(workload=WORKLOAD, limits=Limits(max_requests=12), concurrency=4, loads=(0.5, 0.5))
+    streams: list[str] = []
+
+    def new_draw(stream: str):
+        streams.append(stream)
+        return random.Random(stream).random
+
+    work = Bench(plan, target, new_draw=new_draw, clock=time, sleep=time.sleep)
+    await time.run(work.execute())
+    _, first, again = (target.asked[at : at + 12] for at in (0, 12, 24))
+    assert {planned.text for planned in first}.isdisjoint(planned.text for planned in again)
+    arrivals = [stream for stream in streams if stream.startswith("arrivals")]
+    assert len(set(arrivals)) == 2
+
+
 async def test_a_request_that_never_ends_is_a_timeout() -> None:
     class Silent(FakeTarget):
         async def ask(self, planned, on_tokens):

@@ -42,6 +42,11 @@ def test_e_tps_counts_the_tokens_of_requests_that_met_their_deadline_alone() -> 
     assert (found.elapsed_s, found.num_finished, found.errors) == (10, 2, {"overloaded": 1})
 
 
+def test_without_a_deadline_there_is_no_e_tps() -> None:
+    found = summarize([sample(0, 1, 2)], 0.0, Targets(ttft_s=5.0))
+    assert (found.e_tps, found.as_json()["e_tps"], found.goodput_per_s) == (None, None, 0.5)
+
+
 @pytest.mark.parametrize(
     ("targets", "good"), [(Targets(), 2), (Targets(ttft_s=1.0), 1), (Targets(tpot_s=0.3), 1), (Targets(ttft_s=0.1), 0)]
 )
@@ -65,5 +70,5 @@ def test_quantiles_are_by_nearest_rank() -> None:
 
 def test_nothing_at_all_is_a_summary_too() -> None:
     found = summarize([], 5.0, Targets())
-    assert (found.num_requests, found.elapsed_s, found.e_tps, found.e2e_ms, found.p99_over_median) == (0, 0.0, 0.0, None, None)
+    assert (found.num_requests, found.elapsed_s, found.e_tps, found.e2e_ms, found.p99_over_median) == (0, 0.0, None, None, None)
     assert found.as_json()["errors"] == {}

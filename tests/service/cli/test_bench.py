@@ -17,12 +17,23 @@ from tests.service.cli.cli_run import Sluice
         (["--load", "0.9..0.1"], "write it as 0.1..0.9"),
         (["--load", "0.5,3"], "write it as 0.1..0.9"),
         (["--load", "0.5", "--rate", "2"], "leave --rate away"),
+        (["--load", "nan"], "write it as 0.1..0.9"),
+        (["--rate", "inf"], "--rate inf: give a number"),
+        (["--timeout", "inf"], "--timeout inf: give a number"),
+        (["--deadline", "inf"], "--deadline inf: give a number"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_in_one_line(sluice: Sluice, arguments: list[str], said: str) -> None:
     code, out, err = sluice.run("bench", *arguments)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert said in err
+
+
+@pytest.mark.parametrize("option", ["--rate", "--duration", "--timeout", "--deadline"])
+def test_what_is_no_number_is_refused_too(sluice: Sluice, option: str) -> None:
+    code, out, err = sluice.run("bench", option, "nan")
+    assert (code, out) == (2, "")
+    assert option in err
 
 
 def test_loads_begin_where_they_are_told_to() -> None:
@@ -45,5 +56,16 @@ def test_help_says_what_the_figures_mean(sluice: Sluice) -> None:
     code, out, _ = sluice.run("bench", "--help")
     assert code == 0
     assert all(
-        word in out for word in ("E-TPS", "Goodput", "TTFT", "TPOT", "ITL", "Ctrl-C", "--load", "--shared-prefix-tokens")
+        word in out
+        for word in (
+            "E-TPS",
+            "Goodput",
+            "TTFT",
+            "TPOT",
+            "ITL",
+            "Ctrl-C",
+            "finished requests",
+            "--load",
+            "--shared-prefix-tokens",
+        )
     )
