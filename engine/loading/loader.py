@@ -48,11 +48,11 @@ def plan_load(config: EngineConfig, device: torch.device, operators: Operators) 
     if config.quantize:
         shape = replace(shape, quant_method=_quantize(config.quantize, shape, operators))
     if config.load_format == "dummy":
-        dtype = _dtype(config, shape, torch.bfloat16, device)
+        dtype = _dtype(config, shape, torch.bfloat16, device, operators)
         return LoadPlan(shape=shape, eos_token_ids=eos_token_ids, dtype=dtype, stored=None)
     stored = checkpoint.stored_tensors(model_dir)
     embedding = stored.get("model.embed_tokens.weight")
-    dtype = _dtype(config, shape, embedding.dtype if embedding else torch.float32, device)
+    dtype = _dtype(config, shape, embedding.dtype if embedding else torch.float32, device, operators)
     # Tensors without memory: every name and shape is compared before any is allocated.
     planned = build(replace(shape, max_position=1), operators, dtype=dtype, on=torch.device("meta"))
     checkpoint.check(stored, planned.targets(), model_dir, tied=shape.tied)
@@ -99,7 +99,16 @@ def _quantize(wanted: str, shape: ModelConfig, operators: Operators) -> str:
     return wanted
 
 
-def _dtype(config: EngineConfig, shape: ModelConfig, stored: torch.dtype, device: torch.device) -> torch.dtype:
+def _dtype(
+    config: EngineConfig, shape: ModelConfig, stored: torch.dtype, device: torch.device, operators: Operators
+) -> torch.dtype:
+    """What weights and cache are kept in. Raises `ConfigError`."""
+    if config.dtype == "float16" and operators.pack_weight is not None:
+        raise ConfigError(
+            "model.dtype is float16, but the C++ operators of a CPU take float32 and bfloat16: set it to auto (which keeps a float16 "
+            "checkpoint in float32), float32 or bfloat16, or set engine.cpu_isa to torch",
+            field="model.dtype",
+        )
     if config.dtype != "auto":
         return _DTYPES[config.dtype]
     own = shape.dtype or (stored if stored in _DTYPES.values() else torch.float32)

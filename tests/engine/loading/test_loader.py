@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine.config import EngineConfig
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, ConfigError
 from engine.layers.rotary import cos_sin_table
-from engine.loading import LoadedModel, checkpoint, load_model
+from engine.loading import LoadedModel, checkpoint, load_model, plan_load
 from kernels.ops import for_device
 from tests.engine.models.families import save
 from tests.engine.models.paged import CPU, Sequences
@@ -83,6 +83,14 @@ def test_auto_takes_the_weights_dtype_where_the_config_is_silent(model_dir):
 def test_auto_widens_float16_on_a_cpu(model_dir):
     edit_config(model_dir, dtype="float16")
     assert load(model_dir).spec.dtype == torch.float32
+
+
+@pytest.mark.parametrize("load_format", ["auto", "dummy"])
+def test_float16_is_refused_for_the_cpp_operators_before_anything_is_allocated(model_dir, load_format):
+    config = EngineConfig(model_dir=str(model_dir), load_format=load_format, dtype="float16")
+    with pytest.raises(ConfigError, match=r"model\.dtype is float16, but the C\+\+ operators .* set it to auto") as caught:
+        plan_load(config, CPU, for_device("cpu"))
+    assert caught.value.field == "model.dtype"
 
 
 def test_progress_rises_to_one(model_dir):
