@@ -7,6 +7,7 @@ import torch
 from engine.attention.base import AttentionBackend, KVCacheSpec, LayerCache
 from engine.config import EngineConfig
 from engine.errors import ConfigError
+from engine.host_memory import usable_bytes
 
 DEFAULT_CPU_BYTES = 1 << 30
 GPU_SHARE = 0.9
@@ -32,8 +33,9 @@ def free_device_bytes(device: torch.device) -> int:
 def pool_size(config: EngineConfig, spec: KVCacheSpec, max_position: int, device: torch.device) -> PoolSize:
     """Sizes the pool from `num_blocks`, else `kv_cache_bytes`, else the device; never more than every slot's whole context.
 
-    Raises `ConfigError` naming the setting when the model's context is shorter than the one asked for, or when the pool
-    cannot hold one sequence of the context asked for (for a context of 0, of two blocks).
+    Raises `ConfigError` naming the setting when the model's context is shorter than the one asked for, when the pool
+    cannot hold one sequence of the context asked for (for a context of 0, of two blocks), or, on a CPU, when it is larger than all
+    memory that this process may use.
     """
     if config.max_model_len > max_position:
         raise ConfigError(
@@ -53,6 +55,14 @@ def pool_size(config: EngineConfig, spec: KVCacheSpec, max_position: int, device
         raise ConfigError(
             f"{setting} gives {num_blocks} KV blocks of {spec.block_bytes} bytes; "
             f"at least {wanted} are needed ({wanted * spec.block_bytes} bytes)",
+            field=setting,
+        )
+    num_bytes = num_blocks * spec.block_bytes
+    # Pages are taken when they are first written: what is larger would be promised now and end the process in the midst of a stream.
+    if device.type == "cpu" and num_bytes > (most_bytes := usable_bytes()):
+        raise ConfigError(
+            f"the KV cache of {num_bytes} bytes that {setting} gives is larger than all memory that this process may use "
+            f"({most_bytes} bytes, by the machine and its cgroup): make it smaller with {setting}",
             field=setting,
         )
     return PoolSize(num_blocks=num_blocks, setting=setting, max_model_len=min(context, num_blocks * block_size))
