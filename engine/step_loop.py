@@ -162,17 +162,17 @@ class StepLoop:
         self._make_room(plan, error)
         self._num_alone = CALM_STEPS
         self._step += 1
-        return StepOutput(
-            outputs=(),
-            stats=self._stats(
-                self._scheduler.stats(),
-                started=started,
-                schedule_ns=self._schedule_ns,
-                execute_ns=self._clock() - started - self._schedule_ns,
-                num_prefill=0,
-                num_decode=0,
-            ),
+        now = self._scheduler.stats()
+        stats = self._stats(
+            now,
+            started=started,
+            schedule_ns=self._schedule_ns,
+            execute_ns=self._clock() - started - self._schedule_ns,
+            num_prefill=0,
+            num_decode=0,
         )
+        self._counted = now
+        return StepOutput(outputs=(), stats=stats)
 
     def _grow_back(self) -> None:
         if self._calm >= CALM_STEPS and self._scheduler.token_budget < self._full_budget:

@@ -250,6 +250,15 @@ def test_the_first_step_of_all_is_computed_again_too(overlaps: bool) -> None:
     assert (scheduler.token_budget, executor.num_released) == (32, 1)
 
 
+def test_a_step_that_lacked_memory_counts_what_it_decided_once(overlaps: bool) -> None:
+    loop, scheduler = _loop(LacksLater({1, 3}, overlaps=overlaps))
+    _filled(loop)
+    queried = 0
+    while loop.has_work:
+        queried += loop.step().stats.num_prefix_query_tokens
+    assert queried == scheduler.stats().num_prefix_query_tokens > 0
+
+
 class NoRoomAheadNorLater(LacksLater):
     """Refuses the first step that is launched ahead, and finds out that the one behind it lacked memory."""
 
