@@ -18,6 +18,7 @@ from engine.attention.registry import check_backend, cpu_refusal, make_backend
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.execution.kv_cache import KVCache, pool_size
+from engine.execution.memory import memory_errors
 from engine.execution.runner import Runner
 from engine.execution.threads import set_compute_threads
 from engine.limits import check_vocabulary
@@ -93,8 +94,8 @@ class Engine:
     ) -> None:
         """Loads the model and takes the pool's memory. `progress`: (share in [0, 1], what is done), may be None.
 
-        Raises `ConfigError` naming the setting, `CheckpointError` naming the file, `OutOfMemoryError` where not even a few tokens can be
-        computed.
+        Raises `ConfigError` naming the setting, `CheckpointError` naming the file, `OutOfMemoryError` where the weights do not fit, or
+        not even a few tokens can be computed.
         """
         began_ns = clock()
         device = resolve_device(config.device)
@@ -104,7 +105,11 @@ class Engine:
         check_backend(config.attention_backend, device)
         threads = set_compute_threads(config.num_threads)
         operators = bind_operators(config, device, progress)
-        loaded = load_model(config, device, operators, progress)
+        with memory_errors(
+            f"there is no memory on {device} for the model's weights: end what else uses it, set model.dtype to bfloat16 where it is "
+            "float32, or take a smaller model"
+        ):
+            loaded = load_model(config, device, operators, progress)
         spec = loaded.spec
         kv_spec = _kv_cache_spec(config, spec, spec.dtype)
         backend = make_backend(config.attention_backend, device, operators, kv_spec)

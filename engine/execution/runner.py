@@ -7,8 +7,6 @@ model call. A plan that ran out of memory may be retracted: later plans then sen
 requests, queues or block ownership.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -18,11 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.attention.base import AttentionBackend, AttentionMetadata, LayerCache
-from engine.errors import OutOfMemoryError
 from engine.execution.captured_steps import CapturedSteps, known_ids
 from engine.execution.forward_batch import ForwardBatch
 from engine.execution.host_batch import ON_DEVICE, HostBatch
-from engine.execution.memory import lacks_memory
+from engine.execution.memory import memory_errors
 from engine.execution.recorded_steps import FEW, RecordedSteps
 from engine.execution.sampler import PendingSample, Sampler
 from engine.execution.slot_table import Ints, SlotTable
@@ -30,6 +27,7 @@ from engine.scheduling.step import Chunk, ChunkResult, Follow, StepPlan, StepRes
 from kernels.ops import Operators
 from kernels.transfer import to_device
 
+_NO_MEMORY = "there was no memory for a step"
 _NOTHING = ChunkResult()
 _NO_SLOTS = np.zeros(0, np.int64)
 
@@ -61,17 +59,6 @@ class Launched:
     slots: Ints
     starts: Ints
     pending: PendingSample | None
-
-
-@contextmanager
-def _memory_errors() -> Iterator[None]:
-    """Gives the device's and the host allocator's lack of memory the engine's own type."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not lacks_memory(error):
-            raise
-        raise OutOfMemoryError("there was no memory for a step") from error
 
 
 def _nothing(chunks: tuple[Chunk, ...]) -> Launched:
@@ -129,7 +116,7 @@ class Runner:
     def launch(self, plan: StepPlan) -> Launched:
         """Starts the plan on the device. Raises `OutOfMemoryError`."""
         chunks = plan.chunks
-        with _memory_errors():
+        with memory_errors(_NO_MEMORY):
             for start in plan.starts:
                 self._slots.start(start)
                 self._sampler.start(start)
@@ -179,7 +166,7 @@ class Runner:
         """Waits for the step; remembers its tokens. Raises `OutOfMemoryError` for a step beside the caller that lacked memory."""
         if launched.pending is None:
             return StepResult(chunks=(_NOTHING,) * len(launched.chunks))
-        with _memory_errors():
+        with memory_errors(_NO_MEMORY):
             drawn = self._sampler.collect(launched.pending)
         # A slot that was given away since has tokens of its own.
         same = launched.starts == self._slots.starts[launched.slots]
@@ -205,7 +192,7 @@ class Runner:
     def _record(self, steps: RecordedSteps) -> None:
         """All that a step may be wanted for, before there is one: in the midst of a stream it would be heard as a pause."""
         slots = torch.zeros(FEW, dtype=torch.int64)
-        with _memory_errors():
+        with memory_errors(_NO_MEMORY):
             steps.record(self._hidden, torch.tensor([0, FEW - 1]))
             steps.record(self._logits)
             if self._finds_best and self.overlaps:

@@ -6,10 +6,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.errors import ConfigError, EngineFullError, InvalidFieldError, PromptTooLongError, TooManyTokensError
+from engine.errors import (
+    ConfigError,
+    EngineFullError,
+    InvalidFieldError,
+    OutOfMemoryError,
+    PromptTooLongError,
+    TooManyTokensError,
+)
 from engine.request import Request, SamplingParams
 from tests.engine.driving import Listener, run, step
 from tests.engine.tiny_model import CONTEXT, EOS, VOCAB, write_tiny_model
@@ -176,3 +184,25 @@ def test_settings_that_cannot_work_are_refused_by_name(model_dir: Path, changes:
     with pytest.raises(ConfigError) as caught:
         Engine(config)
     assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("raised", "seen"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), OutOfMemoryError),
+        (MemoryError(), OutOfMemoryError),
+        (RuntimeError("a library's fault"), RuntimeError),
+    ],
+    ids=["gpu", "host", "another"],
+)
+def test_weights_that_do_not_fit_are_a_lack_of_memory(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch, raised: Exception, seen: type[Exception]
+) -> None:
+    """The typed error says what to do; any other stays what it is."""
+
+    def load_model(*_: object) -> None:
+        raise raised
+
+    monkeypatch.setattr("engine.engine.load_model", load_model)
+    with pytest.raises(seen, match="no memory on cpu for the model's weights" if seen is OutOfMemoryError else "a library"):
+        Engine(EngineConfig(model_dir=str(model_dir), num_threads=1))
