@@ -22,8 +22,7 @@ from engine.execution.memory import memory_errors
 from engine.execution.runner import Runner
 from engine.execution.threads import set_compute_threads
 from engine.limits import check_vocabulary
-from engine.loading import load_model, plan_load
-from engine.models.config import ModelConfig, ModelSpec
+from engine.loading import LoadPlan, load_model, plan_load
 from engine.output import EngineFacts, StepOutput, StepStats
 from engine.request import Request
 from engine.scheduling.config import SchedulerConfig
@@ -65,18 +64,18 @@ def bind_operators(config: EngineConfig, device: torch.device, progress: Progres
 def check_model(config: EngineConfig, device: torch.device, operators: Operators) -> None:
     """Raises what `Engine` would raise for this model and configuration, from the files' headers alone: no memory is taken."""
     plan = plan_load(config, device, operators)
-    spec = _kv_cache_spec(config, plan.shape, plan.dtype)
+    spec = _kv_cache_spec(config, plan)
     make_backend(config.attention_backend, device, operators, spec)
     pool_size(config, spec, plan.shape.max_position, device)
 
 
-def _kv_cache_spec(config: EngineConfig, model: ModelConfig | ModelSpec, dtype: torch.dtype) -> KVCacheSpec:
+def _kv_cache_spec(config: EngineConfig, plan: LoadPlan) -> KVCacheSpec:
     return KVCacheSpec(
-        num_layers=model.num_layers,
-        num_kv_heads=model.num_kv_heads,
-        head_dim=model.head_dim,
+        num_layers=plan.shape.num_layers,
+        num_kv_heads=plan.shape.num_kv_heads,
+        head_dim=plan.shape.head_dim,
         block_size=config.block_size,
-        dtype=torch.int8 if config.kv_cache_dtype == "int8" else dtype,
+        dtype=torch.int8 if config.kv_cache_dtype == "int8" else plan.dtype,
     )
 
 
@@ -105,14 +104,18 @@ class Engine:
         check_backend(config.attention_backend, device)
         threads = set_compute_threads(config.num_threads)
         operators = bind_operators(config, device, progress)
+        if progress:
+            progress(0.0, "reading config.json")
+        plan = plan_load(config, device, operators)
+        kv_spec = _kv_cache_spec(config, plan)
+        backend = make_backend(config.attention_backend, device, operators, kv_spec)
+        longest = pool_size(config, kv_spec, plan.shape.max_position, device, loaded=False).max_model_len
         with memory_errors(
             f"there is no memory on {device} for the model's weights: end what else uses it, set model.dtype to bfloat16 where it is "
             "float32, or take a smaller model"
         ):
-            loaded = load_model(config, device, operators, progress)
+            loaded = load_model(plan, longest, device, operators, progress)
         spec = loaded.spec
-        kv_spec = _kv_cache_spec(config, spec, spec.dtype)
-        backend = make_backend(config.attention_backend, device, operators, kv_spec)
         pool = pool_size(config, kv_spec, spec.max_position, device)
         cache = KVCache(backend, kv_spec, pool, device)
         runner = Runner(

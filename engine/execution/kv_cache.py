@@ -22,17 +22,21 @@ class PoolSize:
     max_model_len: int
 
 
-def free_device_bytes(device: torch.device) -> int:
-    """Memory that the pool may take by default: 1 GiB on a CPU, 90 % of what is free now on a GPU."""
+def free_device_bytes(device: torch.device, *, loaded: bool) -> int:
+    """Memory that the pool may take by default: 1 GiB on a CPU; 90 % of what is free now on a GPU, of all it has before weights are
+    `loaded`."""
     if device.type == "cpu":
         return DEFAULT_CPU_BYTES
-    free, _ = torch.cuda.mem_get_info(device)
-    return int(free * GPU_SHARE)
+    free, total = torch.cuda.mem_get_info(device)
+    return int((free if loaded else total) * GPU_SHARE)
 
 
-def pool_size(config: EngineConfig, spec: KVCacheSpec, max_position: int, device: torch.device) -> PoolSize:
+def pool_size(
+    config: EngineConfig, spec: KVCacheSpec, max_position: int, device: torch.device, *, loaded: bool = True
+) -> PoolSize:
     """Sizes the pool from `num_blocks`, else `kv_cache_bytes`, else the device; never more than every slot's whole context.
 
+    Before the weights are `loaded` it says the most that the pool can become, and refuses what no memory left over would help.
     Raises `ConfigError` naming the setting when the model's context is shorter than the one asked for, when the pool
     cannot hold one sequence of the context asked for (for a context of 0, of two blocks), or, on a CPU, when it is larger than all
     memory that this process may use.
@@ -48,7 +52,7 @@ def pool_size(config: EngineConfig, spec: KVCacheSpec, max_position: int, device
     if config.num_blocks:
         num_blocks, setting = config.num_blocks, "engine.num_blocks"
     else:
-        budget = config.kv_cache_bytes or free_device_bytes(device)
+        budget = config.kv_cache_bytes or free_device_bytes(device, loaded=loaded)
         num_blocks, setting = min(budget // spec.block_bytes, most), "engine.kv_cache_bytes"
     wanted = -(-context // block_size) if config.max_model_len else 2
     if num_blocks < wanted:

@@ -60,19 +60,20 @@ def plan_load(config: EngineConfig, device: torch.device, operators: Operators) 
 
 
 def load_model(
-    config: EngineConfig, device: torch.device, operators: Operators, progress: Callable[[float, str], None] | None = None
+    plan: LoadPlan,
+    max_positions: int,
+    device: torch.device,
+    operators: Operators,
+    progress: Callable[[float, str], None] | None = None,
 ) -> LoadedModel:
-    """The model of `config.model_dir` on `device`, in `config.dtype`, computed by `operators`.
+    """The model of `plan` on `device`, computed by `operators`, for sequences of at most `max_positions` tokens.
 
-    `progress` gets (share done in [0, 1], what is being done). Raises as `plan_load` does, before weights are allocated, and
-    `CheckpointError` for a file that changes while it is read.
+    `progress` gets (share done in [0, 1], what is being done). Raises `CheckpointError` for a file that changes while it is read.
     """
     tell = progress or (lambda share, what: None)
-    tell(0.0, "reading config.json")
-    plan = plan_load(config, device, operators)
-    # The rotary table of a context that is claimed, and not served, can be larger than the model.
-    longest = plan.shape.max_position
-    served = replace(plan.shape, max_position=min(longest, config.max_model_len or longest))
+    tell(0.0, "taking memory for the weights")
+    # The rotary table of a context that is claimed, and can never be held, may be larger than the model.
+    served = replace(plan.shape, max_position=min(plan.shape.max_position, max_positions))
     model = build(served, operators, dtype=plan.dtype, on=device)
     if plan.stored is None:
         dummy.fill(model.targets(), tell)

@@ -83,6 +83,14 @@ def test_the_caches_have_the_pinned_shape() -> None:
     assert cache.num_bytes == 5 * BLOCK_BYTES
 
 
+def test_before_weights_are_loaded_a_gpus_pool_is_bounded_by_all_of_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that nothing that is freed meanwhile makes it larger; afterwards by what is free."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (20 * BLOCK_BYTES, 100 * BLOCK_BYTES))
+    gpu = torch.device("cuda", 0)
+    sizes = [pool_size(CONFIG, SPEC, 10_000_000, gpu, loaded=loaded) for loaded in (False, True)]
+    assert [(size.num_blocks, size.max_model_len) for size in sizes] == [(90, 1440), (18, 288)]
+
+
 @pytest.mark.parametrize("setting", ["num_blocks", "kv_cache_bytes"])
 def test_a_pool_larger_than_all_memory_of_a_cpu_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, setting: str) -> None:
     """One that is as large is not; a GPU's pool is not held against the host's memory."""

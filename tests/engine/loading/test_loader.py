@@ -95,7 +95,9 @@ def test_float16_is_refused_for_the_cpp_operators_before_anything_is_allocated(m
 
 def test_progress_rises_to_one(model_dir):
     shares: list[float] = []
-    load_model(EngineConfig(model_dir=str(model_dir)), CPU, for_device("cpu"), lambda share, what: shares.append(share))
+    operators = for_device("cpu")
+    plan = plan_load(EngineConfig(model_dir=str(model_dir)), CPU, operators)
+    load_model(plan, 64, CPU, operators, lambda share, what: shares.append(share))
     assert shares == sorted(shares)
     assert (shares[0], shares[-1]) == (0.0, 1.0)
     assert len(shares) > 10
@@ -111,8 +113,8 @@ def test_dummy_needs_no_weights_and_repeats_itself(model_dir):
 
 
 @pytest.mark.parametrize("load_format", ["auto", "dummy"])
-@pytest.mark.parametrize(("max_model_len", "rows"), [(0, 64), (16, 16), (65, 64)])
-def test_the_rotary_table_is_as_long_as_the_context_that_is_served(model_dir, monkeypatch, load_format, max_model_len, rows):
+@pytest.mark.parametrize(("max_positions", "rows"), [(64, 64), (16, 16), (65, 64)])
+def test_the_rotary_table_is_as_long_as_the_longest_sequence(model_dir, monkeypatch, load_format, max_positions, rows):
     tables = []
 
     def recorded(*arguments):
@@ -120,7 +122,8 @@ def test_the_rotary_table_is_as_long_as_the_context_that_is_served(model_dir, mo
         return tables[-1]
 
     monkeypatch.setattr("engine.models.llama.cos_sin_table", recorded)
-    loaded = load(model_dir, load_format=load_format, max_model_len=max_model_len)
+    plan = plan_load(EngineConfig(model_dir=str(model_dir), load_format=load_format), CPU, for_device("cpu"))
+    loaded = load_model(plan, max_positions, CPU, for_device("cpu"))
     assert (len(tables[-1]), loaded.spec.max_position) == (rows, 64)
 
 

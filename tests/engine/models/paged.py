@@ -8,7 +8,7 @@ from engine.attention.base import AttentionMetadata, KVCacheSpec
 from engine.attention.registry import make_backend
 from engine.config import EngineConfig
 from engine.execution.forward_batch import ForwardBatch
-from engine.loading import LoadedModel, load_model
+from engine.loading import LoadedModel, load_model, plan_load
 from kernels.ops import for_device
 
 CPU = torch.device("cpu")
@@ -16,7 +16,9 @@ BLOCK = 4
 
 
 def load(model_dir: Path, cpu_isa: str = "auto", on: torch.device = CPU, **settings: str | int) -> LoadedModel:
-    return load_model(EngineConfig(model_dir=str(model_dir), **settings), on, for_device(on.type, cpu_isa))
+    operators = for_device(on.type, cpu_isa)
+    plan = plan_load(EngineConfig(model_dir=str(model_dir), **settings), on, operators)
+    return load_model(plan, plan.shape.max_position, on, operators)
 
 
 class Sequences:
