@@ -9,14 +9,12 @@ import torch
 from engine.config import EngineConfig
 from engine.errors import CheckpointError, ConfigError
 from engine.loading import checkpoint, dummy
-from engine.loading.config_file import read_eos_token_ids, read_model_config
+from engine.loading.config_file import DTYPES, read_eos_token_ids, read_model_config
 from engine.loading.header import StoredTensor
 from engine.models.config import ModelConfig, ModelSpec
 from engine.models.registry import Model, build
 from engine.quantization.registry import methods
 from kernels.ops import Operators
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,8 +109,8 @@ def _dtype(
             field="model.dtype",
         )
     if config.dtype != "auto":
-        return _DTYPES[config.dtype]
-    own = shape.dtype or (stored if stored in _DTYPES.values() else torch.float32)
+        return DTYPES[config.dtype]
+    own = shape.dtype or (stored if stored in DTYPES.values() else torch.float32)
     # CPUs compute float16 slowly or in float32 anyway, and float32 holds all of its range.
     return torch.float32 if own == torch.float16 and device.type == "cpu" else own
 
