@@ -8,7 +8,6 @@ requests, queues or block ownership.
 """
 
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from engine.execution.memory import memory_errors
 from engine.execution.recorded_steps import FEW, RecordedSteps
 from engine.execution.sampler import PendingSample, Sampler
 from engine.execution.slot_table import Ints, SlotTable
+from engine.models.registry import Model
 from engine.scheduling.step import Chunk, ChunkResult, Follow, StepPlan, StepResult
 from kernels.ops import Operators
 from kernels.transfer import to_device
@@ -30,22 +30,6 @@ from kernels.transfer import to_device
 _NO_MEMORY = "there was no memory for a step"
 _NOTHING = ChunkResult()
 _NO_SLOTS = np.zeros(0, np.int64)
-
-
-class Model(Protocol):
-    """What the runner asks of a model."""
-
-    def forward(self, input_ids: Tensor, positions: Tensor, batch: ForwardBatch) -> Tensor:
-        """[T] int64 ids and positions to [num_logits, H] hidden states."""
-        ...
-
-    def compute_logits(self, hidden: Tensor) -> Tensor:
-        """[N, H] to [N, vocab] float32."""
-        ...
-
-    def best_tokens(self, hidden: Tensor) -> Tensor:
-        """[N, H] to [N] int64: what `kernels.reference.greedy` says of `compute_logits`."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -252,24 +236,20 @@ class Runner:
         sent = self._to_device(batch)
         return self._hidden(*sent) if self._recorded_steps is None else self._recorded_steps.run_chunks(self._hidden, *sent)
 
-    def _states(self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata, rows: Tensor | None) -> Tensor:
+    def _hidden(self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata, rows: Tensor | None) -> Tensor:
         """[T] ids and positions to [N, H] hidden states of `rows`, [N] int64; None: of all."""
         batch = ForwardBatch(
             attention=self._backend.prepare(metadata), backend=self._backend, caches=self._caches, logits_indices=rows
         )
         return self._model.forward(input_ids, positions, batch)
 
-    def _hidden(self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata, rows: Tensor) -> Tensor:
-        """[T] ids and positions to [N, H] hidden states of the rows wanted."""
-        return self._states(input_ids, positions, metadata, rows)
-
     def _logits(self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata, rows: Tensor | None = None) -> Tensor:
         """[T] ids and positions to [T, vocab] float32: every row's, whatever `rows` are."""
-        return self._model.compute_logits(self._states(input_ids, positions, metadata, None))
+        return self._model.compute_logits(self._hidden(input_ids, positions, metadata, None))
 
     def _tokens(self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata, rows: Tensor | None = None) -> Tensor:
         """[T] ids and positions to [T] int64: every row's greedy token, whatever `rows` are."""
-        return self._model.best_tokens(self._states(input_ids, positions, metadata, None))
+        return self._model.best_tokens(self._hidden(input_ids, positions, metadata, None))
 
     def _batch(self, slots: Ints, starts: Ints, lengths: Ints, sampling: Ints, follows: Ints) -> HostBatch:
         """The flat batch of chunks, [num_seqs] each, in plan order; `sampling`: which of them sample. Only single tokens follow."""
