@@ -115,8 +115,7 @@ class Engine:
             "float32, or take a smaller model"
         ):
             loaded = load_model(plan, longest, device, operators, progress)
-        spec = loaded.spec
-        pool = pool_size(config, kv_spec, spec.max_position, device)
+        pool = pool_size(config, kv_spec, plan.shape.max_position, device)
         cache = KVCache(backend, kv_spec, pool, device)
         runner = Runner(
             model=loaded.model,
@@ -126,7 +125,7 @@ class Engine:
             num_slots=config.max_num_seqs,
             max_model_len=pool.max_model_len,
             block_size=config.block_size,
-            vocab_size=spec.vocab_size,
+            vocab_size=plan.shape.vocab_size,
             operators=operators,
             overlap=config.overlap == "on" or (config.overlap == "auto" and (device.type == "cuda" or threads > 1)),
         )
@@ -144,14 +143,14 @@ class Engine:
                 enable_prefix_cache=config.enable_prefix_cache,
                 policy=config.policy,
                 watermark=config.watermark,
-                eos_token_ids=spec.eos_token_ids,
+                eos_token_ids=plan.eos_token_ids,
             )
         )
         self._loop = StepLoop(scheduler, runner, clock)
         self._facts = EngineFacts(
             model=Path(config.model_dir).name,
-            architecture=spec.architecture,
-            dtype=str(spec.dtype).removeprefix("torch."),
+            architecture=plan.shape.architecture,
+            dtype=str(plan.dtype).removeprefix("torch."),
             kv_cache_dtype=str(kv_spec.dtype).removeprefix("torch."),
             device=str(device),
             operators=operators.name,
@@ -159,15 +158,15 @@ class Engine:
             quantize=config.quantize,
             attention_backend=backend.name,
             max_model_len=pool.max_model_len,
-            vocab_size=spec.vocab_size,
-            hidden_size=spec.hidden_size,
+            vocab_size=plan.shape.vocab_size,
+            hidden_size=plan.shape.hidden_size,
             num_blocks=pool.num_blocks,
             block_size=config.block_size,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
-            eos_token_ids=spec.eos_token_ids,
-            num_parameters=spec.num_parameters,
-            weight_bytes=spec.weight_bytes,
+            eos_token_ids=plan.eos_token_ids,
+            num_parameters=loaded.num_parameters,
+            weight_bytes=loaded.weight_bytes,
             kv_cache_bytes=cache.num_bytes,
             load_s=(clock() - began_ns) / 1e9,
             num_threads=threads,

@@ -11,18 +11,10 @@ from engine.errors import CheckpointError, ConfigError
 from engine.loading import checkpoint, dummy
 from engine.loading.config_file import DTYPES, read_eos_token_ids, read_model_config
 from engine.loading.header import StoredTensor
-from engine.models.config import ModelConfig, ModelSpec
+from engine.models.config import ModelConfig
 from engine.models.registry import Model, build
 from engine.quantization.registry import methods
 from kernels.ops import Operators
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoadedModel:
-    """A model that is ready to run, and its facts."""
-
-    model: Model
-    spec: ModelSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +25,16 @@ class LoadPlan:
     eos_token_ids: tuple[int, ...]
     dtype: torch.dtype
     stored: dict[str, StoredTensor] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel:
+    """A model that is ready to run, made by `plan`. `weight_bytes`: what its weights take before they are packed."""
+
+    model: Model
+    plan: LoadPlan
+    num_parameters: int
+    weight_bytes: int
 
 
 def plan_load(config: EngineConfig, device: torch.device, operators: Operators) -> LoadPlan:
@@ -77,10 +79,10 @@ def load_model(
         dummy.fill(model.targets(), tell)
     else:
         checkpoint.load(plan.stored, model.targets(), tell)
-    spec = _spec(plan.shape, model, plan.eos_token_ids, plan.dtype)
+    num_parameters, weight_bytes = _sizes(model)
     model.finish()
     tell(1.0, "loaded")
-    return LoadedModel(model=model, spec=spec)
+    return LoadedModel(model=model, plan=plan, num_parameters=num_parameters, weight_bytes=weight_bytes)
 
 
 def _quantize(wanted: str, shape: ModelConfig, operators: Operators) -> str:
@@ -115,20 +117,7 @@ def _dtype(
     return torch.float32 if own == torch.float16 and device.type == "cpu" else own
 
 
-def _spec(shape: ModelConfig, model: Model, eos_token_ids: tuple[int, ...], dtype: torch.dtype) -> ModelSpec:
+def _sizes(model: Model) -> tuple[int, int]:
+    """Numbers and bytes of all weights, as they were read. Keeps no hold of them: each is let go of when it is packed."""
     targets = model.targets().values()
-    return ModelSpec(
-        architecture=shape.architecture,
-        num_layers=shape.num_layers,
-        num_q_heads=shape.num_q_heads,
-        num_kv_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        hidden_size=shape.hidden_size,
-        vocab_size=shape.vocab_size,
-        max_position=shape.max_position,
-        eos_token_ids=eos_token_ids,
-        dtype=dtype,
-        sliding_window=max(shape.sliding_windows) if all(shape.sliding_windows) else 0,
-        num_parameters=sum(target.numel() for target in targets),
-        weight_bytes=sum(target.numel() * target.element_size() for target in targets),
-    )
+    return sum(target.numel() for target in targets), sum(target.nbytes for target in targets)

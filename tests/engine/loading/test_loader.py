@@ -71,18 +71,18 @@ def test_the_dtype_is_the_one_that_was_asked_for(model_dir, name):
 
 def test_auto_takes_the_checkpoints_dtype(model_dir):
     edit_config(model_dir, dtype="bfloat16")
-    assert load(model_dir).spec.dtype == torch.bfloat16
+    assert load(model_dir).plan.dtype == torch.bfloat16
 
 
 def test_auto_takes_the_weights_dtype_where_the_config_is_silent(model_dir):
     edit_config(model_dir, dtype=None)
     change(model_dir, lambda tensors: tensors.update({name: tensor.bfloat16() for name, tensor in tensors.items()}))
-    assert load(model_dir).spec.dtype == torch.bfloat16
+    assert load(model_dir).plan.dtype == torch.bfloat16
 
 
 def test_auto_widens_float16_on_a_cpu(model_dir):
     edit_config(model_dir, dtype="float16")
-    assert load(model_dir).spec.dtype == torch.float32
+    assert load(model_dir).plan.dtype == torch.float32
 
 
 @pytest.mark.parametrize("load_format", ["auto", "dummy"])
@@ -124,7 +124,7 @@ def test_the_rotary_table_is_as_long_as_the_longest_sequence(model_dir, monkeypa
     monkeypatch.setattr("engine.models.llama.cos_sin_table", recorded)
     plan = plan_load(EngineConfig(model_dir=str(model_dir), load_format=load_format), CPU, for_device("cpu"))
     loaded = load_model(plan, max_positions, CPU, for_device("cpu"))
-    assert (len(tables[-1]), loaded.spec.max_position) == (rows, 64)
+    assert (len(tables[-1]), loaded.plan.shape.max_position) == (rows, 64)
 
 
 def test_a_spare_head_of_a_tied_model_is_passed_over(tmp_path):

@@ -34,16 +34,16 @@ class Sequences:
         cache_dtype: torch.dtype | None = None,
     ) -> None:
         """`cache_dtype`: None for the model's."""
-        self.model, spec = loaded.model, loaded.spec
+        self.model, shape = loaded.model, loaded.plan.shape
         self.on = on
         self.block_size = block_size
         self.num_blocks = -(-max_len // block_size)
         cache = KVCacheSpec(
-            num_layers=spec.num_layers,
-            num_kv_heads=spec.num_kv_heads,
-            head_dim=spec.head_dim,
+            num_layers=shape.num_layers,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
             block_size=block_size,
-            dtype=cache_dtype or spec.dtype,
+            dtype=cache_dtype or loaded.plan.dtype,
         )
         self.backend = make_backend("auto", on, for_device(on.type), cache)
         self.caches = self.backend.allocate(cache, self.num_blocks * count, on)
