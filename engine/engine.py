@@ -18,11 +18,11 @@ from engine.attention.registry import check_backend, cpu_refusal, make_backend
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.execution.kv_cache import KVCache, pool_size
+from engine.execution.memory import memory_errors
 from engine.execution.runner import Runner
 from engine.execution.threads import set_compute_threads
 from engine.limits import check_vocabulary
-from engine.loading import load_model, plan_load
-from engine.models.config import ModelConfig, ModelSpec
+from engine.loading import LoadPlan, load_model, plan_load
 from engine.output import EngineFacts, StepOutput, StepStats
 from engine.request import Request
 from engine.scheduling.config import SchedulerConfig
@@ -64,18 +64,18 @@ def bind_operators(config: EngineConfig, device: torch.device, progress: Progres
 def check_model(config: EngineConfig, device: torch.device, operators: Operators) -> None:
     """Raises what `Engine` would raise for this model and configuration, from the files' headers alone: no memory is taken."""
     plan = plan_load(config, device, operators)
-    spec = _kv_cache_spec(config, plan.shape, plan.dtype)
+    spec = _kv_cache_spec(config, plan)
     make_backend(config.attention_backend, device, operators, spec)
     pool_size(config, spec, plan.shape.max_position, device)
 
 
-def _kv_cache_spec(config: EngineConfig, model: ModelConfig | ModelSpec, dtype: torch.dtype) -> KVCacheSpec:
+def _kv_cache_spec(config: EngineConfig, plan: LoadPlan) -> KVCacheSpec:
     return KVCacheSpec(
-        num_layers=model.num_layers,
-        num_kv_heads=model.num_kv_heads,
-        head_dim=model.head_dim,
+        num_layers=plan.shape.num_layers,
+        num_kv_heads=plan.shape.num_kv_heads,
+        head_dim=plan.shape.head_dim,
         block_size=config.block_size,
-        dtype=torch.int8 if config.kv_cache_dtype == "int8" else dtype,
+        dtype=torch.int8 if config.kv_cache_dtype == "int8" else plan.dtype,
     )
 
 
@@ -93,8 +93,8 @@ class Engine:
     ) -> None:
         """Loads the model and takes the pool's memory. `progress`: (share in [0, 1], what is done), may be None.
 
-        Raises `ConfigError` naming the setting, `CheckpointError` naming the file, `OutOfMemoryError` where not even a few tokens can be
-        computed.
+        Raises `ConfigError` naming the setting, `CheckpointError` naming the file, `OutOfMemoryError` where the weights do not fit, or
+        not even a few tokens can be computed.
         """
         began_ns = clock()
         device = resolve_device(config.device)
@@ -104,11 +104,18 @@ class Engine:
         check_backend(config.attention_backend, device)
         threads = set_compute_threads(config.num_threads)
         operators = bind_operators(config, device, progress)
-        loaded = load_model(config, device, operators, progress)
-        spec = loaded.spec
-        kv_spec = _kv_cache_spec(config, spec, spec.dtype)
+        if progress:
+            progress(0.0, "reading config.json")
+        plan = plan_load(config, device, operators)
+        kv_spec = _kv_cache_spec(config, plan)
         backend = make_backend(config.attention_backend, device, operators, kv_spec)
-        pool = pool_size(config, kv_spec, spec.max_position, device)
+        longest = pool_size(config, kv_spec, plan.shape.max_position, device, loaded=False).max_model_len
+        with memory_errors(
+            f"there is no memory on {device} for the model's weights: end what else uses it, set model.dtype to bfloat16 where it is "
+            "float32, or take a smaller model"
+        ):
+            loaded = load_model(plan, longest, device, operators, progress)
+        pool = pool_size(config, kv_spec, plan.shape.max_position, device)
         cache = KVCache(backend, kv_spec, pool, device)
         runner = Runner(
             model=loaded.model,
@@ -118,7 +125,7 @@ class Engine:
             num_slots=config.max_num_seqs,
             max_model_len=pool.max_model_len,
             block_size=config.block_size,
-            vocab_size=spec.vocab_size,
+            vocab_size=plan.shape.vocab_size,
             operators=operators,
             overlap=config.overlap == "on" or (config.overlap == "auto" and (device.type == "cuda" or threads > 1)),
         )
@@ -136,14 +143,14 @@ class Engine:
                 enable_prefix_cache=config.enable_prefix_cache,
                 policy=config.policy,
                 watermark=config.watermark,
-                eos_token_ids=spec.eos_token_ids,
+                eos_token_ids=plan.eos_token_ids,
             )
         )
         self._loop = StepLoop(scheduler, runner, clock)
         self._facts = EngineFacts(
             model=Path(config.model_dir).name,
-            architecture=spec.architecture,
-            dtype=str(spec.dtype).removeprefix("torch."),
+            architecture=plan.shape.architecture,
+            dtype=str(plan.dtype).removeprefix("torch."),
             kv_cache_dtype=str(kv_spec.dtype).removeprefix("torch."),
             device=str(device),
             operators=operators.name,
@@ -151,15 +158,15 @@ class Engine:
             quantize=config.quantize,
             attention_backend=backend.name,
             max_model_len=pool.max_model_len,
-            vocab_size=spec.vocab_size,
-            hidden_size=spec.hidden_size,
+            vocab_size=plan.shape.vocab_size,
+            hidden_size=plan.shape.hidden_size,
             num_blocks=pool.num_blocks,
             block_size=config.block_size,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
-            eos_token_ids=spec.eos_token_ids,
-            num_parameters=spec.num_parameters,
-            weight_bytes=spec.weight_bytes,
+            eos_token_ids=plan.eos_token_ids,
+            num_parameters=loaded.num_parameters,
+            weight_bytes=loaded.weight_bytes,
             kv_cache_bytes=cache.num_bytes,
             load_s=(clock() - began_ns) / 1e9,
             num_threads=threads,

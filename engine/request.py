@@ -17,6 +17,8 @@ MAX_STOP_TOKEN_IDS = 64
 MAX_LOGIT_BIAS = 300
 MAX_SEED = 2**63 - 1
 MAX_TOKENS = 2**32 - 1
+MIN_REPETITION_PENALTY = 0.01
+"""Logits are divided by it: near 0 they would be infinite, and the request end with `numeric_error`."""
 RANGES = {
     "max_tokens": "must lie in [1, 2^32 - 1]",
     "min_tokens": "must lie in [0, max_tokens]",
@@ -45,7 +47,7 @@ def _in_range(value: float, low: float, high: float, field_name: str, *, open_lo
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How the tokens of a request are chosen. Ranges as in vLLM's OpenAI-compatible server.
+    """How the tokens of a request are chosen. Ranges as in vLLM's OpenAI-compatible server, `MIN_REPETITION_PENALTY` apart.
 
     `temperature` 0 is greedy. `top_k` 0 or -1 is off. `logprobs` None gives none, 0 the chosen token's alone, k the k best
     beside it. `seed` is always set: a draw is a function of (seed, choice, output position) and of nothing else.
@@ -78,7 +80,7 @@ class SamplingParams:
         _in_range(self.min_p, 0.0, 1.0, "sampling.min_p")
         _in_range(self.presence_penalty, -2.0, 2.0, "sampling.presence_penalty")
         _in_range(self.frequency_penalty, -2.0, 2.0, "sampling.frequency_penalty")
-        _in_range(self.repetition_penalty, 0.0, 2.0, "sampling.repetition_penalty", open_low=True)
+        _in_range(self.repetition_penalty, MIN_REPETITION_PENALTY, 2.0, "sampling.repetition_penalty")
         _require(len(self.logit_bias) <= MAX_LOGIT_BIAS, "sampling.logit_bias", f"takes at most {MAX_LOGIT_BIAS} tokens")
         for bias in self.logit_bias.values():
             _in_range(bias, -100.0, 100.0, "sampling.logit_bias")

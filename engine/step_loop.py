@@ -50,6 +50,8 @@ class StepLoop:
         self._clock = clock
         self._full_budget = scheduler.token_budget
         self._calm = 0
+        # Whether cache and budget were cut since a step was last collected: what still lacks memory is failed for it.
+        self._shrunk = False
         self._step = 0
         self._counted = scheduler.stats()
         self._launched: tuple[StepPlan, Any] | None = None
@@ -95,6 +97,7 @@ class StepLoop:
         except OutOfMemoryError as error:
             return self._take_back(plan, error, started)
         executed = self._clock()
+        self._shrunk = False
         outputs = self._scheduler.update(plan, result, executed)
         if refused is not None:
             # There may be memory for one step and not for two: whether this one fits alone is for the next call to find out.
@@ -130,27 +133,24 @@ class StepLoop:
 
     def _launch(self) -> tuple[StepPlan, Any]:
         """Decides and launches a plan, or what is left of it once memory suffices."""
-        tries = 0
         while True:
             plan = self._decide(self._scheduler.schedule)
             if not plan.chunks:
                 return plan, None
             try:
-                launched = self._executor.launch(plan)
+                return plan, self._executor.launch(plan)
             except OutOfMemoryError as error:
-                self._make_room(plan, error, shrink=tries == 0)
-                tries += 1
-                continue
-            return plan, launched
+                self._make_room(plan, error)
 
-    def _make_room(self, plan: StepPlan, error: OutOfMemoryError, *, shrink: bool) -> None:
+    def _make_room(self, plan: StepPlan, error: OutOfMemoryError) -> None:
         """First by dropping what only speeds up, then by failing the largest request of the plan."""
         scheduler = self._scheduler
         largest = scheduler.largest_request(plan)
         scheduler.retract(plan)
         self._executor.release_memory()
         self._calm = 0
-        if shrink:
+        if not self._shrunk:
+            self._shrunk = True
             scheduler.reset_prefix_cache()
             scheduler.set_token_budget(scheduler.token_budget // 2)
         elif largest is not None:
@@ -159,20 +159,20 @@ class StepLoop:
     def _take_back(self, plan: StepPlan, error: OutOfMemoryError, started: int) -> StepOutput:
         """What a step says that turned out to lack memory: nothing. It and the one behind it count as never run."""
         self._launched = None
-        self._make_room(plan, error, shrink=self._calm > 1)
+        self._make_room(plan, error)
         self._num_alone = CALM_STEPS
         self._step += 1
-        return StepOutput(
-            outputs=(),
-            stats=self._stats(
-                self._scheduler.stats(),
-                started=started,
-                schedule_ns=self._schedule_ns,
-                execute_ns=self._clock() - started - self._schedule_ns,
-                num_prefill=0,
-                num_decode=0,
-            ),
+        now = self._scheduler.stats()
+        stats = self._stats(
+            now,
+            started=started,
+            schedule_ns=self._schedule_ns,
+            execute_ns=self._clock() - started - self._schedule_ns,
+            num_prefill=0,
+            num_decode=0,
         )
+        self._counted = now
+        return StepOutput(outputs=(), stats=stats)
 
     def _grow_back(self) -> None:
         if self._calm >= CALM_STEPS and self._scheduler.token_budget < self._full_budget:

@@ -17,7 +17,8 @@ from kernels import reference
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Operators:
-    """One implementation of every operator; each field has the signature of its namesake in `kernels/reference.py`.
+    """One implementation of what layers and sampler compute with; each field has the signature of its namesake in
+    `kernels/reference.py`. Rotary positions and attention over a cache are the attention backends' to call.
 
     `reason` says in one sentence why it is this one. `pack_weight`, `linear`, `greedy_linear` and `rounds_rows` (whether a product rounds
     its rows to bfloat16 before it multiplies by this packed weight) go together; None where linears are composed of a library's
@@ -31,11 +32,8 @@ class Operators:
     reason: str
     embedding: Callable[[Tensor, Tensor], Tensor]
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
-    add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
     float_product: Callable[[Tensor, Tensor], Tensor]
     silu_mul: Callable[[Tensor], Tensor]
-    rotary_kv_write: Callable[..., Tensor]
-    paged_attention: Callable[..., Tensor]
     greedy: Callable[[Tensor], Tensor]
     sample: Callable[[Tensor, Tensor, Tensor], Tensor]
     logprobs: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
@@ -74,11 +72,8 @@ def _reference() -> Operators:
         reason="plain torch",
         embedding=reference.embedding,
         rms_norm=reference.rms_norm,
-        add_rms_norm=reference.add_rms_norm,
         float_product=reference.float_product,
         silu_mul=reference.silu_mul,
-        rotary_kv_write=reference.rotary_kv_write,
-        paged_attention=reference.paged_attention,
         greedy=reference.greedy,
         sample=reference.sample,
         logprobs=reference.logprobs,
@@ -132,18 +127,15 @@ def _float_product(x: Tensor, weight: Tensor) -> Tensor:
 
 @cache
 def _triton() -> Operators:
-    from kernels.triton import paged_attention, rms_norm, rotary_kv_write, sampling, silu_mul
+    from kernels.triton import rms_norm, sampling, silu_mul
 
     return Operators(
         name="triton",
         reason="Triton kernels for the GPU",
         embedding=reference.embedding,
         rms_norm=rms_norm.rms_norm,
-        add_rms_norm=rms_norm.add_rms_norm,
         float_product=_float_product,
         silu_mul=silu_mul.silu_mul,
-        rotary_kv_write=rotary_kv_write.rotary_kv_write,
-        paged_attention=paged_attention.paged_attention,
         greedy=sampling.greedy,
         sample=sampling.sample,
         logprobs=reference.logprobs,

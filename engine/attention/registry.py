@@ -35,15 +35,29 @@ def cpu_refusal(operators: Operators, spec: KVCacheSpec) -> str:
     return attention.refusal(spec.head_dim, spec.block_size, spec.dtype)
 
 
+def _check_triton(spec: KVCacheSpec) -> None:
+    # Imported where it is asked for: a CPU loads none of Triton's kernels.
+    from kernels.triton.tuning import MAX_HEAD_DIM
+
+    if spec.head_dim > MAX_HEAD_DIM:
+        raise ConfigError(
+            f"{_FIELD} triton_paged cannot compute heads of {spec.head_dim} numbers (up to {MAX_HEAD_DIM} can be computed): "
+            "torch_paged, which is slower, can",
+            field=_FIELD,
+        )
+
+
 def make_backend(name: str, on: device, operators: Operators, spec: KVCacheSpec) -> AttentionBackend:
-    """A new backend for caches of `spec`. Raises `ConfigError` as `check_backend` does, for `cpu_paged` where it is refused, and for
-    int8 where another would be taken."""
+    """A new backend for caches of `spec`. Raises `ConfigError` as `check_backend` does, for `cpu_paged` where it is refused, for heads that
+    Triton's kernels do not take, and for int8 where another than `cpu_paged` would be taken."""
     check_backend(name, on)
     refusal = cpu_refusal(operators, spec) if on.type == "cpu" else ""
     if name == "auto":
         name = "triton_paged" if on.type == "cuda" else "torch_paged" if on.type != "cpu" or refusal else "cpu_paged"
     if name == "cpu_paged" and refusal:
         raise ConfigError(f"{_FIELD} cpu_paged cannot be had: {refusal}", field=_FIELD)
+    if name == "triton_paged":
+        _check_triton(spec)
     if spec.dtype == int8 and name != "cpu_paged":
         why = refusal or f"as configured, on {on.type}"
         raise ConfigError(

@@ -7,6 +7,7 @@ import torch
 from engine.attention.base import AttentionBackend, KVCacheSpec, LayerCache
 from engine.config import EngineConfig
 from engine.errors import ConfigError
+from engine.host_memory import usable_bytes
 
 DEFAULT_CPU_BYTES = 1 << 30
 GPU_SHARE = 0.9
@@ -21,19 +22,24 @@ class PoolSize:
     max_model_len: int
 
 
-def free_device_bytes(device: torch.device) -> int:
-    """Memory that the pool may take by default: 1 GiB on a CPU, 90 % of what is free now on a GPU."""
+def free_device_bytes(device: torch.device, *, loaded: bool) -> int:
+    """Memory that the pool may take by default: 1 GiB on a CPU; 90 % of what is free now on a GPU, of all it has before weights are
+    `loaded`."""
     if device.type == "cpu":
         return DEFAULT_CPU_BYTES
-    free, _ = torch.cuda.mem_get_info(device)
-    return int(free * GPU_SHARE)
+    free, total = torch.cuda.mem_get_info(device)
+    return int((free if loaded else total) * GPU_SHARE)
 
 
-def pool_size(config: EngineConfig, spec: KVCacheSpec, max_position: int, device: torch.device) -> PoolSize:
+def pool_size(
+    config: EngineConfig, spec: KVCacheSpec, max_position: int, device: torch.device, *, loaded: bool = True
+) -> PoolSize:
     """Sizes the pool from `num_blocks`, else `kv_cache_bytes`, else the device; never more than every slot's whole context.
 
-    Raises `ConfigError` naming the setting when the model's context is shorter than the one asked for, or when the pool
-    cannot hold one sequence of the context asked for (for a context of 0, of two blocks).
+    Before the weights are `loaded` it says the most that the pool can become, and refuses what no memory left over would help.
+    Raises `ConfigError` naming the setting when the model's context is shorter than the one asked for, when the pool
+    cannot hold one sequence of the context asked for (for a context of 0, of two blocks), or, on a CPU, when it is larger than all
+    memory that this process may use.
     """
     if config.max_model_len > max_position:
         raise ConfigError(
@@ -46,13 +52,21 @@ def pool_size(config: EngineConfig, spec: KVCacheSpec, max_position: int, device
     if config.num_blocks:
         num_blocks, setting = config.num_blocks, "engine.num_blocks"
     else:
-        budget = config.kv_cache_bytes or free_device_bytes(device)
+        budget = config.kv_cache_bytes or free_device_bytes(device, loaded=loaded)
         num_blocks, setting = min(budget // spec.block_bytes, most), "engine.kv_cache_bytes"
     wanted = -(-context // block_size) if config.max_model_len else 2
     if num_blocks < wanted:
         raise ConfigError(
             f"{setting} gives {num_blocks} KV blocks of {spec.block_bytes} bytes; "
             f"at least {wanted} are needed ({wanted * spec.block_bytes} bytes)",
+            field=setting,
+        )
+    num_bytes = num_blocks * spec.block_bytes
+    # Pages are taken when they are first written: what is larger would be promised now and end the process in the midst of a stream.
+    if device.type == "cpu" and num_bytes > (most_bytes := usable_bytes()):
+        raise ConfigError(
+            f"the KV cache of {num_bytes} bytes that {setting} gives is larger than all memory that this process may use "
+            f"({most_bytes} bytes, by the machine and its cgroup): make it smaller with {setting}",
             field=setting,
         )
     return PoolSize(num_blocks=num_blocks, setting=setting, max_model_len=min(context, num_blocks * block_size))

@@ -7,10 +7,7 @@ model call. A plan that ran out of memory may be retracted: later plans then sen
 requests, queues or block ownership.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,36 +15,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.attention.base import AttentionBackend, AttentionMetadata, LayerCache
-from engine.errors import OutOfMemoryError
 from engine.execution.captured_steps import CapturedSteps, known_ids
 from engine.execution.forward_batch import ForwardBatch
 from engine.execution.host_batch import ON_DEVICE, HostBatch
-from engine.execution.memory import lacks_memory
+from engine.execution.memory import memory_errors
 from engine.execution.recorded_steps import FEW, RecordedSteps
 from engine.execution.sampler import PendingSample, Sampler
 from engine.execution.slot_table import Ints, SlotTable
+from engine.models.registry import Model
 from engine.scheduling.step import Chunk, ChunkResult, Follow, StepPlan, StepResult
 from kernels.ops import Operators
 from kernels.transfer import to_device
 
+_NO_MEMORY = "there was no memory for a step"
 _NOTHING = ChunkResult()
 _NO_SLOTS = np.zeros(0, np.int64)
-
-
-class Model(Protocol):
-    """What the runner asks of a model."""
-
-    def forward(self, input_ids: Tensor, positions: Tensor, batch: ForwardBatch) -> Tensor:
-        """[T] int64 ids and positions to [num_logits, H] hidden states."""
-        ...
-
-    def compute_logits(self, hidden: Tensor) -> Tensor:
-        """[N, H] to [N, vocab] float32."""
-        ...
-
-    def best_tokens(self, hidden: Tensor) -> Tensor:
-        """[N, H] to [N] int64: what `kernels.reference.greedy` says of `compute_logits`."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,17 +43,6 @@ class Launched:
     slots: Ints
     starts: Ints
     pending: PendingSample | None
-
-
-@contextmanager
-def _memory_errors() -> Iterator[None]:
-    """Gives the device's and the host allocator's lack of memory the engine's own type."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not lacks_memory(error):
-            raise
-        raise OutOfMemoryError("there was no memory for a step") from error
 
 
 def _nothing(chunks: tuple[Chunk, ...]) -> Launched:
@@ -129,7 +100,7 @@ class Runner:
     def launch(self, plan: StepPlan) -> Launched:
         """Starts the plan on the device. Raises `OutOfMemoryError`."""
         chunks = plan.chunks
-        with _memory_errors():
+        with memory_errors(_NO_MEMORY):
             for start in plan.starts:
                 self._slots.start(start)
                 self._sampler.start(start)
@@ -179,7 +150,7 @@ class Runner:
         """Waits for the step; remembers its tokens. Raises `OutOfMemoryError` for a step beside the caller that lacked memory."""
         if launched.pending is None:
             return StepResult(chunks=(_NOTHING,) * len(launched.chunks))
-        with _memory_errors():
+        with memory_errors(_NO_MEMORY):
             drawn = self._sampler.collect(launched.pending)
         # A slot that was given away since has tokens of its own.
         same = launched.starts == self._slots.starts[launched.slots]
@@ -205,7 +176,7 @@ class Runner:
     def _record(self, steps: RecordedSteps) -> None:
         """All that a step may be wanted for, before there is one: in the midst of a stream it would be heard as a pause."""
         slots = torch.zeros(FEW, dtype=torch.int64)
-        with _memory_errors():
+        with memory_errors(_NO_MEMORY):
             steps.record(self._hidden, torch.tensor([0, FEW - 1]))
             steps.record(self._logits)
             if self._finds_best and self.overlaps:
@@ -265,24 +236,20 @@ class Runner:
         sent = self._to_device(batch)
         return self._hidden(*sent) if self._recorded_steps is None else self._recorded_steps.run_chunks(self._hidden, *sent)
 
-    def _states(self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata, rows: Tensor | None) -> Tensor:
+    def _hidden(self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata, rows: Tensor | None) -> Tensor:
         """[T] ids and positions to [N, H] hidden states of `rows`, [N] int64; None: of all."""
         batch = ForwardBatch(
             attention=self._backend.prepare(metadata), backend=self._backend, caches=self._caches, logits_indices=rows
         )
         return self._model.forward(input_ids, positions, batch)
 
-    def _hidden(self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata, rows: Tensor) -> Tensor:
-        """[T] ids and positions to [N, H] hidden states of the rows wanted."""
-        return self._states(input_ids, positions, metadata, rows)
-
     def _logits(self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata, rows: Tensor | None = None) -> Tensor:
         """[T] ids and positions to [T, vocab] float32: every row's, whatever `rows` are."""
-        return self._model.compute_logits(self._states(input_ids, positions, metadata, None))
+        return self._model.compute_logits(self._hidden(input_ids, positions, metadata, None))
 
     def _tokens(self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata, rows: Tensor | None = None) -> Tensor:
         """[T] ids and positions to [T] int64: every row's greedy token, whatever `rows` are."""
-        return self._model.best_tokens(self._states(input_ids, positions, metadata, None))
+        return self._model.best_tokens(self._hidden(input_ids, positions, metadata, None))
 
     def _batch(self, slots: Ints, starts: Ints, lengths: Ints, sampling: Ints, follows: Ints) -> HostBatch:
         """The flat batch of chunks, [num_seqs] each, in plan order; `sampling`: which of them sample. Only single tokens follow."""

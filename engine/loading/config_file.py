@@ -17,7 +17,9 @@ from engine.models.registry import MODELS
 from engine.quantization.registry import METHODS
 
 _MAX_FILE_BYTES = 16 << 20
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""What weights may be kept in, by its name in config.json and in `EngineConfig.dtype`."""
+
 # What transformers takes for an absent num_key_value_heads; elsewhere it is num_attention_heads.
 _KEY_HEADS = {"MistralForCausalLM": 8, "Qwen2ForCausalLM": 32, "Qwen3ForCausalLM": 32}
 MAX_SIZES = {
@@ -158,9 +160,9 @@ class _Fields:
         name = self.values.get("dtype", self.values.get("torch_dtype"))
         if name is None:
             return None
-        if not isinstance(name, str) or name not in _DTYPES:
-            raise self.error(f"dtype {name!r} is not supported; supported are {', '.join(_DTYPES)}")
-        return _DTYPES[name]
+        if not isinstance(name, str) or name not in DTYPES:
+            raise self.error(f"dtype {name!r} is not supported; supported are {', '.join(DTYPES)}")
+        return DTYPES[name]
 
     def quant_method(self) -> str:
         found = self.values.get("quantization_config")

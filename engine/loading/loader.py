@@ -9,22 +9,12 @@ import torch
 from engine.config import EngineConfig
 from engine.errors import CheckpointError, ConfigError
 from engine.loading import checkpoint, dummy
-from engine.loading.config_file import read_eos_token_ids, read_model_config
+from engine.loading.config_file import DTYPES, read_eos_token_ids, read_model_config
 from engine.loading.header import StoredTensor
-from engine.models.config import ModelConfig, ModelSpec
+from engine.models.config import ModelConfig
 from engine.models.registry import Model, build
 from engine.quantization.registry import methods
 from kernels.ops import Operators
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoadedModel:
-    """A model that is ready to run, and its facts."""
-
-    model: Model
-    spec: ModelSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +25,16 @@ class LoadPlan:
     eos_token_ids: tuple[int, ...]
     dtype: torch.dtype
     stored: dict[str, StoredTensor] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel:
+    """A model that is ready to run, made by `plan`. `weight_bytes`: what its weights take before they are packed."""
+
+    model: Model
+    plan: LoadPlan
+    num_parameters: int
+    weight_bytes: int
 
 
 def plan_load(config: EngineConfig, device: torch.device, operators: Operators) -> LoadPlan:
@@ -48,11 +48,11 @@ def plan_load(config: EngineConfig, device: torch.device, operators: Operators) 
     if config.quantize:
         shape = replace(shape, quant_method=_quantize(config.quantize, shape, operators))
     if config.load_format == "dummy":
-        dtype = _dtype(config, shape, torch.bfloat16, device)
+        dtype = _dtype(config, shape, torch.bfloat16, device, operators)
         return LoadPlan(shape=shape, eos_token_ids=eos_token_ids, dtype=dtype, stored=None)
     stored = checkpoint.stored_tensors(model_dir)
     embedding = stored.get("model.embed_tokens.weight")
-    dtype = _dtype(config, shape, embedding.dtype if embedding else torch.float32, device)
+    dtype = _dtype(config, shape, embedding.dtype if embedding else torch.float32, device, operators)
     # Tensors without memory: every name and shape is compared before any is allocated.
     planned = build(replace(shape, max_position=1), operators, dtype=dtype, on=torch.device("meta"))
     checkpoint.check(stored, planned.targets(), model_dir, tied=shape.tied)
@@ -60,28 +60,29 @@ def plan_load(config: EngineConfig, device: torch.device, operators: Operators) 
 
 
 def load_model(
-    config: EngineConfig, device: torch.device, operators: Operators, progress: Callable[[float, str], None] | None = None
+    plan: LoadPlan,
+    max_positions: int,
+    device: torch.device,
+    operators: Operators,
+    progress: Callable[[float, str], None] | None = None,
 ) -> LoadedModel:
-    """The model of `config.model_dir` on `device`, in `config.dtype`, computed by `operators`.
+    """The model of `plan` on `device`, computed by `operators`, for sequences of at most `max_positions` tokens.
 
-    `progress` gets (share done in [0, 1], what is being done). Raises as `plan_load` does, before weights are allocated, and
-    `CheckpointError` for a file that changes while it is read.
+    `progress` gets (share done in [0, 1], what is being done). Raises `CheckpointError` for a file that changes while it is read.
     """
     tell = progress or (lambda share, what: None)
-    tell(0.0, "reading config.json")
-    plan = plan_load(config, device, operators)
-    # The rotary table of a context that is claimed, and not served, can be larger than the model.
-    longest = plan.shape.max_position
-    served = replace(plan.shape, max_position=min(longest, config.max_model_len or longest))
+    tell(0.0, "taking memory for the weights")
+    # The rotary table of a context that is claimed, and can never be held, may be larger than the model.
+    served = replace(plan.shape, max_position=min(plan.shape.max_position, max_positions))
     model = build(served, operators, dtype=plan.dtype, on=device)
     if plan.stored is None:
         dummy.fill(model.targets(), tell)
     else:
         checkpoint.load(plan.stored, model.targets(), tell)
-    spec = _spec(plan.shape, model, plan.eos_token_ids, plan.dtype)
+    num_parameters, weight_bytes = _sizes(model)
     model.finish()
     tell(1.0, "loaded")
-    return LoadedModel(model=model, spec=spec)
+    return LoadedModel(model=model, plan=plan, num_parameters=num_parameters, weight_bytes=weight_bytes)
 
 
 def _quantize(wanted: str, shape: ModelConfig, operators: Operators) -> str:
@@ -99,28 +100,24 @@ def _quantize(wanted: str, shape: ModelConfig, operators: Operators) -> str:
     return wanted
 
 
-def _dtype(config: EngineConfig, shape: ModelConfig, stored: torch.dtype, device: torch.device) -> torch.dtype:
+def _dtype(
+    config: EngineConfig, shape: ModelConfig, stored: torch.dtype, device: torch.device, operators: Operators
+) -> torch.dtype:
+    """What weights and cache are kept in. Raises `ConfigError`."""
+    if config.dtype == "float16" and operators.pack_weight is not None:
+        raise ConfigError(
+            "model.dtype is float16, but the C++ operators of a CPU take float32 and bfloat16: set it to auto (which keeps a float16 "
+            "checkpoint in float32), float32 or bfloat16, or set engine.cpu_isa to torch",
+            field="model.dtype",
+        )
     if config.dtype != "auto":
-        return _DTYPES[config.dtype]
-    own = shape.dtype or (stored if stored in _DTYPES.values() else torch.float32)
+        return DTYPES[config.dtype]
+    own = shape.dtype or (stored if stored in DTYPES.values() else torch.float32)
     # CPUs compute float16 slowly or in float32 anyway, and float32 holds all of its range.
     return torch.float32 if own == torch.float16 and device.type == "cpu" else own
 
 
-def _spec(shape: ModelConfig, model: Model, eos_token_ids: tuple[int, ...], dtype: torch.dtype) -> ModelSpec:
+def _sizes(model: Model) -> tuple[int, int]:
+    """Numbers and bytes of all weights, as they were read. Keeps no hold of them: each is let go of when it is packed."""
     targets = model.targets().values()
-    return ModelSpec(
-        architecture=shape.architecture,
-        num_layers=shape.num_layers,
-        num_q_heads=shape.num_q_heads,
-        num_kv_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        hidden_size=shape.hidden_size,
-        vocab_size=shape.vocab_size,
-        max_position=shape.max_position,
-        eos_token_ids=eos_token_ids,
-        dtype=dtype,
-        sliding_window=max(shape.sliding_windows) if all(shape.sliding_windows) else 0,
-        num_parameters=sum(target.numel() for target in targets),
-        weight_bytes=sum(target.numel() * target.element_size() for target in targets),
-    )
+    return sum(target.numel() for target in targets), sum(target.nbytes for target in targets)

@@ -1,4 +1,4 @@
-"""The shape of a model, in one form for all architectures, and what others may know of a loaded one.
+"""The shape of a model, in one form for all architectures.
 
 `loading/config_file.py` makes a `ModelConfig` of a config.json. Nothing here knows files.
 """
@@ -37,26 +37,3 @@ class ModelConfig:
     """`quantization_config.quant_method`; "" is none."""
     screen_head: bool = False
     """Whether a plain head is kept in 8 bits as well, where the operators gain by it."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelSpec:
-    """What the runner, the pool and the service need to know of a loaded model.
-
-    `sliding_window`: tokens that every layer is limited to, 0 when any layer sees its whole context. `max_position`: tokens of
-    context. `weight_bytes`: what the weights take on the device.
-    """
-
-    architecture: str
-    num_layers: int
-    num_q_heads: int
-    num_kv_heads: int
-    head_dim: int
-    hidden_size: int
-    vocab_size: int
-    max_position: int
-    eos_token_ids: tuple[int, ...]
-    dtype: torch.dtype
-    sliding_window: int
-    num_parameters: int
-    weight_bytes: int

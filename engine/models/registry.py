@@ -21,7 +21,7 @@ class Model(Protocol):
     """What every architecture offers. Built with uninitialised weights; `targets` says where each tensor of a checkpoint goes."""
 
     def forward(self, input_ids: Tensor, positions: Tensor, batch: ForwardBatch) -> Tensor:
-        """input_ids, positions: [T] int64; out: [T, H], before the final norm."""
+        """input_ids, positions: [T] int64; out: [num_logits, H], the rows of `batch.logits_indices`, before the final norm."""
         ...
 
     def compute_logits(self, hidden_rows: Tensor) -> Tensor:

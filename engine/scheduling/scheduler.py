@@ -243,10 +243,7 @@ class Scheduler:
             if live is None or live.mark is None:
                 continue
             mark = live.mark
-            self._num_parked -= len(live.parked)
-            for sequence in live.parked:
-                self._planner.waiting.add(sequence)
-            live.parked = []
+            self._release_parked(live)
             for sequence in list(live.sequences):
                 self._pending.append(_final(sequence, mark.reason, code=mark.code, message=mark.message))
                 self._leave(sequence)

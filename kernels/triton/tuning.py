@@ -102,6 +102,9 @@ ATTENTION_32_BIT = {
     1024: _row((16, 8, 1), (16, 16, 8, 2)),
 }
 
+MAX_HEAD_DIM = 256
+"""The largest head size that both tables above have a row for."""
+
 SHARED_MEMORY_BYTES = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 """What one program may use, by architecture (CUDA C++ programming guide, table of technical specifications; CDNA 3 ISA)."""
 
@@ -136,12 +139,13 @@ def norm_shape(width: int) -> tuple[int, int]:
 
 
 def attention(architecture: str, padded_head_dim: int, element_bytes: int) -> AttentionTuning:
-    """The row for one architecture; head sizes below the smallest row use that one. Raises ValueError above 256 elements."""
+    """The row for one architecture; head sizes below the smallest row use that one. Raises ValueError above `MAX_HEAD_DIM`."""
+    if padded_head_dim > MAX_HEAD_DIM:
+        raise ValueError(
+            f"head size {padded_head_dim} is above {MAX_HEAD_DIM}, the largest that the attention kernels are tuned for"
+        )
     table = ATTENTION_32_BIT if element_bytes == 4 else ATTENTION_16_BIT[architecture]
-    row = max(padded_head_dim * element_bytes, min(table))
-    if row not in table:
-        raise ValueError(f"head size {padded_head_dim} is above 256, the largest that the attention kernels are tuned for")
-    return table[row]
+    return table[max(padded_head_dim * element_bytes, min(table))]
 
 
 @functools.cache

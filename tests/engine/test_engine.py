@@ -6,10 +6,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.errors import ConfigError, EngineFullError, InvalidFieldError, PromptTooLongError, TooManyTokensError
+from engine.errors import (
+    ConfigError,
+    EngineFullError,
+    InvalidFieldError,
+    OutOfMemoryError,
+    PromptTooLongError,
+    TooManyTokensError,
+)
+from engine.layers.rotary import RopeConfig, cos_sin_table
 from engine.request import Request, SamplingParams
 from tests.engine.driving import Listener, run, step
 from tests.engine.tiny_model import CONTEXT, EOS, VOCAB, write_tiny_model
@@ -176,3 +185,46 @@ def test_settings_that_cannot_work_are_refused_by_name(model_dir: Path, changes:
     with pytest.raises(ConfigError) as caught:
         Engine(config)
     assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("raised", "seen"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), OutOfMemoryError),
+        (MemoryError(), OutOfMemoryError),
+        (RuntimeError("a library's fault"), RuntimeError),
+    ],
+    ids=["gpu", "host", "another"],
+)
+def test_weights_that_do_not_fit_are_a_lack_of_memory(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch, raised: Exception, seen: type[Exception]
+) -> None:
+    """The typed error says what to do; any other stays what it is."""
+
+    def load_model(*_: object) -> None:
+        raise raised
+
+    monkeypatch.setattr("engine.engine.load_model", load_model)
+    with pytest.raises(seen, match="no memory on cpu for the model's weights" if seen is OutOfMemoryError else "a library"):
+        Engine(EngineConfig(model_dir=str(model_dir), num_threads=1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "rows"),
+    [({"num_blocks": 4}, 64), ({"kv_cache_bytes": 1 << 14}, 32), ({"num_blocks": 4, "max_model_len": 40}, 40), ({}, CONTEXT)],
+    ids=["blocks", "bytes", "asked for", "claimed"],
+)
+def test_the_rotary_table_is_no_longer_than_what_the_pool_can_hold_of_one_sequence(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, int], rows: int
+) -> None:
+    """Whatever context the checkpoint claims; some claim ten million tokens."""
+    lengths: list[int] = []
+
+    def recorded(rope: RopeConfig, head_dim: int, max_position: int) -> torch.Tensor:
+        lengths.append(max_position)
+        return cos_sin_table(rope, head_dim, max_position)
+
+    monkeypatch.setattr("engine.models.llama.cos_sin_table", recorded)
+    engine = Engine(replace(EngineConfig(model_dir=str(model_dir), num_threads=1), **changes))  # type: ignore[arg-type]
+    assert (lengths[-1], engine.facts.max_model_len) == (rows, rows)
+    engine.close()

@@ -242,6 +242,68 @@ def test_a_step_that_turns_out_to_lack_memory_is_computed_again(overlaps: bool) 
     assert (scheduler.token_budget, executor.num_released, scheduler.stats().num_used_blocks) == (32, 1, 0)
 
 
+def test_the_first_step_of_all_is_computed_again_too(overlaps: bool) -> None:
+    executor = LacksLater({1}, overlaps=overlaps)
+    loop, scheduler = _loop(executor)
+    heard = _finish(_filled(loop))
+    assert {outputs[-1].finish_reason for outputs in heard.values()} == {"length"}
+    assert (scheduler.token_budget, executor.num_released) == (32, 1)
+
+
+def test_a_step_that_lacked_memory_counts_what_it_decided_once(overlaps: bool) -> None:
+    loop, scheduler = _loop(LacksLater({1, 3}, overlaps=overlaps))
+    _filled(loop)
+    queried = 0
+    while loop.has_work:
+        queried += loop.step().stats.num_prefix_query_tokens
+    assert queried == scheduler.stats().num_prefix_query_tokens > 0
+
+
+class NoRoomAheadNorLater(LacksLater):
+    """Refuses the first step that is launched ahead, and finds out that the one behind it lacked memory."""
+
+    def __init__(self) -> None:
+        super().__init__({2}, overlaps=True)
+
+    def launch(self, plan: StepPlan) -> StepPlan:
+        self.limit = 0 if self.under_way and not self.num_refused else 10**9
+        return super().launch(plan)
+
+
+def test_a_step_that_lacks_memory_behind_one_refused_ahead_is_computed_again() -> None:
+    """What was refused was given up for speed alone: room has not been made yet."""
+    executor = NoRoomAheadNorLater()
+    loop, scheduler = _loop(executor)
+    heard = _finish(_filled(loop))
+    assert {outputs[-1].finish_reason for outputs in heard.values()} == {"length"}
+    assert (executor.num_refused, executor.num_released, scheduler.token_budget) == (1, 2, 32)
+
+
+def test_a_step_that_lacks_memory_when_the_budget_has_just_grown_is_computed_again(overlaps: bool) -> None:
+    executor = LacksLater({1}, overlaps=overlaps)
+    loop, scheduler = _loop(executor)
+    loop.add(_ask("a", 60, max_tokens=300))
+    # The step that lacks memory, and as many that fit as the budget takes to grow.
+    for _ in range(1 + CALM_STEPS):
+        loop.step()
+    assert scheduler.token_budget == 64
+    executor.lacking.add(executor.num_collected + 1)
+    assert [outputs[-1].finish_reason for outputs in _finish(loop).values()] == ["length"]
+    assert scheduler.token_budget == 32
+
+
+def test_a_launch_refused_behind_a_step_that_lacked_memory_fails_the_largest_request() -> None:
+    """One retry with less, whether memory is missed by the launch or later."""
+    executor = LacksLater({2}, overlaps=False)
+    loop, scheduler = _loop(executor)
+    loop.add(_ask("a", 10))
+    loop.step()
+    loop.step()
+    executor.limit = 0
+    assert [outputs[-1].error_code for outputs in _finish(loop).values()] == ["out_of_memory"]
+    assert scheduler.token_budget == 32
+
+
 def test_the_largest_request_fails_where_the_next_step_turns_out_to_lack_memory_too(overlaps: bool) -> None:
     executor = LacksLater({4, 5}, overlaps=overlaps)
     loop, scheduler = _loop(executor)

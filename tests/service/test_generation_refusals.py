@@ -25,6 +25,7 @@ REFUSALS = [
     ({"temperature": 3.0}, "invalid_field", "sampling.temperature"),
     ({"top_p": 0.0}, "invalid_field", "sampling.top_p"),
     ({"min_p": math.nan}, "invalid_field", "sampling.min_p"),
+    ({"repetition_penalty": 1e-39}, "invalid_field", "sampling.repetition_penalty"),
     ({"n": 17}, "invalid_field", "sampling.n"),
     ({"max_tokens": 0}, "invalid_field", "sampling.max_tokens"),
     ({"min_tokens": 5, "max_tokens": 4}, "invalid_field", "sampling.min_tokens"),

@@ -40,6 +40,17 @@ def test_cpp_by_name_is_refused_for_a_shape_that_it_does_not_take():
         make_backend("cpu_paged", CPU, for_device("cpu"), replace(SPEC, block_size=4))
 
 
+@pytest.mark.parametrize("name", ["auto", "triton_paged"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_heads_that_tritons_kernels_do_not_take_are_refused_before_a_step(name, dtype):
+    plain = for_device("cpu", "torch")
+    assert make_backend(name, GPU, plain, replace(SPEC, head_dim=256, dtype=dtype)).name == "triton_paged"
+    with pytest.raises(ConfigError, match=r"triton_paged cannot compute heads of 258 numbers \(up to 256") as raised:
+        make_backend(name, GPU, plain, replace(SPEC, head_dim=258, dtype=dtype))
+    assert raised.value.field == "engine.attention_backend"
+    assert make_backend("torch_paged", GPU, plain, replace(SPEC, head_dim=258, dtype=dtype)).name == "torch_paged"
+
+
 @pytest.mark.parametrize(
     ("name", "on", "isa", "change", "why"),
     [

@@ -10,7 +10,8 @@ from engine.attention.cpu_paged import CpuPagedAttention
 from engine.attention.torch_paged import TorchPagedAttention
 from engine.config import EngineConfig
 from engine.errors import ConfigError
-from engine.execution.kv_cache import KVCache, pool_size
+from engine.execution import kv_cache
+from engine.execution.kv_cache import KVCache, PoolSize, pool_size
 from kernels.ops import for_device
 
 CPU = torch.device("cpu")
@@ -82,12 +83,30 @@ def test_the_caches_have_the_pinned_shape() -> None:
     assert cache.num_bytes == 5 * BLOCK_BYTES
 
 
-@pytest.mark.parametrize(
-    "changes", [{"num_blocks": 1 << 50}, {"kv_cache_bytes": 1 << 60, "max_model_len": 1 << 50}], ids=["blocks", "bytes"]
-)
-def test_a_cache_that_no_memory_can_hold_is_a_configuration_error(changes: dict[str, int]) -> None:
+def test_before_weights_are_loaded_a_gpus_pool_is_bounded_by_all_of_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that nothing that is freed meanwhile makes it larger; afterwards by what is free."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (20 * BLOCK_BYTES, 100 * BLOCK_BYTES))
+    gpu = torch.device("cuda", 0)
+    sizes = [pool_size(CONFIG, SPEC, 10_000_000, gpu, loaded=loaded) for loaded in (False, True)]
+    assert [(size.num_blocks, size.max_model_len) for size in sizes] == [(90, 1440), (18, 288)]
+
+
+@pytest.mark.parametrize("setting", ["num_blocks", "kv_cache_bytes"])
+def test_a_pool_larger_than_all_memory_of_a_cpu_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, setting: str) -> None:
+    """One that is as large is not; a GPU's pool is not held against the host's memory."""
+    monkeypatch.setattr(kv_cache, "usable_bytes", lambda: 50 * BLOCK_BYTES)
+    unit = 1 if setting == "num_blocks" else BLOCK_BYTES
+    fits, too_large = (replace(CONFIG, **{setting: count * unit}) for count in (50, 51))  # type: ignore[arg-type]
+    assert pool_size(fits, SPEC, 2048, CPU).num_blocks == 50
+    assert pool_size(too_large, SPEC, 2048, torch.device("cuda", 0)).num_blocks == 51
+    with pytest.raises(ConfigError, match=f"{51 * BLOCK_BYTES} bytes .* larger than all memory .*{50 * BLOCK_BYTES}") as caught:
+        pool_size(too_large, SPEC, 2048, CPU)
+    assert caught.value.field == f"engine.{setting}"
+
+
+def test_a_cache_that_cannot_be_allocated_is_a_configuration_error() -> None:
     """Names the setting that gave the size."""
-    pool = pool_size(replace(CONFIG, **changes), SPEC, 1 << 50, CPU)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError) as caught:
+    pool = PoolSize(num_blocks=1 << 50, setting="engine.num_blocks", max_model_len=2048)
+    with pytest.raises(ConfigError, match=r"cannot be allocated on cpu: lower engine\.num_blocks") as caught:
         KVCache(TorchPagedAttention(), SPEC, pool, CPU)
-    assert caught.value.field == f"engine.{next(iter(changes))}"
+    assert caught.value.field == "engine.num_blocks"

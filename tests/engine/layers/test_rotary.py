@@ -43,3 +43,9 @@ def test_the_table_is_transformers(tmp_path, scaling, head_dim):
 def test_an_unknown_type_is_an_error():
     with pytest.raises(ValueError, match="rope type 'spiral'"):
         inverse_frequencies(RopeConfig(rope_type="spiral"), 8)
+
+
+@pytest.mark.parametrize("rows", [1, 37, 1000])
+def test_a_positions_row_does_not_depend_on_how_many_there_are(rows):
+    rope = RopeConfig(rope_type="yarn", theta=500_000.0, factor=4.0, original_max_position=2048, attention_factor=1.1)
+    assert torch.equal(cos_sin_table(rope, 64, rows), cos_sin_table(rope, 64, 4096)[:rows])

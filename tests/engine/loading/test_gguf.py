@@ -94,7 +94,7 @@ def test_the_directory_loads_with_the_files_weights_and_tokenizer(gguf_file, tmp
         "model.layers.0.mlp.down_proj.weight": "blk.0.ffn_down.weight",
     }.items():
         assert torch.equal(targets[ours], torch.from_numpy(tensors[theirs]).bfloat16())
-    assert loaded.spec.eos_token_ids == (0,)
+    assert loaded.plan.eos_token_ids == (0,)
     assert bool(Sequences(loaded, 1, 8).step({0: [1, 2, 3]}).isfinite().all())
     tokenizer = AutoTokenizer.from_pretrained(made)
     assert tokenizer.encode("abcd") == [TOKENS.index("ab"), TOKENS.index("cd")]

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine.config import EngineConfig
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, ConfigError
 from engine.layers.rotary import cos_sin_table
-from engine.loading import LoadedModel, checkpoint, load_model
+from engine.loading import LoadedModel, checkpoint, load_model, plan_load
 from kernels.ops import for_device
 from tests.engine.models.families import save
 from tests.engine.models.paged import CPU, Sequences
@@ -71,23 +71,33 @@ def test_the_dtype_is_the_one_that_was_asked_for(model_dir, name):
 
 def test_auto_takes_the_checkpoints_dtype(model_dir):
     edit_config(model_dir, dtype="bfloat16")
-    assert load(model_dir).spec.dtype == torch.bfloat16
+    assert load(model_dir).plan.dtype == torch.bfloat16
 
 
 def test_auto_takes_the_weights_dtype_where_the_config_is_silent(model_dir):
     edit_config(model_dir, dtype=None)
     change(model_dir, lambda tensors: tensors.update({name: tensor.bfloat16() for name, tensor in tensors.items()}))
-    assert load(model_dir).spec.dtype == torch.bfloat16
+    assert load(model_dir).plan.dtype == torch.bfloat16
 
 
 def test_auto_widens_float16_on_a_cpu(model_dir):
     edit_config(model_dir, dtype="float16")
-    assert load(model_dir).spec.dtype == torch.float32
+    assert load(model_dir).plan.dtype == torch.float32
+
+
+@pytest.mark.parametrize("load_format", ["auto", "dummy"])
+def test_float16_is_refused_for_the_cpp_operators_before_anything_is_allocated(model_dir, load_format):
+    config = EngineConfig(model_dir=str(model_dir), load_format=load_format, dtype="float16")
+    with pytest.raises(ConfigError, match=r"model\.dtype is float16, but the C\+\+ operators .* set it to auto") as caught:
+        plan_load(config, CPU, for_device("cpu"))
+    assert caught.value.field == "model.dtype"
 
 
 def test_progress_rises_to_one(model_dir):
     shares: list[float] = []
-    load_model(EngineConfig(model_dir=str(model_dir)), CPU, for_device("cpu"), lambda share, what: shares.append(share))
+    operators = for_device("cpu")
+    plan = plan_load(EngineConfig(model_dir=str(model_dir)), CPU, operators)
+    load_model(plan, 64, CPU, operators, lambda share, what: shares.append(share))
     assert shares == sorted(shares)
     assert (shares[0], shares[-1]) == (0.0, 1.0)
     assert len(shares) > 10
@@ -103,8 +113,8 @@ def test_dummy_needs_no_weights_and_repeats_itself(model_dir):
 
 
 @pytest.mark.parametrize("load_format", ["auto", "dummy"])
-@pytest.mark.parametrize(("max_model_len", "rows"), [(0, 64), (16, 16), (65, 64)])
-def test_the_rotary_table_is_as_long_as_the_context_that_is_served(model_dir, monkeypatch, load_format, max_model_len, rows):
+@pytest.mark.parametrize(("max_positions", "rows"), [(64, 64), (16, 16), (65, 64)])
+def test_the_rotary_table_is_as_long_as_the_longest_sequence(model_dir, monkeypatch, load_format, max_positions, rows):
     tables = []
 
     def recorded(*arguments):
@@ -112,8 +122,9 @@ def test_the_rotary_table_is_as_long_as_the_context_that_is_served(model_dir, mo
         return tables[-1]
 
     monkeypatch.setattr("engine.models.llama.cos_sin_table", recorded)
-    loaded = load(model_dir, load_format=load_format, max_model_len=max_model_len)
-    assert (len(tables[-1]), loaded.spec.max_position) == (rows, 64)
+    plan = plan_load(EngineConfig(model_dir=str(model_dir), load_format=load_format), CPU, for_device("cpu"))
+    loaded = load_model(plan, max_positions, CPU, for_device("cpu"))
+    assert (len(tables[-1]), loaded.plan.shape.max_position) == (rows, 64)
 
 
 def test_a_spare_head_of_a_tied_model_is_passed_over(tmp_path):

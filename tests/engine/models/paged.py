@@ -8,7 +8,7 @@ from engine.attention.base import AttentionMetadata, KVCacheSpec
 from engine.attention.registry import make_backend
 from engine.config import EngineConfig
 from engine.execution.forward_batch import ForwardBatch
-from engine.loading import LoadedModel, load_model
+from engine.loading import LoadedModel, load_model, plan_load
 from kernels.ops import for_device
 
 CPU = torch.device("cpu")
@@ -16,7 +16,9 @@ BLOCK = 4
 
 
 def load(model_dir: Path, cpu_isa: str = "auto", on: torch.device = CPU, **settings: str | int) -> LoadedModel:
-    return load_model(EngineConfig(model_dir=str(model_dir), **settings), on, for_device(on.type, cpu_isa))
+    operators = for_device(on.type, cpu_isa)
+    plan = plan_load(EngineConfig(model_dir=str(model_dir), **settings), on, operators)
+    return load_model(plan, plan.shape.max_position, on, operators)
 
 
 class Sequences:
@@ -32,16 +34,16 @@ class Sequences:
         cache_dtype: torch.dtype | None = None,
     ) -> None:
         """`cache_dtype`: None for the model's."""
-        self.model, spec = loaded.model, loaded.spec
+        self.model, shape = loaded.model, loaded.plan.shape
         self.on = on
         self.block_size = block_size
         self.num_blocks = -(-max_len // block_size)
         cache = KVCacheSpec(
-            num_layers=spec.num_layers,
-            num_kv_heads=spec.num_kv_heads,
-            head_dim=spec.head_dim,
+            num_layers=shape.num_layers,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
             block_size=block_size,
-            dtype=cache_dtype or spec.dtype,
+            dtype=cache_dtype or loaded.plan.dtype,
         )
         self.backend = make_backend("auto", on, for_device(on.type), cache)
         self.caches = self.backend.allocate(cache, self.num_blocks * count, on)

@@ -46,7 +46,7 @@ def test_token_by_token_has_transformers_logits(pair):
 def test_logits_are_float32_whatever_the_weights(tmp_path):
     save(tmp_path, "Llama", {})
     loaded = load(tmp_path, dtype="bfloat16")
-    assert loaded.spec.dtype == torch.bfloat16
+    assert loaded.plan.dtype == torch.bfloat16
     assert Sequences(loaded, 1, 8).step({0: [3, 4, 5]}).dtype == torch.float32
 
 

@@ -22,17 +22,18 @@ def test_the_greedy_answer_is_transformers(dtype):
     loaded = load(model_dir(), dtype=dtype)
     sequences = Sequences(loaded, 1, len(PROMPT) + len(ANSWER))
     said = [int(sequences.step({0: PROMPT})[-1].argmax())]
-    while said[-1] not in loaded.spec.eos_token_ids and len(said) < len(ANSWER):
+    while said[-1] not in loaded.plan.eos_token_ids and len(said) < len(ANSWER):
         said.append(int(sequences.step({0: said[-1:]})[-1].argmax()))
     assert said == ANSWER
 
 
 def test_its_facts_are_those_of_its_config():
-    spec = load(model_dir()).spec
-    assert (spec.architecture, spec.num_layers, spec.num_q_heads, spec.num_kv_heads) == ("LlamaForCausalLM", 30, 9, 3)
-    assert (spec.head_dim, spec.hidden_size, spec.vocab_size, spec.max_position) == (64, 576, 49_152, 8_192)
-    assert (spec.eos_token_ids, spec.dtype, spec.sliding_window) == ((2,), torch.bfloat16, 0)
-    assert spec.num_parameters == 134_515_008
+    loaded = load(model_dir())
+    shape, plan = loaded.plan.shape, loaded.plan
+    assert (shape.architecture, shape.num_layers, shape.num_q_heads, shape.num_kv_heads) == ("LlamaForCausalLM", 30, 9, 3)
+    assert (shape.head_dim, shape.hidden_size, shape.vocab_size, shape.max_position) == (64, 576, 49_152, 8_192)
+    assert (plan.eos_token_ids, plan.dtype, max(shape.sliding_windows)) == ((2,), torch.bfloat16, 0)
+    assert loaded.num_parameters == 134_515_008
     # In bfloat16, but for the norms, which the C++ operators of a CPU take in float32.
-    norm_bytes = (for_device("cpu").hidden_dtype or spec.dtype).itemsize
-    assert spec.weight_bytes == 2 * 134_515_008 + (norm_bytes - 2) * 61 * 576
+    norm_bytes = (for_device("cpu").hidden_dtype or plan.dtype).itemsize
+    assert loaded.weight_bytes == 2 * 134_515_008 + (norm_bytes - 2) * 61 * 576
