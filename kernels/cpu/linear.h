@@ -11,7 +11,7 @@ constexpr int64_t inputs_prepared_at_once = 8192;
 constexpr int64_t products_at_once = 786432;  // of few rows some 20 us of a thread
 constexpr int64_t row_block_bytes = (Simd::matrices ? 1024 : 192) << 10, row_block = Simd::matrices ? 512 : 240;  // a block's rows: at most
 constexpr int64_t rows_in_parts = 48;  // where fewer whole rows fit, rows are multiplied part by part,
-constexpr int64_t panels_of_part = 4;  // each part by so many panels, whose sums fit as well
+constexpr int64_t part_bytes = 384 << 10, panels_of_part = 4;  // each part by so many panels
 
 // As much as is asked for and no more, where a sanitizer watches what lies behind.
 #ifdef __SANITIZE_ADDRESS__
@@ -82,8 +82,8 @@ struct Product {
     static int64_t inputs_at_once(int64_t rows, const PackedHeader& header) {
         if (!in_parts(rows, header)) return header.inputs;
         const int64_t block = Tile::block_inputs(header.inputs), whole = block == header.inputs ? Tile::part_inputs(header.group) : block;
-        const int64_t most = row_block_bytes / (rows_at_once(rows, header) * (int64_t)sizeof(Row));
-        const int64_t parts = (header.inputs + most - 1) / most;
+        const int64_t most = part_bytes / (rows_at_once(rows, header) * (int64_t)sizeof(Row));
+        const int64_t parts = std::max<int64_t>((header.inputs + most - 1) / most, 2);
         return round_up((header.inputs + parts - 1) / parts, whole);
     }
 
