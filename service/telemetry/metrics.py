@@ -102,8 +102,10 @@ class RequestMetrics:
             return
         exemplar = {names.LOG_TRACE_ID: trace_id} if trace_id else None
         by.duration.observe(timings.total_ms / 1e3, exemplar)
-        by.first.observe(timings.ttft_ms / 1e3, exemplar)
-        if usage.completion_tokens > 1:
+        # 0 stands for what never happened: a continuation that said nothing more, or one token a choice.
+        if timings.ttft_ms:
+            by.first.observe(timings.ttft_ms / 1e3, exemplar)
+        if timings.tpot_ms:
             by.per_token.observe(timings.tpot_ms / 1e3, exemplar)
 
     def _labelled(self, model: str, transport: str) -> "_Labelled":

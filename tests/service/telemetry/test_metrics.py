@@ -1,5 +1,7 @@
 """What each verb changes in the exposition."""
 
+import dataclasses
+
 import pytest
 
 from engine import StepStats
@@ -39,10 +41,14 @@ def test_a_failed_request_is_counted_and_kept_out_of_the_times(metrics):
     assert value(metrics, "gen_ai_server_request_duration_count", **BY) == 0
 
 
-def test_one_token_has_no_time_per_token(metrics):
-    usage = Usage(prompt_tokens=1, cached_prompt_tokens=0, completion_tokens=1)
-    metrics.requests.finished(**BY, usage=usage, timings=TIMINGS)
-    assert value(metrics, "gen_ai_server_time_per_output_token_count", **BY) == 0
+def test_what_never_happened_has_no_time(metrics):
+    # Four choices of one token each have a first token, and no time between two.
+    usage = Usage(prompt_tokens=1, cached_prompt_tokens=0, completion_tokens=4)
+    metrics.requests.finished(**BY, usage=usage, timings=dataclasses.replace(TIMINGS, tpot_ms=0.0))
+    # A continuation of what had ended says nothing.
+    metrics.requests.finished(**BY, usage=usage, timings=dataclasses.replace(TIMINGS, ttft_ms=0.0, tpot_ms=0.0))
+    times = ("request_duration", "time_to_first_token", "time_per_output_token")
+    assert [value(metrics, f"gen_ai_server_{name}_count", **BY) for name in times] == [2, 1, 0]
 
 
 def test_exemplars_carry_the_trace_id_in_openmetrics_only(metrics):
