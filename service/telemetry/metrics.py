@@ -86,16 +86,27 @@ class RequestMetrics:
             Gauge(name, text, registry=registry).set_function(functools.partial(self._now, place))
 
     def finished(
-        self, *, model: str, transport: str, usage: Usage, timings: Timings, code: Code | None = None, trace_id: str = ""
+        self,
+        *,
+        model: str,
+        transport: str,
+        usage: Usage,
+        num_new_tokens: int,
+        timings: Timings,
+        code: Code | None = None,
+        trace_id: str = "",
     ) -> None:
-        """An accepted request has ended; `code` None is success. Durations of failed ones are not mixed into the histograms."""
+        """An accepted request has ended; `code` None is success. Durations of failed ones are not mixed into the histograms.
+
+        `num_new_tokens`: completion tokens without those that an earlier attempt said, and counted.
+        """
         by = self._by.get((model, transport))
         if by is None:
             by = self._by[model, transport] = self._labelled(model, transport)
         self._total.labels(model, transport, code or "ok").inc()
         by.prompt.inc(usage.prompt_tokens)
         by.cached.inc(usage.cached_prompt_tokens)
-        by.said.inc(usage.completion_tokens)
+        by.said.inc(num_new_tokens)
         if code == "deadline_exceeded":
             self.deadline_missed("running")
         if code is not None:

@@ -141,6 +141,9 @@ async def test_a_continuation_starts_after_what_was_said(bench: Bench) -> None:
     end = events[-1]
     assert isinstance(end, Finished)
     assert (end.choices[0].text, end.usage.completion_tokens) == ("abExN", 8)
+    # The attempt that said the first three counted them.
+    counted = bench.metrics.registry.get_sample_value("sluice_completion_tokens_total", {"model": "tiny", "transport": "grpc"})
+    assert counted == 5
 
 
 async def test_a_choice_that_had_ended_before_is_not_run_again(bench: Bench) -> None:
