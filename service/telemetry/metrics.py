@@ -7,6 +7,7 @@ as an exemplar, which shows in the OpenMetrics exposition. One observation a req
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -74,8 +75,8 @@ class RequestMetrics:
         )
         self._said = Counter(names.METRIC_COMPLETION_TOKENS, "Tokens said", by, registry=registry)
         self._by: dict[tuple[str, str], _Labelled] = {}
-        # What changes several times a request is read when somebody asks.
-        self._admission = (0, 0, 0)
+        # What changes several times a request is read where it is kept, when somebody asks.
+        self._admission: Callable[[], tuple[int, int, int]] = lambda: (0, 0, 0)
         for place, (name, text) in enumerate(
             (
                 (names.METRIC_QUEUE_DEPTH, "Requests that wait for admission"),
@@ -139,12 +140,12 @@ class RequestMetrics:
         """A deadline passed in a stage: admission, running or another fixed word."""
         self._misses.labels(stage).inc()
 
-    def admission(self, *, waiting: int, requests: int, tokens: int) -> None:
-        """The state of admission after a change."""
-        self._admission = (waiting, requests, tokens)
+    def admission(self, read: Callable[[], tuple[int, int, int]]) -> None:
+        """Where the state of admission is read: requests that wait, requests admitted, and the tokens of the latter."""
+        self._admission = read
 
     def _now(self, place: int) -> float:
-        return float(self._admission[place])
+        return float(self._admission()[place])
 
 
 class EngineMetrics:

@@ -254,6 +254,7 @@ async def test_a_full_intake_refuses_and_a_waiting_caller_waits(bench: Bench) ->
     assert raised.value.code == "overloaded"
     waiting = asyncio.create_task(bench.start(call=a_call("patient", waits=True)))
     await wait_until(lambda: bench.admission.num_waiting == 1)
+    assert bench.metrics.registry.get_sample_value("sluice_queue_depth") == 1
     for stream in streams[:2]:
         await stream.aclose()
     patient = await waiting

@@ -69,7 +69,7 @@ def test_a_refusal_is_counted_by_code(metrics):
 
 
 def test_admission_shows_its_state(metrics):
-    metrics.requests.admission(waiting=2, requests=3, tokens=400)
+    metrics.requests.admission(lambda: (2, 3, 400))
     seen = [value(metrics, f"sluice_{name}") for name in ("queue_depth", "admitted_requests", "admitted_tokens")]
     assert seen == [2, 3, 400]
 
