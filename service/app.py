@@ -32,6 +32,7 @@ from service.resolution import Limits
 from service.rpc.server import RpcServer
 from service.rpc.servicer import Inference
 from service.streams import Streams
+from service.telemetry.logging import fault
 from service.telemetry.loop_lag import watch_loop_lag
 from service.telemetry.metrics import Metrics
 from service.telemetry.tracing import Tracing
@@ -85,7 +86,7 @@ class Core:
     async def start(self) -> None:
         """Returns once the engine is ready. Raises `SetupError`."""
         # Before the engine: a child that dies while it loads has outputs to say, too.
-        self._dispatch = asyncio.create_task(self._streams.run(self.engine.outputs()), name="engine outputs")
+        self._dispatch = asyncio.create_task(self._hand_out(), name="engine outputs")
         await self.engine.start()
 
     async def stop(self) -> None:
@@ -99,6 +100,13 @@ class Core:
     def num_characters(self, model: str, token_ids: Sequence[int]) -> int | None:
         """Characters of a choice that begins so; None for another model than the one served here."""
         return self._tokenization.num_characters(token_ids) if model == self.model else None
+
+    async def _hand_out(self) -> None:
+        try:
+            await self._streams.run(self.engine.outputs())
+        except Exception as error:  # noqa: BLE001 - nobody awaits this while it serves: health says that it is over, and stop goes on
+            _log.error("the engine's outputs are no longer handed out", **fault(error))
+            self.health.dead(f"the engine's outputs are no longer handed out: {type(error).__name__}")
 
     def _stepped(self, output: StepOutput) -> None:
         # Step 0 stands for outputs that no engine said.
