@@ -16,7 +16,7 @@ import structlog
 
 from engine import EngineError, StepOutput
 from schemas.v1 import inference_pb2
-from service.addresses import cannot_listen, listener
+from service.addresses import cannot_listen, host_port, listener, split
 from service.admission import Admission
 from service.config import KafkaSection, Settings
 from service.engine_process import EngineProcess, EngineStatus
@@ -220,8 +220,8 @@ class App:
             self._kafka = kafka
             await kafka.start()
         return Endpoints(
-            grpc=f"{settings.grpc.host}:{grpc_port}",
-            admin=f"{settings.admin.host}:{admin_port}",
+            grpc=host_port(settings.grpc.host, grpc_port),
+            admin=host_port(settings.admin.host, admin_port),
             kafka=bootstrap if settings.kafka.enabled else "",
         )
 
@@ -241,10 +241,11 @@ class App:
     async def _start_broker(self, kafka: KafkaSection) -> str:
         if not (kafka.enabled and kafka.embedded):
             return kafka.bootstrap_servers
-        host, _, port = kafka.bootstrap_servers.rpartition(":")
-        if not port.isdigit() or "," in host:
+        # The settings are addresses, but may be several.
+        if "," in kafka.bootstrap_servers:
             raise SetupError(f"kafka.bootstrap_servers {kafka.bootstrap_servers}: the embedded broker needs one host:port")
-        self._broker = EmbeddedBroker(host=host or "127.0.0.1", port=int(port))
+        host, port = split(kafka.bootstrap_servers.strip())
+        self._broker = EmbeddedBroker(host=host, port=port)
         await self._broker.start(dict.fromkeys(Topics(kafka.topic_prefix).required, kafka.partitions))
         _log.warning("embedded broker: in memory, at least once, not durable", bootstrap=self._broker.bootstrap)
         return self._broker.bootstrap

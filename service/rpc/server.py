@@ -12,6 +12,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from service.addresses import host_port
 from service.config import GrpcSection
 from service.errors import SetupError
 from service.health import Health, HealthReport
@@ -67,10 +68,10 @@ class RpcServer:
         reflection.enable_server_reflection((names.RPC_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
         host, port = self._section.host, self._section.port
         try:
-            self.port = self._server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+            self.port = self._server.add_insecure_port(host_port(host, port))
         except RuntimeError as error:
             raise SetupError(
-                f"cannot listen on grpc.host:grpc.port {host}:{port}; set another grpc.port (0 takes any free one), "
+                f"cannot listen on grpc.host:grpc.port {host_port(host, port)}; set another grpc.port (0 takes any free one), "
                 "or stop what uses it"
             ) from error
         await self._follow_once()

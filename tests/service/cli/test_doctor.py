@@ -1,5 +1,6 @@
 """What `sluice doctor` asks of servers, and that asking changes nothing."""
 
+import socket
 from types import SimpleNamespace
 
 import pytest
@@ -35,3 +36,15 @@ def test_the_doctor_makes_no_topic(there: set[str], state: str, monkeypatch: pyt
     monkeypatch.setattr(doctor, "choose", exactly_once)
     found = doctor._delivery(KafkaSection(embedded=False))
     assert (found.state, admin.topics) == (state, there)
+
+
+def test_the_doctor_looks_for_a_collector_at_an_address_in_brackets(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def connect(address: tuple[str, int], timeout: float) -> socket.socket:
+        asked.append(address)
+        return socket.socket()
+
+    monkeypatch.setattr(socket, "create_connection", connect)
+    assert doctor._tracing("http://[::1]:4317").state == "ok"
+    assert asked == [("::1", 4317)]
