@@ -21,6 +21,17 @@ def fault_of(address: str, *, least_port: int = 1) -> str:
     return ""
 
 
+def host_port(host: str, port: int) -> str:
+    """How an address is written, for a person or a client: IPv6 in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def split(address: str) -> tuple[str, int]:
+    """The host, without brackets, and the port of what `fault_of` finds no fault with."""
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
 def listener(host: str, port: int) -> socket.socket:
     """A socket that listens there. Raises `OSError`."""
     try:
@@ -38,4 +49,4 @@ def cannot_listen(section: str, host: str, port: int, error: OSError) -> SetupEr
         remedy = f"set another {section}.port"
     # Python adds the address that is named already.
     reason = (error.strerror or str(error)).partition(" (while ")[0]
-    return SetupError(f"cannot listen on {section}.host:{section}.port {host}:{port} ({reason}); {remedy}")
+    return SetupError(f"cannot listen on {section}.host:{section}.port {host_port(host, port)} ({reason}); {remedy}")

@@ -21,24 +21,25 @@ WAITING_SHARE = 0.875
 MIN_RETRY_S = 0.1
 MAX_RETRY_S = 60.0
 MAX_WAITING = 8192
-_RATE_HALF_LIFE_S = 10.0
+_STAY_HALF_LIFE_ENDS = 32
 _NS = 1e9
 
 
 class Ticket:
     """Room that one request holds. `release` is idempotent."""
 
-    __slots__ = ("_admission", "_held", "tokens")
+    __slots__ = ("_admission", "_entered_ns", "_held", "tokens")
 
-    def __init__(self, admission: "Admission", tokens: int) -> None:
+    def __init__(self, admission: "Admission", tokens: int, entered_ns: int) -> None:
         self._admission = admission
+        self._entered_ns = entered_ns
         self._held = True
         self.tokens = tokens
 
     def release(self) -> None:
         if self._held:
             self._held = False
-            self._admission._give_back(self.tokens)
+            self._admission._give_back(self.tokens, self._entered_ns)
 
 
 @dataclass(slots=True, eq=False)
@@ -73,9 +74,8 @@ class Admission:
         self._clock = clock
         self._lines: OrderedDict[tuple[str, int], _Line] = OrderedDict()
         self._draining = False
-        self._freed = 0.0
-        self._busy_s = 0.0
-        self._counted_until_ns = clock()
+        self._stays_s = 0.0
+        self._num_stays = 0.0
         self.num_requests = 0
         self.num_tokens = 0
         self.num_waiting = 0
@@ -127,20 +127,21 @@ class Admission:
                     waiter.turn.set_exception(RequestError("draining", "this replica is stopping"))
 
     def estimated_wait_s(self, tokens: int) -> float:
-        """Seconds until a request of `tokens` would start, from the measured rate at which room is given back; 0 without a measure.
+        """Seconds until a request of `tokens` would start, from how long those that ended stayed; 0 before one has ended.
 
-        Counts what must be given back before it fits, or what waits ahead of it inside the engine, whichever is longer.
+        By Little's law what is inside leaves at an even pace within a mean stay: this is the share of it that must leave before the
+        request fits, or that waits ahead of it inside the engine, whichever is more. Meant to err low, for a wait ends at its deadline
+        anyhow, whereas what is refused is lost: time in which nothing ends does not make the measure worse, since prompts that entered
+        together end together.
         """
-        self._count_busy_time()
-        if self._busy_s <= 0 or self._freed <= 0:
+        if not self._num_stays or not self.num_requests:
             return 0.0
         queued = sum(waiter.tokens for line in self._lines.values() for waiter in line.waiters)
-        to_fit = max(0.0, self.num_tokens + queued + tokens - self._max_tokens)
-        mean_tokens = self.num_tokens / self.num_requests if self.num_requests else 0.0
+        to_fit = (self.num_tokens + queued + tokens - self._max_tokens) / max(self.num_tokens, 1)
         if self.num_requests >= self._max_requests:
-            to_fit = max(to_fit, mean_tokens * (self.num_requests + self.num_waiting + 1 - self._max_requests))
-        in_engine = mean_tokens * max(0, self.num_requests + 1 - self._concurrency)
-        return max(to_fit, in_engine) * self._busy_s / self._freed
+            to_fit = max(to_fit, (self.num_requests + self.num_waiting + 1 - self._max_requests) / self.num_requests)
+        in_engine = (self.num_requests + 1 - self._concurrency) / self.num_requests
+        return max(0.0, to_fit, in_engine) * self._stays_s / self._num_stays
 
     async def _wait(self, waiter: _Waiter, deadline_ns: int) -> Ticket:
         line = self._lines.setdefault(waiter.line, _Line(weight=waiter.line[1]))
@@ -177,14 +178,15 @@ class Admission:
         )
 
     def _admit(self, tokens: int) -> Ticket:
-        self._count_busy_time()
         self.num_requests += 1
         self.num_tokens += tokens
-        return Ticket(self, tokens)
+        return Ticket(self, tokens, self._clock())
 
-    def _give_back(self, tokens: int) -> None:
-        self._count_busy_time()
-        self._freed += tokens
+    def _give_back(self, tokens: int, entered_ns: int) -> None:
+        # Aged by ends, not by time: what was measured stays as good as it was while nothing ends.
+        keep = 0.5 ** (1 / _STAY_HALF_LIFE_ENDS)
+        self._stays_s = self._stays_s * keep + (self._clock() - entered_ns) / _NS
+        self._num_stays = self._num_stays * keep + 1
         self.num_requests -= 1
         self.num_tokens -= tokens
         self._admit_waiting()
@@ -218,16 +220,6 @@ class Admission:
             if line.waiters[0].tokens <= line.credit:
                 break
             self._lines.move_to_end(name)
-
-    def _count_busy_time(self) -> None:
-        """Ages the measure; idle time does not count, for it says nothing of how fast room comes back."""
-        now = self._clock()
-        elapsed_s = (now - self._counted_until_ns) / _NS
-        self._counted_until_ns = now
-        if self.num_requests and elapsed_s > 0:
-            keep = 0.5 ** (elapsed_s / _RATE_HALF_LIFE_S)
-            self._freed *= keep
-            self._busy_s = self._busy_s * keep + elapsed_s
 
 
 def _expire(turn: "asyncio.Future[Ticket]") -> None:

@@ -16,7 +16,7 @@ import structlog
 
 from engine import EngineError, StepOutput
 from schemas.v1 import inference_pb2
-from service.addresses import cannot_listen, listener
+from service.addresses import cannot_listen, host_port, listener, split
 from service.admission import Admission
 from service.config import KafkaSection, Settings
 from service.engine_process import EngineProcess, EngineStatus
@@ -32,6 +32,7 @@ from service.resolution import Limits
 from service.rpc.server import RpcServer
 from service.rpc.servicer import Inference
 from service.streams import Streams
+from service.telemetry.logging import fault
 from service.telemetry.loop_lag import watch_loop_lag
 from service.telemetry.metrics import Metrics
 from service.telemetry.tracing import Tracing
@@ -85,7 +86,7 @@ class Core:
     async def start(self) -> None:
         """Returns once the engine is ready. Raises `SetupError`."""
         # Before the engine: a child that dies while it loads has outputs to say, too.
-        self._dispatch = asyncio.create_task(self._streams.run(self.engine.outputs()), name="engine outputs")
+        self._dispatch = asyncio.create_task(self._hand_out(), name="engine outputs")
         await self.engine.start()
 
     async def stop(self) -> None:
@@ -99,6 +100,13 @@ class Core:
     def num_characters(self, model: str, token_ids: Sequence[int]) -> int | None:
         """Characters of a choice that begins so; None for another model than the one served here."""
         return self._tokenization.num_characters(token_ids) if model == self.model else None
+
+    async def _hand_out(self) -> None:
+        try:
+            await self._streams.run(self.engine.outputs())
+        except Exception as error:  # noqa: BLE001 - nobody awaits this while it serves: health says that it is over, and stop goes on
+            _log.error("the engine's outputs are no longer handed out", **fault(error))
+            self.health.dead(f"the engine's outputs are no longer handed out: {type(error).__name__}")
 
     def _stepped(self, output: StepOutput) -> None:
         # Step 0 stands for outputs that no engine said.
@@ -212,8 +220,8 @@ class App:
             self._kafka = kafka
             await kafka.start()
         return Endpoints(
-            grpc=f"{settings.grpc.host}:{grpc_port}",
-            admin=f"{settings.admin.host}:{admin_port}",
+            grpc=host_port(settings.grpc.host, grpc_port),
+            admin=host_port(settings.admin.host, admin_port),
             kafka=bootstrap if settings.kafka.enabled else "",
         )
 
@@ -233,10 +241,11 @@ class App:
     async def _start_broker(self, kafka: KafkaSection) -> str:
         if not (kafka.enabled and kafka.embedded):
             return kafka.bootstrap_servers
-        host, _, port = kafka.bootstrap_servers.rpartition(":")
-        if not port.isdigit() or "," in host:
+        # The settings are addresses, but may be several.
+        if "," in kafka.bootstrap_servers:
             raise SetupError(f"kafka.bootstrap_servers {kafka.bootstrap_servers}: the embedded broker needs one host:port")
-        self._broker = EmbeddedBroker(host=host or "127.0.0.1", port=int(port))
+        host, port = split(kafka.bootstrap_servers.strip())
+        self._broker = EmbeddedBroker(host=host, port=port)
         await self._broker.start(dict.fromkeys(Topics(kafka.topic_prefix).required, kafka.partitions))
         _log.warning("embedded broker: in memory, at least once, not durable", bootstrap=self._broker.bootstrap)
         return self._broker.bootstrap

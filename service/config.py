@@ -11,9 +11,9 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_origin
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import AfterValidator, Field, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
@@ -23,9 +23,21 @@ from service.config_base import Section as Section
 from service.config_kafka import KafkaSection as KafkaSection
 from service.errors import SetupError
 
+T = TypeVar("T")
 ENV_PREFIX = "SLUICE_"
 # What Kubernetes tells every pod of a service called sluice-grpc: SLUICE_GRPC_PORT=tcp://10.0.0.1:50051 and its like.
 _OF_KUBERNETES = re.compile(r".*_(SERVICE_(HOST|PORT)|PORT_\d+_(TCP|UDP|SCTP))(_.*)?=.*|.*_PORT=(tcp|udp|sctp)://.*", re.DOTALL)
+
+
+def _not_built(what: str) -> AfterValidator:
+    """Refuses what would be passed over in silence; the field stays, so that files stay valid."""
+
+    def refuse(value: T) -> T:
+        if value:
+            raise PydanticCustomError("not_built", "{what} not built yet; leave it out", {"what": what})
+        return value
+
+    return AfterValidator(refuse)
 
 
 def cache_dir() -> Path:
@@ -190,7 +202,7 @@ class GrpcSection(Section):
 class HttpSection(Section):
     """The OpenAI-compatible server (not built yet: reserved so that files stay valid)."""
 
-    enabled: bool = False
+    enabled: Annotated[bool, _not_built("the HTTP routes are")] = False
     """Only false today."""
 
     host: str = "127.0.0.1"
@@ -198,13 +210,6 @@ class HttpSection(Section):
 
     port: int = Field(default=8000, ge=0, le=65_535)
     """Port to listen on."""
-
-    @field_validator("enabled")
-    @classmethod
-    def _is_not_built(cls, enabled: bool) -> bool:
-        if enabled:
-            raise PydanticCustomError("not_built", "the HTTP routes are not built yet; leave it false")
-        return enabled
 
 
 class AdminSection(Section):
@@ -232,11 +237,11 @@ class TracingSection(Section):
     service_name: str = "sluice"
     """service.name of the resource."""
 
-    engine_step_every: int = Field(default=0, ge=0)
-    """One engine step in N becomes a span of its own trace with links to its requests; 0: none."""
+    engine_step_every: Annotated[int, _not_built("spans of engine steps are")] = Field(default=0, ge=0)
+    """One engine step in N becomes a span of its own trace with links to its requests. Only 0 (none) today."""
 
-    capture_content: bool = False
-    """Put prompt and completion text on spans. Off unless you mean it."""
+    capture_content: Annotated[bool, _not_built("texts on spans are")] = False
+    """Put prompt and completion text on spans. Only false today."""
 
     @field_validator("otlp_endpoint")
     @classmethod

@@ -24,6 +24,7 @@ from service.config import EngineSection
 from service.engine_child import Child, Spawn, spawner
 from service.engine_ledger import EngineLedger
 from service.errors import SetupError
+from service.telemetry.logging import fault
 
 _log = structlog.get_logger(__name__)
 
@@ -224,6 +225,10 @@ class EngineProcess:
     async def _supervise(self) -> None:
         try:
             await self._run_children()
+        except Exception as error:
+            # Nobody awaits this task for what it raises.
+            _log.error("engine supervisor failed", **fault(error))
+            raise
         finally:
             if self._status.alive and not self._closing:
                 # A bug of this file: it must not leave anyone waiting.

@@ -119,6 +119,7 @@ class Generation:
         self._runs: dict[str, GenerationRun] = {}
         self._entering: dict[str, Code | None] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        metrics.admission(lambda: (admission.num_waiting, admission.num_requests, admission.num_tokens))
 
     @property
     def model(self) -> str:
@@ -206,7 +207,6 @@ class Generation:
             resolved = resolve(prompt, call, ids, self._tokenization, facts, self._limits, self._draw_seed)
             choices = self._choices(resolved, call, facts)
             trace.accepted(resolved.request.sampling, len(ids), sum(len(said) for said in call.said))
-            self._report_admission()
             ticket = await self._admission.enter(
                 call.request_id,
                 call.tenant,
@@ -223,7 +223,6 @@ class Generation:
                 raise
         finally:
             del self._entering[call.request_id]
-            self._report_admission()
 
     def _check_entering(self, request_id: str) -> None:
         """Raises `RequestError` for a request that was cancelled before it entered."""
@@ -297,11 +296,6 @@ class Generation:
     def _ended(self, request_id: str) -> None:
         self._runs.pop(request_id, None)
         self._streams.close(request_id)
-        self._report_admission()
-
-    def _report_admission(self) -> None:
-        admission = self._admission
-        self._metrics.admission(waiting=admission.num_waiting, requests=admission.num_requests, tokens=admission.num_tokens)
 
 
 def _still_ending() -> RequestError:

@@ -176,6 +176,7 @@ class GenerationRun:
                 model=self._context.model,
                 transport=self._call.transport,
                 usage=usage,
+                num_new_tokens=self._measured.num_tokens,
                 timings=timings,
                 code=code,
                 trace_id=trace.exemplar,

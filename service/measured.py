@@ -74,6 +74,11 @@ class Measured:
         return 0 if first is None else min(first.num_cached_tokens, self.num_prompt_tokens)
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens of every choice that the engine said here: what an earlier attempt said is not among them."""
+        return sum(times.num_tokens for times in self._choices.values())
+
+    @property
     def num_chunks(self) -> int:
         return sum(times.num_chunks for times in self._choices.values())
 

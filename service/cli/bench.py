@@ -22,6 +22,7 @@ from service.bench.target import TEMPERATURE, Target, TargetError
 from service.bench.workload import Workload
 from service.cli import bench_view
 from service.cli.options import ConfigFile, Json, Overrides, settings_from
+from service.cli.replicas import targets
 from service.config import Settings
 from service.errors import SetupError
 from service.kafka.connection import Connection
@@ -217,7 +218,10 @@ def _target(settings: Settings, url: str, address: str, brokers: str, *, model: 
         return KafkaTarget(
             Connection(settings.kafka), topic_prefix=settings.kafka.topic_prefix, model=model, ignore_eos=ignore_eos
         )
-    return GrpcTarget(address or f"{settings.grpc.host}:{settings.grpc.port}", model=model, ignore_eos=ignore_eos)
+    replica, *others = targets(settings, address)
+    if others:
+        raise SetupError(f"--target {address}: load is put on one replica; name one")
+    return GrpcTarget(replica, model=model, ignore_eos=ignore_eos)
 
 
 def _finite(**options: float) -> None:

@@ -106,7 +106,11 @@ async def _run(app: App, settings: Settings, console: Console) -> list[_Letter]:
     except asyncio.CancelledError:
         raise KeyboardInterrupt from None
     finally:
-        await asyncio.shield(app.stop(grace_s=0.0))
+        try:
+            await asyncio.shield(app.stop(grace_s=0.0))
+        except asyncio.CancelledError:
+            # Once more, while it stops.
+            raise KeyboardInterrupt from None
 
 
 async def _converse(app: App, settings: Settings, bootstrap: str, console: Console) -> list[_Letter]:

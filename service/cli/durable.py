@@ -14,6 +14,7 @@ from service.cli.results import as_document, show_result
 from service.cli.stream import show
 from service.contract import PromptRequest
 from service.rpc.client import CallOptions, SluiceClient
+from service.wire_limits import UINT32_MAX
 
 _POLL_S = 0.5
 
@@ -54,7 +55,9 @@ def attach(
     common: Common,
     after_seq: Annotated[
         list[int] | None,
-        typer.Option("--after-seq", min=0, help="Tokens read before; repeat it, one number a choice.", show_default=False),
+        typer.Option(
+            "--after-seq", min=0, max=UINT32_MAX, help="Tokens read before; repeat it, one number a choice.", show_default=False
+        ),
     ] = None,
     target: Target = "",
 ) -> None:

@@ -174,13 +174,13 @@ async def _await_results(records: AIOKafkaConsumer, pending: set[str], wait_s: f
             while pending:
                 record = await records.getone()
                 request_id = (record.key or b"").decode("utf-8", "replace")
-                if request_id in pending:
+                terminal = read_result(record) if request_id in pending else None
+                # What is none of ours, though it has its key, ends no waiting: the result may still come.
+                if terminal is not None:
                     pending.discard(request_id)
-                    terminal = read_result(record)
-                    if terminal is not None:
-                        value = as_document(terminal.result)
-                        show_result(value, as_json)
-                        failed += value.get("status") != "finished"
+                    value = as_document(terminal.result)
+                    show_result(value, as_json)
+                    failed += value.get("status") != "finished"
     except TimeoutError:
         missing = ", ".join(sorted(pending))
         raise SetupError(

@@ -6,7 +6,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from service.addresses import fault_of
+from service.addresses import fault_of, host_port
 from service.cli.options import utf8
 from service.config import Settings
 from service.errors import SetupError
@@ -35,7 +35,7 @@ def targets(settings: Settings, target: str) -> tuple[str, ...]:
         # Others are gRPC's own names, as unix:/path or dns:///host:port.
         if not address.startswith(("unix:", "unix-abstract:", "dns:", "ipv4:", "ipv6:")) and (fault := fault_of(address)):
             raise SetupError(f"--target {fault}")
-    return named or (f"{settings.grpc.host}:{settings.grpc.port}",)
+    return named or (host_port(settings.grpc.host, settings.grpc.port),)
 
 
 def speak(replicas: Sequence[str], work: Coroutine[Any, Any, T]) -> T:

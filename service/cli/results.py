@@ -25,6 +25,9 @@ def show_result(value: dict[str, Any], as_json: bool) -> None:
     if status == "pending":
         output.out.print(f"[bold yellow]{request_id}[/] has not ended yet; `sluice attach {request_id}` follows it")
         return
+    if value.get("unreadable"):
+        output.out.print(f"[bold red]{request_id}[/] unreadable")
+        return
     error = value.get("error") or {}
     output.out.print(f"[bold {'red' if error else 'green'}]{request_id}[/]", end=" ")
     if error:

@@ -106,10 +106,13 @@ async def _serve(settings: Settings, model_dir: Path, as_json: bool) -> None:
     gc.freeze()
     # A prompt makes thousands of short-lived objects and no cycles to speak of: looked for less often, at a few megabytes.
     gc.set_threshold(20_000, 20, 20)
-    _announce(app, endpoints, settings, as_json)
-    await waiting
-    output.err.print(f"draining (up to {settings.admin.drain_grace_s:g} s; once more ends at once) …")
-    clean = await app.stop()
+    try:
+        _announce(app, endpoints, settings, as_json)
+        await waiting
+        output.err.print(f"draining (up to {settings.admin.drain_grace_s:g} s; once more ends at once) …")
+    finally:
+        # Also where nobody reads what is said any more (`2>&1 | head`), and saying it fails.
+        clean = await app.stop()
     output.err.print("stopped" if clean else "stopped; what had not finished comes again from Kafka")
 
 
@@ -117,8 +120,10 @@ def _on_signals(stopping: asyncio.Event) -> None:
     def handle() -> None:
         if stopping.is_set():
             # The engine child dies with this process (PR_SET_PDEATHSIG, end of file); Kafka offsets are committed by tick.
-            output.err.print("ended at once")
-            os._exit(SECOND_SIGNAL_EXIT)
+            try:
+                output.err.print("ended at once")
+            finally:
+                os._exit(SECOND_SIGNAL_EXIT)
         stopping.set()
 
     def hang_up() -> None:

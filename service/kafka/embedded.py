@@ -15,6 +15,7 @@ from pathlib import Path
 import confluent_kafka
 from aiokafka.admin import AIOKafkaAdminClient
 
+from service.addresses import host_port
 from service.errors import SetupError
 
 _PRODUCER = 0
@@ -44,7 +45,7 @@ class EmbeddedBroker:
     @property
     def bootstrap(self) -> str:
         """host:port for clients."""
-        return f"{self._host}:{self._port}"
+        return host_port(self._host, self._port)
 
     async def start(self, topics: Mapping[str, int]) -> None:
         """Serves `topics` (name -> partitions). Raises `SetupError` when the port is taken."""

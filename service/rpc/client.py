@@ -8,6 +8,7 @@ code that the service gave. Leaving a stream ends a direct request; a durable on
 
 import asyncio
 import dataclasses
+import math
 import random
 import time
 import uuid
@@ -117,11 +118,14 @@ class SluiceClient:
     ) -> TokenStream:
         """The tokens as they come: `async with client.stream(…) as events: async for event in events`."""
         asked, options, route = as_request(prompt, sampling), options or CallOptions(), _Route(self)
+        began_s: float | None = None
 
         def open_call(fold: StreamFold, left_s: float | None) -> Any:
-            again, said = asked, fold.said
+            nonlocal began_s
+            began_s = self.clock() if began_s is None else began_s
+            again, said = _rest_of_its_time(asked, self.clock() - began_s), fold.said
             if fold.seed is not None:
-                again = dataclasses.replace(asked, sampling=dataclasses.replace(asked.sampling, seed=fold.seed))
+                again = dataclasses.replace(again, sampling=dataclasses.replace(again.sampling, seed=fold.seed))
             request = inference_pb2.StreamRequest(
                 prompt=wire.prompt_to_proto(again),
                 output_token_ids=[inference_pb2.TokenIds(ids=ids) for ids in said] if any(said) else (),
@@ -265,6 +269,16 @@ def as_request(prompt: Prompt, sampling: SamplingFields | None) -> PromptRequest
     if isinstance(prompt, PromptRequest):
         return prompt if sampling is None else dataclasses.replace(prompt, sampling=sampling)
     return PromptRequest(messages=tuple(prompt), sampling=sampling or SamplingFields())
+
+
+def _rest_of_its_time(asked: PromptRequest, spent_s: float) -> PromptRequest:
+    """The request with what is left of its time to live, which each attempt would else begin anew. Raises `SluiceError`."""
+    if not asked.ttl_ms:
+        return asked
+    left_ms = math.ceil(asked.ttl_ms - spent_s * 1e3)
+    if left_ms <= 0:
+        raise SluiceError("deadline_exceeded", "its time to live is over")
+    return dataclasses.replace(asked, ttl_ms=left_ms)
 
 
 def metadata(options: CallOptions) -> tuple[tuple[str, str], ...]:

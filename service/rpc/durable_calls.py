@@ -19,6 +19,7 @@ from service.resolution import check_sampling
 from service.rpc import calls
 from service.rpc.pump import Pump
 from service.telemetry import names, tracing
+from service.wire_limits import UINT32_MAX, invalid
 
 MAX_CHOICES = 16
 MAX_ID_BYTES = 512
@@ -146,7 +147,9 @@ class DurableCalls:
         request_id, after = _named(request.request_id, span), tuple(request.after_seq)
         for name, numbers in (("after_seq", after), ("after_text", request.after_text)):
             if len(numbers) > MAX_CHOICES:
-                raise RequestError("invalid_field", f"holds {len(numbers)} numbers; at most {MAX_CHOICES}", field=name)
+                raise invalid(name, f"holds {len(numbers)} numbers; at most {MAX_CHOICES}")
+        if any(count > UINT32_MAX for count in after):
+            raise invalid("after_seq", f"no request says more than {UINT32_MAX} tokens a choice")
         if self._draining():
             raise RequestError("draining", CODES["draining"].meaning)
         stream = await durable.attach(request_id, after, tuple(request.after_text))

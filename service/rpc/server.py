@@ -6,12 +6,13 @@ requests are taken; `stop` lets calls finish for the grace, then hands open stre
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from service.addresses import host_port
 from service.config import GrpcSection
 from service.errors import SetupError
 from service.health import Health, HealthReport
@@ -67,10 +68,10 @@ class RpcServer:
         reflection.enable_server_reflection((names.RPC_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
         host, port = self._section.host, self._section.port
         try:
-            self.port = self._server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+            self.port = self._server.add_insecure_port(host_port(host, port))
         except RuntimeError as error:
             raise SetupError(
-                f"cannot listen on grpc.host:grpc.port {host}:{port}; set another grpc.port (0 takes any free one), "
+                f"cannot listen on grpc.host:grpc.port {host_port(host, port)}; set another grpc.port (0 takes any free one), "
                 "or stop what uses it"
             ) from error
         await self._follow_once()
@@ -80,7 +81,7 @@ class RpcServer:
         return self.port
 
     async def stop(self, grace_s: float) -> None:
-        """Takes no new call; running ones may finish for `grace_s`; then streams are handed over. Idempotent."""
+        """Takes no new call; running ones and what is detached may finish for `grace_s`; then streams are handed over. Idempotent."""
         await self._health.enter_graceful_shutdown()
         following, self._following = self._following, None
         if following is not None:
@@ -91,16 +92,11 @@ class RpcServer:
             self._unwatch = None
         self._inference.drain()
         # Not server.stop(grace): an open health Watch would hold it for all of the grace.
-        await self._idle(grace_s)
+        await _within(grace_s, self._inference.done())
         self._inference.hand_over()
-        await self._idle(_LAST_WORDS_S)
+        await _within(_LAST_WORDS_S, self._inference.idle())
         await self._server.stop(_CLOSE_S)
         await self._inference.close()
-
-    async def _idle(self, timeout_s: float) -> None:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                await self._inference.idle()
 
     def _note(self, _: HealthReport) -> None:
         self._changed.set()
@@ -116,3 +112,9 @@ class RpcServer:
         status = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
         for service in _SERVICES:
             await self._health.set(service, status)
+
+
+async def _within(timeout_s: float, what: Awaitable[None]) -> None:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(timeout_s):
+            await what

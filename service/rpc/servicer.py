@@ -110,13 +110,20 @@ class Inference:
         """Returns once no call runs. (Health watches do not count: they never end by themselves.)"""
         await self._idle.wait()
 
+    async def done(self) -> None:
+        """Returns once no call runs and nothing runs detached."""
+        while self._num_calls or self._detached:
+            await self._idle.wait()
+            if self._detached:
+                await asyncio.wait(tuple(self._detached))
+
     def hand_over(self) -> None:
         """Ends every open stream: its reader is told how far it got and that another replica can go on (`draining`)."""
         for pump in self._pumps:
             pump.hand_over()
 
     async def close(self) -> None:
-        """Ends what runs detached."""
+        """Ends what still runs detached."""
         detached = tuple(self._detached)
         for running in detached:
             running.cancel()

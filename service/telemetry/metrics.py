@@ -7,6 +7,7 @@ as an exemplar, which shows in the OpenMetrics exposition. One observation a req
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -74,8 +75,8 @@ class RequestMetrics:
         )
         self._said = Counter(names.METRIC_COMPLETION_TOKENS, "Tokens said", by, registry=registry)
         self._by: dict[tuple[str, str], _Labelled] = {}
-        # What changes several times a request is read when somebody asks.
-        self._admission = (0, 0, 0)
+        # What changes several times a request is read where it is kept, when somebody asks.
+        self._admission: Callable[[], tuple[int, int, int]] = lambda: (0, 0, 0)
         for place, (name, text) in enumerate(
             (
                 (names.METRIC_QUEUE_DEPTH, "Requests that wait for admission"),
@@ -86,24 +87,37 @@ class RequestMetrics:
             Gauge(name, text, registry=registry).set_function(functools.partial(self._now, place))
 
     def finished(
-        self, *, model: str, transport: str, usage: Usage, timings: Timings, code: Code | None = None, trace_id: str = ""
+        self,
+        *,
+        model: str,
+        transport: str,
+        usage: Usage,
+        num_new_tokens: int,
+        timings: Timings,
+        code: Code | None = None,
+        trace_id: str = "",
     ) -> None:
-        """An accepted request has ended; `code` None is success. Durations of failed ones are not mixed into the histograms."""
+        """An accepted request has ended; `code` None is success. Durations of failed ones are not mixed into the histograms.
+
+        `num_new_tokens`: completion tokens without those that an earlier attempt said, and counted.
+        """
         by = self._by.get((model, transport))
         if by is None:
             by = self._by[model, transport] = self._labelled(model, transport)
         self._total.labels(model, transport, code or "ok").inc()
         by.prompt.inc(usage.prompt_tokens)
         by.cached.inc(usage.cached_prompt_tokens)
-        by.said.inc(usage.completion_tokens)
+        by.said.inc(num_new_tokens)
         if code == "deadline_exceeded":
             self.deadline_missed("running")
         if code is not None:
             return
         exemplar = {names.LOG_TRACE_ID: trace_id} if trace_id else None
         by.duration.observe(timings.total_ms / 1e3, exemplar)
-        by.first.observe(timings.ttft_ms / 1e3, exemplar)
-        if usage.completion_tokens > 1:
+        # 0 stands for what never happened: a continuation that said nothing more, or one token a choice.
+        if timings.ttft_ms:
+            by.first.observe(timings.ttft_ms / 1e3, exemplar)
+        if timings.tpot_ms:
             by.per_token.observe(timings.tpot_ms / 1e3, exemplar)
 
     def _labelled(self, model: str, transport: str) -> "_Labelled":
@@ -126,12 +140,12 @@ class RequestMetrics:
         """A deadline passed in a stage: admission, running or another fixed word."""
         self._misses.labels(stage).inc()
 
-    def admission(self, *, waiting: int, requests: int, tokens: int) -> None:
-        """The state of admission after a change."""
-        self._admission = (waiting, requests, tokens)
+    def admission(self, read: Callable[[], tuple[int, int, int]]) -> None:
+        """Where the state of admission is read: requests that wait, requests admitted, and the tokens of the latter."""
+        self._admission = read
 
     def _now(self, place: int) -> float:
-        return float(self._admission[place])
+        return float(self._admission()[place])
 
 
 class EngineMetrics:

@@ -3,7 +3,7 @@
 Pinned to OpenTelemetry semantic conventions 1.41 (`SCHEMA_URL`), the last release that holds `gen_ai.*`: the GenAI names have
 moved to a repository of their own and are being renamed there, so a change of conventions is a change of this file.
 RPC names are the release candidate's (`rpc.system.name`, a fully qualified `rpc.method`, `rpc.response.status_code`).
-Knows no SDK. None of these may ever hold prompt or completion text, but the two marked so (`tracing.capture_content`).
+Knows no SDK. None of these may ever hold prompt or completion text.
 """
 
 SCHEMA_URL = "https://opentelemetry.io/schemas/1.41.0"
@@ -57,8 +57,6 @@ GEN_AI_RESPONSE_TIME_TO_FIRST_CHUNK = "gen_ai.response.time_to_first_chunk"
 GEN_AI_USAGE_INPUT_TOKENS = "gen_ai.usage.input_tokens"
 GEN_AI_USAGE_OUTPUT_TOKENS = "gen_ai.usage.output_tokens"
 GEN_AI_USAGE_CACHE_READ_INPUT_TOKENS = "gen_ai.usage.cache_read.input_tokens"
-GEN_AI_INPUT_MESSAGES = "gen_ai.input.messages"  # text: only with tracing.capture_content
-GEN_AI_OUTPUT_MESSAGES = "gen_ai.output.messages"  # text: only with tracing.capture_content
 OPERATION_CHAT = "chat"
 OPERATION_TEXT_COMPLETION = "text_completion"
 PROVIDER = "sluice"

@@ -60,8 +60,6 @@ class Tracing:
         self._offset_ns = wall_ns() - monotonic_ns()
         self._provider: TracerProvider | None = None
         self._memory: InMemorySpanExporter | None = None
-        self.capture_content = section.capture_content
-        self.engine_step_every = section.engine_step_every
         if not section.otlp_endpoint and not memory:
             self.tracer: Tracer = NoOpTracerProvider().get_tracer(names.SCOPE)
             return

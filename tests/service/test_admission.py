@@ -69,17 +69,61 @@ async def test_what_can_never_fit_is_refused_and_not_kept_waiting() -> None:
     assert (await refused(admission().enter("a", "", 1001, waits=True))).code == "too_many_tokens"
 
 
-async def test_the_time_to_come_back_follows_the_measured_rate() -> None:
+async def test_the_time_to_come_back_follows_how_long_those_that_ended_stayed() -> None:
     clock = Clock()
     intake = admission(clock)
     first, second = await intake.enter("a", "", 500), await intake.enter("b", "", 500)
     clock.advance(2.0)
     first.release()
-    await intake.enter("c", "", 500)
-    # 500 tokens came back in 2 s; the next 500 are expected to take as long.
-    error = await refused(intake.enter("d", "", 500))
-    assert error.retry_after_s == pytest.approx(2.0, rel=0.2)
     second.release()
+    await intake.enter("c", "", 500)
+    await intake.enter("d", "", 500)
+    # Each of two stays for 2 s: half of what they hold comes back in one.
+    error = await refused(intake.enter("e", "", 500))
+    assert error.retry_after_s == pytest.approx(1.0)
+
+
+async def in_waves(clock: Clock, *, wave: int, stay_s: float, into_second_s: float) -> Admission:
+    """An intake `into_second_s` after the second of two waves of `wave` requests entered, each of which stays for `stay_s`."""
+    intake = admission(clock, requests=4 * wave, tokens=1_000_000)
+    tickets = [await intake.enter(f"a{number}", "", 100) for number in range(wave)]
+    clock.advance(stay_s)
+    for ticket in tickets:
+        ticket.release()
+    for number in range(wave):
+        await intake.enter(f"b{number}", "", 100)
+        # Whoever asks meanwhile does not change the measure.
+        intake.estimated_wait_s(100)
+    clock.advance(into_second_s)
+    return intake
+
+
+async def test_time_in_which_nothing_ends_does_not_refuse_a_prompt_that_could_make_it() -> None:
+    clock = Clock()
+    intake = await in_waves(clock, wave=64, stay_s=136.0, into_second_s=100.0)
+    ticket = await intake.enter("late", "", 100, deadline_ns=clock.now_ns + 300_000_000_000)
+    assert ticket.tokens == 100
+
+
+async def test_a_first_short_stay_does_not_refuse_those_that_come_while_long_ones_run() -> None:
+    clock = Clock()
+    intake = admission(clock, tokens=1_000_000)
+    short = await intake.enter("short", "", 100)
+    for number in range(64):
+        await intake.enter(f"a{number}", "", 100)
+    clock.advance(10.0)
+    short.release()
+    clock.advance(90.0)
+    assert intake.estimated_wait_s(100) <= 46.0
+
+
+async def test_a_prompt_whose_deadline_passes_before_its_wave_is_refused_however_long_nothing_ended() -> None:
+    clock = Clock()
+    intake = await in_waves(clock, wave=64, stay_s=136.0, into_second_s=100.0)
+    for number in range(64):
+        await intake.enter(f"c{number}", "", 100)
+    error = await refused(intake.enter("hopeless", "", 100, deadline_ns=clock.now_ns + 20_000_000_000))
+    assert error.code == "deadline_exceeded"
 
 
 @pytest.mark.parametrize("waits", [False, True])

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+import structlog
 
 from engine import EngineConfig, Request, SamplingParams
 from engine.output import TokenOutput
 from service.config import EngineSection
-from service.engine_child import child_environment, spawner
+from service.engine_child import Child, child_environment, spawner
 from service.engine_process import EngineProcess, EngineStatus, backoff_s
 from service.errors import SetupError
 
@@ -294,3 +295,16 @@ async def test_a_child_whose_start_is_cancelled_does_not_stay(tmp_path: Path) ->
     starting.cancel()
     await asyncio.wait({starting})
     assert psutil.wait_procs(begun, timeout=30)[1] == []
+
+
+async def test_a_fault_of_the_supervisor_is_logged_by_type_and_place() -> None:
+    async def spawn(_: EngineConfig) -> Child:
+        raise ZeroDivisionError("what it says may quote a prompt")
+
+    process = EngineProcess(CONFIG, EngineSection(kind="stand-in"), spawn=spawn)
+    with structlog.testing.capture_logs() as lines, pytest.raises(SetupError):
+        await process.start()
+    (line,) = [line for line in lines if line["event"] == "engine supervisor failed"]
+    assert (line["error"], line["where"][-1].split()[-1]) == ("ZeroDivisionError", "spawn")
+    assert "quote a prompt" not in str(lines)
+    assert not process.status.alive

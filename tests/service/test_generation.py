@@ -141,6 +141,9 @@ async def test_a_continuation_starts_after_what_was_said(bench: Bench) -> None:
     end = events[-1]
     assert isinstance(end, Finished)
     assert (end.choices[0].text, end.usage.completion_tokens) == ("abExN", 8)
+    # The attempt that said the first three counted them.
+    counted = bench.metrics.registry.get_sample_value("sluice_completion_tokens_total", {"model": "tiny", "transport": "grpc"})
+    assert counted == 5
 
 
 async def test_a_choice_that_had_ended_before_is_not_run_again(bench: Bench) -> None:
@@ -251,6 +254,7 @@ async def test_a_full_intake_refuses_and_a_waiting_caller_waits(bench: Bench) ->
     assert raised.value.code == "overloaded"
     waiting = asyncio.create_task(bench.start(call=a_call("patient", waits=True)))
     await wait_until(lambda: bench.admission.num_waiting == 1)
+    assert bench.metrics.registry.get_sample_value("sluice_queue_depth") == 1
     for stream in streams[:2]:
         await stream.aclose()
     patient = await waiting

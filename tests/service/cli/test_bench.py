@@ -10,6 +10,8 @@ from tests.service.cli.cli_run import Sluice
     ("arguments", "said"),
     [
         (["--url", "http://h/v1", "--target", "h:1"], "name different endpoints"),
+        (["--target", "localhost"], "--target 'localhost': write it as host:port"),
+        (["--target", "h:1,h:2"], "load is put on one replica"),
         (["--url", "h:8000"], "write it as http://host:port/v1"),
         (["--url", "http://h/v1", "--endpoint", "responses"], "choose one of chat/completions, completions"),
         (["--lengths", "normal"], "choose one of fixed, sharegpt, powerlaw"),

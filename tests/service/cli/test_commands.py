@@ -81,6 +81,11 @@ WRONG = {
     "raw results": (["tail", "--raw"], 2, "--raw goes with --chunks"),
     "no target": (["get", "a-0-1", "--target", ","], 2, "--target"),
     "nobody there": (["attach", "a-0-1", "--target", "127.0.0.1:1"], 3, "is a replica running at 127.0.0.1:1?"),
+    "more tokens than there can be": (
+        ["attach", "a-0-1", "--after-seq", "99999999999"],
+        2,
+        "Invalid value for '--after-seq'",
+    ),
     "no such format": (["generate", "a", "--quantize", "int3"], 2, "'int3' is not one of 'int8', 'int4'"),
     "no such format to serve": (["serve", "--quantize", "int3"], 2, "'int3' is not one of 'int8', 'int4'"),
     "no such command": (["nonsense"], 2, "nonsense"),

@@ -71,7 +71,17 @@ FAULTS = {
     "a section that is no JSON": ([], {"SLUICE_GRPC": "abc"}, ["SLUICE_GRPC: a whole section is written as JSON"]),
     "a port of true": (["--set", "grpc.port=true"], {}, ["grpc.port: must be a number, not true or false"]),
     "a time of true": (["--set", "kafka.sasl_oauth_refresh_s=true"], {}, ["kafka.sasl_oauth_refresh_s: must be a number"]),
-    "not built": (["--set", "http.enabled=true"], {}, ["http.enabled: the HTTP routes are not built yet"]),
+    "not built": (["--set", "http.enabled=true"], {}, ["http.enabled: the HTTP routes are not built yet; leave it out"]),
+    "texts on spans": (
+        ["--set", "tracing.capture_content=true"],
+        {},
+        ["tracing.capture_content: texts on spans are not built yet"],
+    ),
+    "spans of steps": (
+        ["--set", "tracing.engine_step_every=5"],
+        {},
+        ["tracing.engine_step_every: spans of engine steps are not built yet; leave it out"],
+    ),
     "no collector": (
         ["--set", "tracing.otlp_endpoint=nonsense"],
         {},

@@ -2,9 +2,10 @@
 
 import pytest
 
-from schemas.v1 import events_pb2
+from schemas.v1 import events_pb2, inference_pb2
 from service import wire
-from service.cli.tail import Start, _lines, starting
+from service.cli.kafka import _await_results
+from service.cli.tail import Start, _lines, _show, starting
 from service.contract import Source
 from service.errors import SetupError
 from service.kafka.chunk_records import ChunkMessage, chunk_record
@@ -43,7 +44,7 @@ def shown(*messages: ChunkMessage, raw: bool = False) -> list[dict[str, object]]
     for offset, message in enumerate(messages):
         out = chunk_record("t.chunks", SOURCE, message, wire.JSON)
         record = FakeRecord(out.value, offset=offset, topic=out.topic, key=out.key, headers=out.headers)
-        lines += _lines(record, "chunks", raw, folds)  # type: ignore[arg-type]
+        lines += _lines(record, "chunks", raw, folds)
     return lines
 
 
@@ -86,4 +87,32 @@ def test_one_who_comes_in_the_middle_sees_what_follows() -> None:
 
 def test_a_record_that_is_not_ours_is_shown_as_such() -> None:
     record = FakeRecord(b"not ours", offset=4, topic="t.chunks")
-    assert list(_lines(record, "chunks", False, {})) == [{"request_id": "t.chunks-0-4", "unreadable": True}]  # type: ignore[arg-type]
+    assert list(_lines(record, "chunks", False, {})) == [{"request_id": "t.chunks-0-4", "unreadable": True}]
+
+
+STRAY = FakeRecord(b"{no JSON", offset=4, topic="t.results", key=SOURCE.request_id.encode())
+
+
+@pytest.mark.parametrize("kind", ["results", "chunks"])
+def test_a_record_of_somebody_else_is_called_unreadable(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for line in _lines(STRAY, kind, False, {}):
+        _show(line, kind, as_json=False)
+    assert capsys.readouterr().out == "t.results-0-4 unreadable\n"
+
+
+class FakeReader:
+    """A consumer that gives these records and then no more."""
+
+    def __init__(self, *records: FakeRecord) -> None:
+        self._records = list(records)
+
+    async def getone(self) -> FakeRecord:
+        return self._records.pop(0)
+
+
+async def test_a_record_that_is_no_result_does_not_end_the_waiting_for_one(capsys: pytest.CaptureFixture[str]) -> None:
+    result = inference_pb2.Result(request_id=SOURCE.request_id, status=inference_pb2.Result.failed)
+    result.error.code = "internal"
+    answer = FakeRecord(wire.to_bytes(result), offset=5, topic="t.results", key=SOURCE.request_id.encode())
+    failed = await _await_results(FakeReader(STRAY, answer), {SOURCE.request_id}, 10.0, as_json=False)
+    assert (failed, capsys.readouterr().out) == (1, f"{SOURCE.request_id} internal: \n")

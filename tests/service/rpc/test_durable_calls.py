@@ -224,7 +224,13 @@ async def test_an_answer_is_asked_of_the_next_replica_when_one_is_away() -> None
 
 
 @pytest.mark.parametrize(
-    ("request_id", "after", "field"), [("", (), "request_id"), ("x" * 600, (), "request_id"), (ID, (0,) * 17, "after_seq")]
+    ("request_id", "after", "field"),
+    [
+        ("", (), "request_id"),
+        ("x" * 600, (), "request_id"),
+        (ID, (0,) * 17, "after_seq"),
+        (ID, (2**64 - 1, 1), "after_seq"),
+    ],
 )
 async def test_bad_questions_name_the_field(request_id, after, field) -> None:  # type: ignore[no-untyped-def]
     async with serving(durable=FakeDurable()) as service, grpc.aio.insecure_channel(service.target) as channel:

@@ -1,5 +1,7 @@
 """What each verb changes in the exposition."""
 
+import dataclasses
+
 import pytest
 
 from engine import StepStats
@@ -22,7 +24,7 @@ def value(metrics: Metrics, name: str, **labels: str) -> float | None:
 
 
 def test_a_finished_request_counts_its_tokens_and_times(metrics):
-    metrics.requests.finished(**BY, usage=USAGE, timings=TIMINGS)
+    metrics.requests.finished(**BY, usage=USAGE, num_new_tokens=3, timings=TIMINGS)
     assert value(metrics, "sluice_requests_total", **BY, code="ok") == 1
     assert value(metrics, "gen_ai_server_request_duration_sum", **BY) == pytest.approx(0.08)
     assert value(metrics, "gen_ai_server_time_to_first_token_sum", **BY) == pytest.approx(0.02)
@@ -33,20 +35,26 @@ def test_a_finished_request_counts_its_tokens_and_times(metrics):
 
 
 def test_a_failed_request_is_counted_and_kept_out_of_the_times(metrics):
-    metrics.requests.finished(**BY, usage=USAGE, timings=TIMINGS, code="deadline_exceeded")
+    metrics.requests.finished(**BY, usage=USAGE, num_new_tokens=3, timings=TIMINGS, code="deadline_exceeded")
     assert value(metrics, "sluice_requests_total", **BY, code="deadline_exceeded") == 1
     assert value(metrics, "sluice_deadline_misses_total", stage="running") == 1
     assert value(metrics, "gen_ai_server_request_duration_count", **BY) == 0
 
 
-def test_one_token_has_no_time_per_token(metrics):
-    usage = Usage(prompt_tokens=1, cached_prompt_tokens=0, completion_tokens=1)
-    metrics.requests.finished(**BY, usage=usage, timings=TIMINGS)
-    assert value(metrics, "gen_ai_server_time_per_output_token_count", **BY) == 0
+def test_what_never_happened_has_no_time(metrics):
+    # Four choices of one token each have a first token, and no time between two.
+    usage = Usage(prompt_tokens=1, cached_prompt_tokens=0, completion_tokens=4)
+    metrics.requests.finished(**BY, usage=usage, num_new_tokens=4, timings=dataclasses.replace(TIMINGS, tpot_ms=0.0))
+    # A continuation of what had ended says nothing.
+    metrics.requests.finished(
+        **BY, usage=usage, num_new_tokens=0, timings=dataclasses.replace(TIMINGS, ttft_ms=0.0, tpot_ms=0.0)
+    )
+    times = ("request_duration", "time_to_first_token", "time_per_output_token")
+    assert [value(metrics, f"gen_ai_server_{name}_count", **BY) for name in times] == [2, 1, 0]
 
 
 def test_exemplars_carry_the_trace_id_in_openmetrics_only(metrics):
-    metrics.requests.finished(**BY, usage=USAGE, timings=TIMINGS, trace_id="ab" * 16)
+    metrics.requests.finished(**BY, usage=USAGE, num_new_tokens=3, timings=TIMINGS, trace_id="ab" * 16)
     plain, plain_type = metrics.render()
     rich, rich_type = metrics.render(OPENMETRICS)
     assert b"ab" * 16 not in plain
@@ -61,7 +69,7 @@ def test_a_refusal_is_counted_by_code(metrics):
 
 
 def test_admission_shows_its_state(metrics):
-    metrics.requests.admission(waiting=2, requests=3, tokens=400)
+    metrics.requests.admission(lambda: (2, 3, 400))
     seen = [value(metrics, f"sluice_{name}") for name in ("queue_depth", "admitted_requests", "admitted_tokens")]
     assert seen == [2, 3, 400]
 
