@@ -11,13 +11,12 @@ Pure: knows no client, no clock.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from engine.request import MAX_CHOICES
 from schemas.v1 import events_pb2, inference_pb2
 from service.contract import Delta, LogprobEntry, ReaderEvent, Reset, Started
 from service.kafka.chunk_records import ChunkMessage
 from service.wire import logprobs_from_proto
 from service.wire_results import ending_of
-
-MAX_CHOICES = 16
 
 NumCharacters = Callable[[str, Sequence[int]], int | None]
 """Characters that the first tokens of a choice make by the tokenizer of the model of this name; None where it is not here."""

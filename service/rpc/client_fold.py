@@ -7,12 +7,11 @@ it voids what was seen. Pure: no gRPC call, no clock.
 
 from collections.abc import Sequence
 
+from engine.request import MAX_CHOICES
 from schemas.v1 import inference_pb2
 from service.contract import ChoiceResult, Delta, Finished, LogprobEntry, Reset, Started
 from service.wire import logprobs_from_proto
 from service.wire_results import timings_of, usage_of
-
-MAX_CHOICES = 16
 
 
 class ProtocolError(Exception):

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from google.protobuf.message import Message
 from opentelemetry.trace import Span, SpanKind
 
+from engine.request import MAX_CHOICES
 from schemas.v1 import inference_pb2
 from service import wire
 from service.config import GrpcSection
@@ -21,7 +22,6 @@ from service.rpc.pump import Pump
 from service.telemetry import names, tracing
 from service.wire_limits import UINT32_MAX, invalid
 
-MAX_CHOICES = 16
 MAX_ID_BYTES = 512
 
 Context = Any  # grpc.aio.ServicerContext[bytes, Message]; grpc ships no types
