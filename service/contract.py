@@ -168,6 +168,21 @@ class Delta:
     logprobs: tuple[LogprobEntry, ...] | None = None
     finish_reason: FinishReason | None = None
 
+    def merged_with(self, later: "Delta") -> "Delta":
+        """Both as one; `later` is the next of the same choice."""
+        logprobs = None
+        if self.logprobs is not None or later.logprobs is not None:
+            logprobs = (self.logprobs or ()) + (later.logprobs or ())
+        return Delta(
+            choice=self.choice,
+            seq=self.seq,
+            token_ids=self.token_ids + later.token_ids,
+            text=self.text + later.text,
+            text_offset=self.text_offset,
+            logprobs=logprobs,
+            finish_reason=later.finish_reason or self.finish_reason,
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finished:

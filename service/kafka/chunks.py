@@ -12,7 +12,6 @@ import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Protocol
 
 import structlog
@@ -203,7 +202,7 @@ class ChunkStream:
             return
         held = self._pending.setdefault(event.choice, [])
         if held and len(held[-1].token_ids) + len(event.token_ids) <= _MAX_MERGED_TOKENS:
-            held[-1] = _merged(held[-1], event)
+            held[-1] = held[-1].merged_with(event)
         else:
             held.append(event)
         self._gathered += len(event.token_ids)
@@ -299,16 +298,3 @@ class ChunkStream:
             return
         self._empty.clear()
         self._writer.ready(self, urgent=urgent)
-
-
-def _merged(first: Delta, second: Delta) -> Delta:
-    logprobs = (
-        None if first.logprobs is None and second.logprobs is None else (*(first.logprobs or ()), *(second.logprobs or ()))
-    )
-    return replace(
-        first,
-        token_ids=first.token_ids + second.token_ids,
-        text=first.text + second.text,
-        logprobs=logprobs,
-        finish_reason=second.finish_reason,
-    )

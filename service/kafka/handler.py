@@ -30,6 +30,7 @@ from service.kafka.result_keys import ResultKeys
 from service.kafka.terminal import Ending, Taken, Terminals
 from service.kafka.topics import WEIGHTS, Topics
 from service.telemetry import names, tracing
+from service.telemetry.logging import fault
 from service.telemetry.metrics import KafkaMetrics
 
 _log = structlog.get_logger(__name__)
@@ -163,9 +164,9 @@ class PromptHandler:
         except RequestError as error:
             return None if error.code == "draining" else Ending(event=None, error=error, stage=stage, label=label)
         except Exception as error:  # noqa: BLE001 - the per-message boundary: one record never ends the transport
-            _log.error("a record failed", request_id=taken.request_id, error=type(error).__name__, where=_where(error))
-            fault = RequestError("internal", "a fault of Sluice; the log has this request")
-            return Ending(event=None, error=fault, stage=stage, label=label)
+            _log.error("a record failed", request_id=taken.request_id, **fault(error))
+            failure = RequestError("internal", "a fault of Sluice; the log has this request")
+            return Ending(event=None, error=failure, stage=stage, label=label)
 
     async def _repeated(self, taken: Taken) -> inference_pb2.Result | None:
         """The finished result of an earlier prompt with the same idempotency key; None: this one is to run. Raises `RequestError`."""
@@ -284,14 +285,6 @@ class PromptHandler:
         try:
             return self._terminals.completion(taken, span, ending, release)
         except Exception as error:  # noqa: BLE001 - the per-message boundary: given back, the record would hold its partition for ever
-            _log.error("a result failed", request_id=taken.request_id, error=type(error).__name__, where=_where(error))
-            fault = RequestError("internal", "a fault of Sluice; the log has this request")
-            return self._terminals.completion(taken, span, Ending(event=None, error=fault, stage="write"), release)
-
-
-def _where(error: BaseException) -> str:
-    """The innermost frame of an exception: never its message, which could hold a caller's text."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return "" if trace is None else f"{trace.tb_frame.f_code.co_qualname}:{trace.tb_lineno}"
+            _log.error("a result failed", request_id=taken.request_id, **fault(error))
+            failure = RequestError("internal", "a fault of Sluice; the log has this request")
+            return self._terminals.completion(taken, span, Ending(event=None, error=failure, stage="write"), release)

@@ -9,7 +9,7 @@ one taker, one event loop. Knows no gRPC.
 import asyncio
 from collections.abc import Sequence
 
-from service.contract import Delta, LogprobEntry, ReaderEvent, Reset, Started
+from service.contract import Delta, ReaderEvent, Reset, Started
 
 _TOKEN_BYTES = 4
 _ENTRY_BYTES = 48
@@ -65,7 +65,7 @@ class Outbox:
         waiting = self._deltas.get(delta.choice)
         if waiting is not None:
             self.num_merges += 1
-        self._deltas[delta.choice] = delta if waiting is None else _merged(waiting, delta)
+        self._deltas[delta.choice] = delta if waiting is None else waiting.merged_with(delta)
         self._bytes += _size(delta)
         if self.num_bytes >= self._max_bytes:
             self._room.clear()
@@ -122,21 +122,6 @@ class Outbox:
         self._sending_bytes = 0
         if self._bytes < self._max_bytes:
             self._room.set()
-
-
-def _merged(first: Delta, second: Delta) -> Delta:
-    logprobs: tuple[LogprobEntry, ...] | None = None
-    if first.logprobs is not None or second.logprobs is not None:
-        logprobs = (first.logprobs or ()) + (second.logprobs or ())
-    return Delta(
-        choice=first.choice,
-        seq=first.seq,
-        token_ids=first.token_ids + second.token_ids,
-        text=first.text + second.text,
-        text_offset=first.text_offset,
-        logprobs=logprobs,
-        finish_reason=second.finish_reason or first.finish_reason,
-    )
 
 
 def _size(delta: Delta) -> int:
