@@ -68,7 +68,8 @@ class EngineConfig:
     """Blocks in the pool; 0 derives them from `kv_cache_bytes`."""
 
     kv_cache_bytes: int = 0
-    """Memory for the KV cache; 0: 1 GiB on a CPU, 90 % of what is free after loading on a GPU."""
+    """Memory for the KV cache; 0: 1 GiB on a CPU (half of all memory at most), 90 % of what is free after loading on a
+    GPU."""
 
     max_num_seqs: int = 64
     """Sequences that run at once."""

@@ -76,6 +76,7 @@ class Admission:
         self._draining = False
         self._stays_s = 0.0
         self._num_stays = 0.0
+        self._inside = 0.0
         self.num_requests = 0
         self.num_tokens = 0
         self.num_waiting = 0
@@ -129,18 +130,22 @@ class Admission:
     def estimated_wait_s(self, tokens: int) -> float:
         """Seconds until a request of `tokens` would start, from how long those that ended stayed; 0 before one has ended.
 
-        By Little's law what is inside leaves at an even pace within a mean stay: this is the share of it that must leave before the
-        request fits, or that waits ahead of it inside the engine, whichever is more. Meant to err low, for a wait ends at its deadline
+        By Little's law as many leave within a mean stay as were inside when it was measured, or as the engine runs at once if it was not
+        full: this is the share of them that must leave before the request fits, or waits ahead of it inside the engine, whichever is
+        more. Meant to err low, for a wait ends at its deadline
         anyhow, whereas what is refused is lost: time in which nothing ends does not make the measure worse, since prompts that entered
         together end together.
         """
         if not self._num_stays or not self.num_requests:
             return 0.0
         queued = sum(waiter.tokens for line in self._lines.values() for waiter in line.waiters)
-        to_fit = (self.num_tokens + queued + tokens - self._max_tokens) / max(self.num_tokens, 1)
+        too_many = self.num_tokens + queued + tokens - self._max_tokens
+        # First what is inside leaves, then what comes in behind it, which may be more.
+        to_fit = min(too_many / max(self.num_tokens, 1), 1.0) + max(0, too_many - self.num_tokens) / self._max_tokens
+        leaving = max(self._concurrency, self._inside / self._num_stays)
         if self.num_requests >= self._max_requests:
-            to_fit = max(to_fit, (self.num_requests + self.num_waiting + 1 - self._max_requests) / self.num_requests)
-        in_engine = (self.num_requests + 1 - self._concurrency) / self.num_requests
+            to_fit = max(to_fit, (self.num_requests + self.num_waiting + 1 - self._max_requests) / leaving)
+        in_engine = (self.num_requests + 1 - self._concurrency) / leaving
         return max(0.0, to_fit, in_engine) * self._stays_s / self._num_stays
 
     async def _wait(self, waiter: _Waiter, deadline_ns: int) -> Ticket:
@@ -187,6 +192,7 @@ class Admission:
         keep = 0.5 ** (1 / _STAY_HALF_LIFE_ENDS)
         self._stays_s = self._stays_s * keep + (self._clock() - entered_ns) / _NS
         self._num_stays = self._num_stays * keep + 1
+        self._inside = self._inside * keep + self.num_requests
         self.num_requests -= 1
         self.num_tokens -= tokens
         self._admit_waiting()

@@ -99,7 +99,7 @@ class EngineSection(Section):
     """Blocks in the pool; 0: from kv_cache_bytes."""
 
     kv_cache_bytes: int = Field(default=0, ge=0)
-    """Memory for the KV cache in bytes; 0: 1 GiB on a CPU, 90 % of what is free on a GPU."""
+    """Memory for the KV cache in bytes; 0: 1 GiB on a CPU (half of all memory at most), 90 % of what is free on a GPU."""
 
     max_num_seqs: int = Field(default=64, ge=1, le=65_536)
     """Sequences that run at once."""

@@ -235,6 +235,8 @@ def test_only_the_cores_that_may_be_used_count() -> None:
     )
     assert ticks_of(stat, {0}) == (15, 6)
     assert ticks_of(stat, {0, 1}) == (25, 7)
+    with pytest.raises(RuntimeError, match="does not count cpu2"):
+        ticks_of(stat, {1, 2})
 
 
 @pytest.mark.parametrize(

@@ -23,10 +23,10 @@ class PoolSize:
 
 
 def free_device_bytes(device: torch.device, *, loaded: bool) -> int:
-    """Memory that the pool may take by default: 1 GiB on a CPU; 90 % of what is free now on a GPU, of all it has before weights are
+    """Memory that the pool may take by default: 1 GiB on a CPU, half of all memory at most; 90 % of what is free now on a GPU, of all it has before weights are
     `loaded`."""
     if device.type == "cpu":
-        return DEFAULT_CPU_BYTES
+        return min(DEFAULT_CPU_BYTES, usable_bytes() // 2)
     free, total = torch.cuda.mem_get_info(device)
     return int((free if loaded else total) * GPU_SHARE)
 

@@ -11,7 +11,8 @@ constexpr int64_t inputs_prepared_at_once = 8192;
 constexpr int64_t products_at_once = 786432;  // of few rows some 20 us of a thread
 constexpr int64_t row_block_bytes = (Simd::matrices ? 1024 : 192) << 10, row_block = Simd::matrices ? 512 : 240;  // a block's rows: at most
 constexpr int64_t rows_in_parts = 48;  // where fewer whole rows fit, rows are multiplied part by part,
-constexpr int64_t part_bytes = 384 << 10, panels_of_part = 4;  // each part by so many panels
+constexpr int64_t part_bytes = 384 << 10, panels_of_part = 4;  // each part by so many panels at most
+constexpr int64_t stretches_of_parts = 10;  // a thread's, at least where there are as many
 
 // As much as is asked for and no more, where a sanitizer watches what lies behind.
 #ifdef __SANITIZE_ADDRESS__
@@ -133,8 +134,13 @@ struct Product {
         return (call.rows + block - 1) / block * block_units(header);
     }
 
-    static int64_t units_at_once(int64_t rows, const PackedHeader& header) {
-        if (in_parts(rows, header)) return panels_of_part / (header.gated ? 2 : 1);
+    static int64_t units_at_once(const Linear& call, const PackedHeader& header) {
+        const int64_t rows = call.rows;
+        // Of parts as many together as leave every thread enough stretches for all to end at about the same time.
+        if (in_parts(rows, header)) {
+            const int64_t shared = units(call, header) / (stretches_of_parts * omp_get_max_threads());
+            return std::clamp<int64_t>(shared, 1, panels_of_part / (header.gated ? 2 : 1));
+        }
         int64_t weights_of_unit = header.inputs * panel_outputs * (header.gated ? 2 : 1);
         int64_t count = std::clamp<int64_t>(products_at_once / (weights_of_unit * std::clamp<int64_t>(rows, 8, row_block)), 1, 64);
         // A whole number of what few rows take at once.
@@ -355,7 +361,7 @@ inline void run_product(const Linear& call, const Out& out) {
             for (int64_t first, last; share.take(first, last);) parts.prepare(first, last, (float*)own, out);
         });
     }
-    int64_t at_once = Parts::units_at_once(call.rows, header);
+    int64_t at_once = Parts::units_at_once(call, header);
     sluice::parallel(Parts::units(call, header), at_once, [&](sluice::Share& share) {
         uint8_t* own = scratch(1, float_bytes + sum_bytes + (apart ? bytes : 0));
         Parts parts(call, apart ? own + float_bytes + sum_bytes : shared, (float*)(own + float_bytes));

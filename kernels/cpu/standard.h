@@ -1,6 +1,8 @@
 // The standard headers of the operators, included before an instruction set is chosen.
 #pragma once
 
+#include <omp.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>

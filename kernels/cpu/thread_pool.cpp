@@ -301,7 +301,8 @@ struct TasksBeside::State {
     // Until every task that was begun is over.
     void drain() {
         const uint32_t last = begun.load(std::memory_order_acquire);
-        for (uint32_t now; (now = over.load(std::memory_order_acquire)) != last;) over.wait(now, std::memory_order_acquire);
+        // Another thread may have begun more meanwhile, of which more may be over.
+        for (uint32_t now; (int32_t)((now = over.load(std::memory_order_acquire)) - last) < 0;) over.wait(now, std::memory_order_acquire);
     }
 };
 

@@ -31,12 +31,13 @@ def main() -> int:
     rest = [report for one in documents if one.get("benchmark") != "peers" for report in one.values()]
     suite: Json = {report["benchmark"]: report for report in rest if isinstance(report, dict) and "benchmark" in report}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    picture = arguments.out.with_name(f"{arguments.out.name}.png")  # a name may hold a dot
+    name = arguments.out.name.removesuffix(".md")
+    picture = arguments.out.with_name(f"{name}.png")  # a name may hold a dot
     if peers and _has_rates(peers):
         from tests.bench.bars import draw
 
         draw(peers["summary"], model_of(peers["runs"][0]), picture)
-    arguments.out.with_name(f"{arguments.out.name}.md").write_text(page(peers, suite, picture.name), encoding="utf-8")
+    arguments.out.with_name(f"{name}.md").write_text(page(peers, suite, picture.name), encoding="utf-8")
     return 0
 
 

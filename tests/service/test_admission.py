@@ -126,6 +126,32 @@ async def test_a_prompt_whose_deadline_passes_before_its_wave_is_refused_however
     assert error.code == "deadline_exceeded"
 
 
+async def test_a_burst_behind_light_load_is_measured_by_what_the_engine_runs_at_once() -> None:
+    clock = Clock()
+    intake = admission(clock, requests=400, tokens=1_000_000, concurrency=64)
+    for _ in range(10):
+        tickets = [await intake.enter("light", "", 100) for _ in range(16)]
+        clock.advance(2.0)
+        for ticket in tickets:
+            ticket.release()
+    for _ in range(256):
+        await intake.enter("burst", "", 100)
+    # 193 before it, of which 64 leave every two seconds.
+    assert intake.estimated_wait_s(100) == pytest.approx(6.0, abs=0.1)
+
+
+async def test_large_prompts_behind_a_small_one_are_counted_in_turns_of_the_intake_not_of_the_small_one() -> None:
+    clock = Clock()
+    intake = admission(clock, tokens=1000)
+    ticket = await intake.enter("a", "", 10)
+    clock.advance(2.0)
+    ticket.release()
+    await intake.enter("small", "", 10)
+    (waiter,) = await settle(intake.enter("large", "", 870, waits=True))
+    assert intake.estimated_wait_s(300) == pytest.approx(2.0 * (1 + 170 / 1000))
+    waiter.cancel()
+
+
 @pytest.mark.parametrize("waits", [False, True])
 async def test_an_estimated_wait_beyond_the_deadline_is_refused_at_once(waits: bool) -> None:
     clock = Clock()

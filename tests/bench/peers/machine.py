@@ -57,7 +57,10 @@ class Clock:
 
 
 def ticks_of(stat: str, cores: Collection[int]) -> tuple[int, int]:
-    """Clock ticks in /proc/stat that these cores spent on anything, and that the hypervisor took from them."""
+    """Clock ticks in /proc/stat that these cores spent on anything, and that the hypervisor took from them.
+
+    Raises RuntimeError where it does not name them all (lxcfs numbers them anew): nothing would count as disturbed.
+    """
     wanted, busy, taken = {f"cpu{core}" for core in cores}, 0, 0
     for line in stat.splitlines():
         name, *fields = line.split()
@@ -65,6 +68,9 @@ def ticks_of(stat: str, cores: Collection[int]) -> tuple[int, int]:
             user, nice, system, _, _, irq, softirq, stolen = map(int, fields[:8])
             busy += user + nice + system + irq + softirq
             taken += stolen
+            wanted.remove(name)
+    if wanted:
+        raise RuntimeError(f"/proc/stat does not count {', '.join(sorted(wanted))}")
     return busy, taken
 
 

@@ -59,6 +59,12 @@ def test_the_default_pool_of_a_cpu_takes_a_gibibyte() -> None:
     assert size.num_blocks == (1 << 30) // BLOCK_BYTES
 
 
+def test_the_default_pool_of_a_small_machine_takes_half_of_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What nobody asked for is not refused."""
+    monkeypatch.setattr(kv_cache, "usable_bytes", lambda: 700 * BLOCK_BYTES)
+    assert pool_size(CONFIG, SPEC, 8192, CPU).num_blocks == 350
+
+
 @pytest.mark.parametrize(
     ("changes", "field"),
     [

@@ -12,6 +12,7 @@ from service.bench.run import Plan, Run
 from service.bench.summary import Targets, summarize
 from service.bench.target import Answer
 from service.bench.workload import Workload
+from service.cli import output
 from service.cli.bench_view import Report
 
 PLAN = Plan(workload=Workload(lengths=Lengths(shape="fixed", prompt_tokens=5, output_tokens=4)), limits=Limits(max_requests=2))
@@ -34,7 +35,8 @@ def test_where_requests_failed_the_latencies_say_of_how_many_they_are(capsys: py
     assert "latencies of" not in capsys.readouterr().out
 
 
-def test_without_a_deadline_e_tps_is_a_dash(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_deadline_e_tps_is_a_dash(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(output.out, "_width", 200)  # a row a line, however wide the terminal is
     report(as_json=False).show()
     [row] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("16 in flight") and "1/1" in line]
     assert row.split()[-3:] == ["-", "5", "0"]
