@@ -23,8 +23,8 @@ class PoolSize:
 
 
 def free_device_bytes(device: torch.device, *, loaded: bool) -> int:
-    """Memory that the pool may take by default: 1 GiB on a CPU, half of all memory at most; 90 % of what is free now on a GPU, of all it has before weights are
-    `loaded`."""
+    """Memory that the pool may take by default: 1 GiB on a CPU, half of all memory at most; 90 % of what is free now on a GPU, of all it
+    has before weights are `loaded`."""
     if device.type == "cpu":
         return min(DEFAULT_CPU_BYTES, usable_bytes() // 2)
     free, total = torch.cuda.mem_get_info(device)
