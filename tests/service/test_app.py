@@ -43,7 +43,7 @@ def has_ipv6() -> bool:
     return True
 
 
-@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6; runs where the loopback ::1 is")
 async def test_endpoints_of_ipv6_are_addresses_that_a_client_takes(tmp_path: Path) -> None:
     settings = Settings(
         engine=EngineSection(kind="stand-in"),
