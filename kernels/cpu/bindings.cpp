@@ -37,7 +37,7 @@ Format format_of(c10::string_view name) {
     return Format::int4;
 }
 
-Tensor pack(const Tensor& weight, c10::string_view format_name, bool gated, int64_t group) {
+Tensor pack(const Tensor& weight, c10::string_view format_name, bool gated, int64_t group, bool narrow) {
     Format format = format_of(format_name);
     TORCH_CHECK(weight.dim() == 2 && weight.size(0) > 0 && weight.size(1) > 0, "weight must be [out, in]");
     TORCH_CHECK(!gated || weight.size(0) % 2 == 0, "a gated layer has as many outputs of gate as of up");
@@ -45,16 +45,16 @@ Tensor pack(const Tensor& weight, c10::string_view format_name, bool gated, int6
     Type type = type_of(weight, "weight");
     const sluice::Operators& operators = sluice::operators();
     int64_t out = weight.size(0), in = weight.size(1);
-    const auto bytes = [&](Format as) { return operators.packed_bytes(as, out, in, gated, (int)group); };
-    Tensor packed = sluice::weight_memory(bytes(format));
+    narrow = narrow && format == Format::fixed && operators.narrow_rows > 0;
+    if (format != Format::int4) group = narrow;
+    Tensor packed = sluice::weight_memory(operators.packed_bytes(format, out, in, gated, (int)group));
     const auto packs_as = [&](Format as) {
         return operators.pack(weight.const_data_ptr(), type, as, out, in, gated, (int)group, packed.data_ptr());
     };
-    if (!packs_as(format)) {
-        packed = packed.narrow(0, 0, bytes(Format::bf16));  // no more than fixed point takes
-        packs_as(Format::bf16);
-    }
-    return packed;
+    if (!packs_as(format)) packs_as(Format::bf16);  // which takes no more than fixed point
+    const PackedHeader& header = *(const PackedHeader*)packed.const_data_ptr();
+    if (narrow && header.format == Format::fixed) operators.pack_narrow(packed.data_ptr());
+    return packed.narrow(0, 0, operators.packed_bytes(header.format, out, in, gated, header.group));
 }
 
 const PackedHeader& header_of(const Tensor& packed) {
@@ -223,6 +223,8 @@ std::string select_one(std::string name) { return sluice::select(name); }
 
 int64_t byte_limit() { return sluice::operators().byte_limit; }
 
+int64_t narrow_rows() { return sluice::operators().narrow_rows; }
+
 bool screens() { return sluice::operators().screens; }
 
 }  // namespace
@@ -231,8 +233,9 @@ TORCH_LIBRARY(sluice_cpu, library) {
     library.def("available() -> str[]", instruction_sets);
     library.def("select(str name) -> str", select_one);
     library.def("byte_limit() -> int", byte_limit);
+    library.def("narrow_rows() -> int", narrow_rows);
     library.def("screens() -> bool", screens);
-    library.def("pack(Tensor weight, str format, bool gated, int group) -> Tensor");
+    library.def("pack(Tensor weight, str format, bool gated, int group, bool narrow=False) -> Tensor");
     library.def(
         "linear(Tensor x, Tensor packed, Tensor? norm_weight, float eps, Tensor? bias, Tensor? residual, ScalarType? out_dtype) -> Tensor");
     library.def("rounds_rows(Tensor packed) -> bool");

@@ -6,6 +6,7 @@
 #include "packing.h"
 #include "rows.h"
 #include "tiles.h"
+#include "narrow.h"
 #include "matrix_tiles.h"
 #include "linear.h"
 #include "sampling.h"
@@ -23,10 +24,10 @@ namespace SLUICE_ISA {
 inline const sluice::Operators& table(const char* name) {
     static const sluice::Operators operators{
         name,           panel_outputs,  Simd::byte_limit, Simd::fixed_point ? Format::fixed : Format::bf16,
-        bf16_rows,      Simd::screens,  packed_bytes,     pack,
-        pack_screen,    linear,         greedy_linear,    embedding_rows,
-        rms_norm_rows,  greedy,         sample,           logprobs,
-        attention,
+        bf16_rows,      Simd::narrow_rows, Simd::screens, packed_bytes,
+        pack,           pack_narrow,    pack_screen,      linear,
+        greedy_linear,  embedding_rows, rms_norm_rows,    greedy,
+        sample,         logprobs,       attention,
     };
     return operators;
 }

@@ -50,12 +50,14 @@ inline uint8_t* scratch(int which, int64_t bytes) {
 template <class Tile>
 struct Product {
     using Row = typename Tile::Row;
+    static constexpr bool narrow = std::is_same_v<Tile, NarrowTile>;
 
     const Linear& call;
     const PackedHeader& header;
     int64_t inputs;
     int64_t outputs;
     const uint8_t* panels;
+    int64_t panel_bytes;
     int64_t stride;   // elements of a row
     Row* rows;        // [call.rows, stride]
     float* row_scales;
@@ -108,7 +110,8 @@ struct Product {
           header(*(const PackedHeader*)call.packed),
           inputs(header.inputs),
           outputs(header.gated ? header.out_features / 2 : header.out_features),
-          panels((const uint8_t*)call.packed + header.panels),
+          panels(narrow ? narrow_panels(header) : (const uint8_t*)call.packed + header.panels),
+          panel_bytes(narrow ? narrow_size(inputs) : header.panel_bytes),
           stride(row_elements(inputs)),
           rows((Row*)memory),
           row_scales((float*)(memory + round_up(call.rows * stride * (int64_t)sizeof(Row), 64))),
@@ -164,7 +167,7 @@ struct Product {
         if constexpr (multiplies_matrices<Tile>) {
             multiply_matrices(row, 1, panel, sums);
         } else {
-            multiply(row, 1, 1, panel, 1, 0, inputs, header.panel_bytes, sums);
+            multiply(row, 1, 1, panel, 1, 0, inputs, panel_bytes, sums);
         }
         for (int v = 0; v < panel_vectors; ++v) Simd::store(to + v * width, value(row, panel, sums, v));
     }
@@ -177,7 +180,7 @@ struct Product {
     }
 
     // What follows a panel's inputs.
-    const uint8_t* after(int64_t panel) const { return panels + panel * header.panel_bytes + Tile::panel_offset(inputs, header.group); }
+    const uint8_t* after(int64_t panel) const { return panels + panel * panel_bytes + Tile::panel_offset(inputs, header.group); }
 
 private:
     static int64_t block_units(const PackedHeader& header) {
@@ -207,8 +210,8 @@ private:
                 for (int64_t i = 0; i < together; i += at_once) {
                     // What comes next: the next panel's part, or the first one's next.
                     const bool last = i + at_once == together && behind < inputs;
-                    const int64_t back = Tile::panel_offset(behind, header.group) - Tile::panel_offset(k, header.group) - i * header.panel_bytes;
-                    multiply(row, count, tiles, panel + i, at_once, k, behind, last ? back : header.panel_bytes, sums + i * size);
+                    const int64_t back = Tile::panel_offset(behind, header.group) - Tile::panel_offset(k, header.group) - i * panel_bytes;
+                    multiply(row, count, tiles, panel + i, at_once, k, behind, last ? back : panel_bytes, sums + i * size);
                 }
             }
             for (int64_t i = 0; i < together; i += per_unit) {
@@ -226,7 +229,7 @@ private:
     void run_matrices(int64_t row, int64_t row_end, int64_t first, int64_t last, const Out& out) {
         const int64_t per_unit = header.gated ? 2 : 1, most = Tile::max_rows * panel_outputs;
         for (int64_t panel = first * per_unit; panel < last * per_unit; panel += per_unit) {
-            ahead_.begin(panels + (panel + per_unit) * header.panel_bytes, per_unit * header.panel_bytes, row_end - row,
+            ahead_.begin(panels + (panel + per_unit) * panel_bytes, per_unit * panel_bytes, row_end - row,
                          per_unit * Tile::steps(inputs));
             for (int64_t top = row, count; top < row_end; top += count) {
                 count = Tile::rows_of_next(row_end - top);
@@ -241,7 +244,7 @@ private:
     }
 
     void multiply_matrices(int64_t row, int64_t count, int64_t panel, float* to) {
-        Tile::multiply(shape_, ahead_, count, rows + row * stride, stride, panels + panel * header.panel_bytes, inputs, to);
+        Tile::multiply(shape_, ahead_, count, rows + row * stride, stride, panels + panel * panel_bytes, inputs, to);
     }
 
     // Inputs [first, last), whose sums are added to those of the inputs before. Blocks of inputs outermost, so that their weights are in the
@@ -251,9 +254,9 @@ private:
         const int64_t block = Tile::block_inputs(inputs);
         for (int64_t k = first; k < last; k += block) {
             const Row* a = rows + row * stride + Tile::row_offset(k, inputs);
-            const uint8_t* w = panels + panel * header.panel_bytes + Tile::panel_offset(k, header.group);
+            const uint8_t* w = panels + panel * panel_bytes + Tile::panel_offset(k, header.group);
             int64_t size = std::min(block, last - k);
-            int64_t share = (size == inputs ? header.panel_bytes : Tile::panel_offset(size, header.group)) / tiles;
+            int64_t share = (size == inputs ? panel_bytes : Tile::panel_offset(size, header.group)) / tiles;
             const Asks asks = tiles == 1 ? Asks::alone : tiles == 2 && Tile::waits_for_memory ? Asks::far : Asks::near;
             const int64_t distance = tiles == 1 && Simd::bytes_ahead ? Simd::bytes_ahead : next;
             // Tiles of nearly equal height: none so low that its few sums wait for each other.
@@ -281,7 +284,7 @@ private:
     // Not inlined: among other tiles, its sums would not be given registers.
     template <int R, int C, Asks asks>
     [[gnu::noinline]] void tile(const Row* a, const uint8_t* w, int64_t size, Ahead ahead, bool goes_on, float* to) {
-        Tile::template add<R, C, asks>(a, stride, w, header.panel_bytes, size, header.group, ahead, goes_on, to);
+        Tile::template add<R, C, asks>(a, stride, w, panel_bytes, size, header.group, ahead, goes_on, to);
     }
 
     [[no_unique_address]] RowShape shape_;
@@ -370,10 +373,14 @@ inline void run_product(const Linear& call, const Out& out) {
     });
 }
 
-// body(Tile()) with the format's tile.
+// body(Tile()) with the tile of the weight's format, for so many rows.
 template <class Body>
-inline void with_tile(Format format, const Body& body) {
-    switch (format) {
+inline void with_tile(const void* packed, int64_t rows, const Body& body) {
+    const PackedHeader& header = *(const PackedHeader*)packed;
+    if constexpr (Simd::narrow_rows > 0) {
+        if (header.format == Format::fixed && header.group && rows <= Simd::narrow_rows) return body(NarrowTile());
+    }
+    switch (header.format) {
         case Format::f32: return body(FloatTile());
         case Format::bf16: return body(Bf16Matrix());
         case Format::fixed: return body(FixedTile());
@@ -385,7 +392,7 @@ inline void with_tile(Format format, const Body& body) {
 
 inline void linear(const Linear& call) {
     if (call.rows == 0) return;
-    with_tile(((const PackedHeader*)call.packed)->format, [&](auto tile) { run_product<decltype(tile)>(call, Outputs{call}); });
+    with_tile(call.packed, call.rows, [&](auto tile) { run_product<decltype(tile)>(call, Outputs{call}); });
 }
 
 }  // namespace SLUICE_ISA

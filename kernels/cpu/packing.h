@@ -1,7 +1,7 @@
 // How weights lie in memory: panels of a few vectors of outputs, each a run of [in / step][outputs][step] that a tile reads in order.
 //
 //   f32   step 1                                  bf16  step 2: pairs
-//   fixed step 2: pairs of int16, then a panel's float scales
+//   fixed step 2: pairs of int16, then a panel's float scales; behind all panels, where there is one, the narrow copy (narrow.h)
 //   int8  step 4: bytes, then a panel's float scales, then int32 128 * sum(w)
 //   int4  per group of inputs: step 8, 4 bytes: input i in the low nibble of byte i, input 4 + i in the high one, biased by 8;
 //         then half-float scales
@@ -36,12 +36,12 @@ constexpr int64_t equal_blocks(int64_t inputs, int64_t most) {
     return round_up((inputs + blocks - 1) / blocks, 16);
 }
 
-// Inputs of two of a tile's steps, which it makes at once; or of 16, which a product of matrices does.
+// Inputs of two of a tile's steps, which it makes at once, or of four; or of 16, which a product of matrices does.
 inline int input_steps(Format format) {
     if (format == Format::f32) return 2;
     if (Simd::matrices && format == Format::bf16) return 32;
     if (Simd::matrices && format == Format::int8) return 64;
-    return format == Format::int8 || format == Format::coarse ? 8 : 4;
+    return format == Format::int8 || format == Format::coarse || format == Format::fixed ? 8 : 4;
 }
 
 // A block's sums: |x| <= fixed_row_limit, and magnitudes of q that add up to at most fixed_sum_limit.
@@ -91,9 +91,13 @@ inline int64_t num_panels(int64_t out_features, bool gated) {
                  : (out_features + panel_outputs - 1) / panel_outputs;
 }
 
+// Bytes of a panel's narrow copy (narrow.h).
+inline int64_t narrow_size(int64_t inputs) { return round_up(inputs * panel_outputs * 3 / 2 + panel_outputs * 4, 64); }
+
 inline int64_t packed_bytes(Format format, int64_t out_features, int64_t in_features, bool gated, int group) {
-    return (int64_t)sizeof(PackedHeader) + table_bytes(format, padded_inputs(format, in_features, group)) +
-           num_panels(out_features, gated) * panel_size(format, in_features, group);
+    const int64_t inputs = padded_inputs(format, in_features, group), narrow = format == Format::fixed && group ? narrow_size(inputs) : 0;
+    return (int64_t)sizeof(PackedHeader) + table_bytes(format, inputs) +
+           num_panels(out_features, gated) * (panel_size(format, in_features, group) + narrow);
 }
 
 // The row of the checkpoint's weight behind an output of a panel, -1 for padding.

@@ -112,13 +112,16 @@ template <int R, int C, Asks asks, int steps>
 SLUICE_INLINE void prefetch(const uint8_t* at, int64_t panel_bytes, Ahead& ahead) {
     if constexpr (C > 1 || R == 1) {
         each<C>([&](auto c) SLUICE_HERE {
-            for (int b = 0; b < steps * step_bytes; b += 64) __builtin_prefetch(at + c * panel_bytes + b + prefetch_bytes);
+            each<(steps * step_bytes + 63) / 64>([&](auto i) SLUICE_HERE {
+                __builtin_prefetch(at + c * panel_bytes + i * 64 + prefetch_bytes);
+            });
         });
     } else if constexpr (asks != Asks::alone || !Simd::reads_ahead) {
-        for (int b = 0; b < steps * step_bytes; b += asks == Asks::alone ? 64 : 128) {
+        constexpr int stride = asks == Asks::alone ? 64 : 128;
+        each<(steps * step_bytes + stride - 1) / stride>([&](auto) SLUICE_HERE {
             __builtin_prefetch(ahead.at, 0, asks == Asks::far ? 2 : 3);
             ahead.at += ahead.step;
-        }
+        });
     }
 }
 
@@ -258,6 +261,12 @@ struct PairTile {
                     [](I s, I x, I b) SLUICE_HERE { return Simd::add_pair_products(s, x, b); });
             });
         });
+        scale_blocks(sum, a, stride, goes_on, sums);
+    }
+
+    // Adds a block's sums, each times its row's scale.
+    template <int R, int V>
+    SLUICE_INLINE static void scale_blocks(const I (&sum)[R][V], const Row* a, int64_t stride, bool goes_on, float* sums) {
         each<R>([&](auto r) SLUICE_HERE {
             float row_scale;
             std::memcpy(&row_scale, a + r * stride, sizeof row_scale);

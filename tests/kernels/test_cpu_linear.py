@@ -78,7 +78,7 @@ def assert_close(native: object, case: Case, dtype: torch.dtype, stored_as: str)
     """Against the twin in float32; the yardstick is plain torch, which rounds each part to the working type."""
     mine = case.to(dtype)
     exact = mine.to(torch.float32)
-    stored = reference.pack_weight(mine.weight, stored_as, mine.gated, mine.group, native.byte_limit())  # type: ignore[attr-defined]
+    stored = reference.pack_weight(mine.weight, stored_as, mine.gated, mine.group, byte_limit=native.byte_limit())  # type: ignore[attr-defined]
     wanted = reference.linear(exact.x, stored, exact.norm_weight, EPS, exact.bias, exact.residual, None)
     plain = wanted.to(dtype)
     if stored_as in ("float32", "bfloat16"):
