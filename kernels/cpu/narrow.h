@@ -10,7 +10,7 @@
 
 namespace SLUICE_ISA {
 
-constexpr int narrow_inputs = 8;  // that are packed together: a multiple of what a panel holds, a divisor of a block of inputs
+constexpr int narrow_inputs = 8;  // that are packed together; a panel and a block of inputs have a multiple of them
 
 // Bytes before input k of a panel.
 constexpr int64_t narrow_offset(int64_t k) { return k * panel_outputs * 3 / 2; }
@@ -62,7 +62,6 @@ inline void pack_narrow(void* packed) {
 }
 
 struct NarrowTile : FixedTile {
-
     static constexpr int64_t panel_offset(int64_t k, int) { return narrow_offset(k); }
 
     template <int R, int C, Asks asks>
