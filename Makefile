@@ -82,11 +82,11 @@ setup: $(VENV)/.runtime  ## the virtual environment, runtime only
 setup-dev: $(VENV)/.dev  ## the virtual environment with test tools
 
 lock: | $(UV)  ## pin every dependency anew (hashes, no index lines)
-	@$(UV) pip compile --quiet --upgrade --universal --generate-hashes --no-emit-index-url --no-annotate --python-version 3.11 \
+	@$(UV) pip compile --quiet --upgrade --universal --generate-hashes --no-annotate --python-version 3.11 \
 	    --custom-compile-command "make lock" -o deploy/runtime.lock pyproject.toml
-	@$(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-annotate --python-version 3.11 \
+	@$(UV) pip compile --quiet --universal --generate-hashes --no-annotate --python-version 3.11 \
 	    --custom-compile-command "make lock" -c deploy/runtime.lock --extra dev -o deploy/dev.lock pyproject.toml
-	@$(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-annotate --python-version 3.11 \
+	@$(UV) pip compile --quiet --universal --generate-hashes --no-annotate --python-version 3.11 \
 	    --custom-compile-command "make lock" -c deploy/runtime.lock --extra report -o deploy/report.lock pyproject.toml
 
 proto: setup-dev  ## generate the protobuf code anew

@@ -98,12 +98,9 @@ class TokenPieces:
             return bytes([int(match[1], 16)])
         for old, new in self._replacements:
             token = token.replace(old, new)
-        if self._alphabet:
-            try:
-                return bytes([self._alphabet[character] for character in token])
-            except KeyError:
-                pass  # an added token, which stands for itself
-        return token.encode("utf-8")
+        if self._alphabet.keys() >= set(token):
+            return bytes([self._alphabet[character] for character in token])
+        return token.encode("utf-8")  # no alphabet, or an added token, which stands for itself
 
 
 def _steps(decoder: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
