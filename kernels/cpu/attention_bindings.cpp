@@ -1,5 +1,5 @@
 // torch.ops.sluice_cpu.attention and attention_plan: checks everything that an address is made of, then calls the table in use.
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 #include <omp.h>
 #include <torch/library.h>
 

@@ -1,6 +1,6 @@
 // The operators as torch.ops.sluice_cpu.*: checks every shape and type, allocates outputs, calls the table in use.
 #include <torch/library.h>
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 #include "dispatch.h"
 #include "memory.h"
@@ -219,7 +219,7 @@ std::tuple<Tensor, Tensor, Tensor> logprobs(const Tensor& logits, const Tensor& 
 
 std::vector<std::string> instruction_sets() { return sluice::available(); }
 
-std::string select_one(std::string name) { return sluice::select(name); }
+void select_one(std::string name) { sluice::select(name); }
 
 int64_t byte_limit() { return sluice::operators().byte_limit; }
 
@@ -231,7 +231,7 @@ bool screens() { return sluice::operators().screens; }
 
 TORCH_LIBRARY(sluice_cpu, library) {
     library.def("available() -> str[]", instruction_sets);
-    library.def("select(str name) -> str", select_one);
+    library.def("select(str name) -> ()", select_one);
     library.def("byte_limit() -> int", byte_limit);
     library.def("narrow_rows() -> int", narrow_rows);
     library.def("screens() -> bool", screens);

@@ -1,10 +1,12 @@
 """Builds the C++ operators once with torch's extension loader, and says which instruction set runs, or why none does.
 
 The library lies in `${SLUICE_CACHE:-~/.cache/sluice}/build/` under a name made of its sources, torch and the compiler: a change of any
-of them builds anew, nothing else does. Two processes never build at once, and a build that was cut short leaves nothing behind.
+of them builds anew, nothing else does. In it is the best instruction set that the processor has; another, when it is named, is built beside
+it. Two processes never build at once, and a build that was cut short leaves nothing behind.
 A machine without a compiler is no error: the caller takes the plain-torch operators.
 """
 
+import ctypes
 import fcntl
 import functools
 import hashlib
@@ -37,6 +39,17 @@ _NEEDS["amx"] = _NEEDS["avx512_vnni"] | {"amx_tile", "amx_bf16", "amx_int8"}
 # place by place, and with it the bits of a row.
 _FLAGS = ["-O2", "-std=c++20", "-fopenmp", "-fno-math-errno", "-ffp-contract=off", "-Wno-psabi", "-Wno-unknown-pragmas"]
 
+_BASE = (
+    "program.cpp",
+    "attention_bindings.cpp",
+    "bindings.cpp",
+    "single_tokens.cpp",
+    "memory.cpp",
+    "thread_pool.cpp",
+    "dispatch.cpp",
+)
+"""What every instruction set is called through, those that take the compiler longest first."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
@@ -58,29 +71,32 @@ def choose(wanted: str, tell: Callable[[str], None] = lambda what: None) -> Choi
     """
     if wanted == "torch":
         return Choice(instruction_set="", reason="plain torch, as configured")
+    best = runnable()
+    if wanted != "auto" and wanted not in best:
+        raise BuildError(f"instruction set {wanted!r} is not one that this processor has: {', '.join(best)}")
     try:
-        _load(tell)
+        name = next(name for name in (best if wanted == "auto" else (wanted,)) if _offered(name, tell))
     except BuildError as error:
         if wanted != "auto":
             raise
         return Choice(instruction_set="", reason=f"plain torch: {error}")
-    try:
-        name = torch.ops.sluice_cpu.select.default(wanted)
-    except (RuntimeError, ValueError) as error:
-        found = ", ".join(torch.ops.sluice_cpu.available.default())
-        raise BuildError(f"instruction set {wanted!r} is not one that this processor has: {found}") from error
-    best = "the best that this processor has" if wanted == "auto" else "as configured"
-    return Choice(instruction_set=name, reason=f"C++ operators with {name}, {best}")
+    except StopIteration:
+        raise BuildError(f"the system does not let this process use {wanted}; leave engine.cpu_isa at auto") from None
+    torch.ops.sluice_cpu.select.default(name)
+    why = "the best that this processor has" if wanted == "auto" else "as configured"
+    return Choice(instruction_set=name, reason=f"C++ operators with {name}, {why}")
 
 
 def runnable() -> tuple[str, ...]:
-    """Those of `NATIVE` that this processor has, best first, as dispatch.cpp has them."""
+    """Those of `NATIVE` that this processor has, best first."""
     flags: set[str] = set()
     names = list(NATIVE)
     if platform.machine() in ("x86_64", "AMD64"):
         for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
             name, _, value = line.partition(":")
             if name.strip() == "vendor_id" and value.strip() == "GenuineIntel":
+                # Intel's dot product of bf16 takes longer than the two products of floats that it stands for: with fixed point and VNNI a
+                # prompt is computed 2.7 times as fast (Emerald Rapids).
                 names.remove("avx512_bf16")
                 names.insert(names.index("avx512_vnni") + 1, "avx512_bf16")
             elif name.strip() == "flags":
@@ -92,7 +108,7 @@ def runnable() -> tuple[str, ...]:
 def library_path() -> Path:
     """Where the built library lies, built or not. Raises `BuildError` when there is no compiler to build it with, or no place."""
     version = _version(*_compiler())
-    told = hashlib.sha256(repr((torch.__version__, sys.version_info[:2], version, runnable(), _FLAGS)).encode())
+    told = hashlib.sha256(repr((torch.__version__, sys.version_info[:2], version, runnable()[0], _FLAGS)).encode())
     for source in sorted([*_SOURCES.glob("*.cpp"), *_SOURCES.glob("*.h")]):
         told.update(source.name.encode() + source.read_bytes())
     try:
@@ -119,16 +135,26 @@ def _version(*compiler: str) -> list[str]:
     return subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout.splitlines()[:1]
 
 
-def _load(tell: Callable[[str], None]) -> None:
-    if hasattr(torch.ops.sluice_cpu, "linear"):
-        return
-    library = library_path()
+def _offered(name: str, tell: Callable[[str], None]) -> bool:
+    """Whether an instruction set can be selected, once its library is built and loaded: the system may refuse its registers."""
+    best = runnable()[0]
+    if not hasattr(torch.ops.sluice_cpu, "linear"):
+        _load(library_path(), _BASE, best, tell)
+    if name != best and name not in torch.ops.sluice_cpu.available.default():
+        _load(library_path().with_name(f"sluice_cpu_{name}.so"), (), name, tell)
+    return name in torch.ops.sluice_cpu.available.default()
+
+
+def _load(library: Path, sources: tuple[str, ...], isa: str, tell: Callable[[str], None]) -> None:
     try:
         if not library.exists():
             with _alone(library.parent):
                 if not library.exists():
-                    _build(library, tell)
+                    tell(f"building the C++ operators for {isa}, once (about a minute)")
+                    _build(library, (f"isa_{isa}.cpp", *sources))
         torch.ops.load_library(str(library))
+        # A second instruction set's library takes the threads from the first one's.
+        ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
     except OSError as error:
         # Of another user, full, read-only, or not to be run from.
         raise BuildError(f"{library.parent} cannot be used ({error}); set SLUICE_CACHE to another folder") from error
@@ -143,7 +169,7 @@ def _alone(directory: Path) -> Iterator[None]:
         yield
 
 
-def _build(library: Path, tell: Callable[[str], None]) -> None:
+def _build(library: Path, sources: tuple[str, ...]) -> None:
     from torch.utils import cpp_extension
 
     # The interpreter's own folder has the ninja that was installed beside it, whether or not the environment is activated.
@@ -151,29 +177,13 @@ def _build(library: Path, tell: Callable[[str], None]) -> None:
     os.environ["CXX"] = shlex.join(_compiler())
     if not cpp_extension.is_ninja_available():
         raise BuildError("ninja is missing; pip install ninja")
-    tell("building the C++ operators for this processor, once (about a minute)")
-    built = runnable()
-    sources = [
-        _SOURCES / name
-        for name in (
-            "bindings.cpp",
-            "attention_bindings.cpp",
-            "program.cpp",
-            "single_tokens.cpp",
-            "memory.cpp",
-            "dispatch.cpp",
-            "thread_pool.cpp",
-            *(f"isa_{isa}.cpp" for isa in built),
-        )
-    ]
-    flags = [*_FLAGS, *(f"-DSLUICE_HAS_{isa}" for isa in built)]
     with tempfile.TemporaryDirectory(dir=library.parent) as work:
         log = library.parent / "build.log"
         try:
             cpp_extension.load(
-                "sluice_cpu",
-                [str(source) for source in sources],
-                extra_cflags=flags,
+                library.stem,
+                [str(_SOURCES / name) for name in sources],
+                extra_cflags=_FLAGS,
                 extra_ldflags=["-fopenmp"],
                 build_directory=work,
                 is_python_module=False,
@@ -184,5 +194,5 @@ def _build(library: Path, tell: Callable[[str], None]) -> None:
             log.write_text(str(error), "utf-8")
             raise BuildError(f"the compiler failed; its words are in {log}") from error
         # Torch numbers the file where an earlier try of this process has failed.
-        [made] = Path(work).glob("sluice_cpu*.so")
+        [made] = Path(work).glob(f"{library.stem}*.so")
         made.rename(library)

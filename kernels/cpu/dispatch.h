@@ -1,4 +1,4 @@
-// The operators in use: of the best instruction set that was built and that this processor has, unless one is named.
+// The operators in use: those of the instruction set that is selected, of all whose files have been loaded.
 #pragma once
 
 #include <string>
@@ -8,13 +8,13 @@
 
 namespace sluice {
 
+// Throws std::logic_error before one is selected.
 const Operators& operators();
 
-// Names that can be selected here, best first.
+// Names that can be selected.
 std::vector<std::string> available();
 
-// Takes "auto" or one of `available()`; gives the name in use. Throws std::invalid_argument for another. Packed weights belong to the
-// instruction set that packed them.
-std::string select(const std::string& name);
+// Takes one of `available()`; throws std::invalid_argument for another. Packed weights belong to the instruction set that packed them.
+void select(const std::string& name);
 
 }  // namespace sluice

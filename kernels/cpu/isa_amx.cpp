@@ -7,6 +7,4 @@
 #include "simd_avx512.h"
 #include "isa.h"
 
-namespace sluice {
-const Operators& operators_amx() { return isa_amx::table("amx"); }
-}  // namespace sluice
+static const bool offered = sluice::amx_granted() && sluice::offer(isa_amx::table("amx"));

@@ -6,6 +6,4 @@
 #include "simd_avx2.h"
 #include "isa.h"
 
-namespace sluice {
-const Operators& operators_avx2() { return isa_avx2::table("avx2"); }
-}  // namespace sluice
+static const bool offered = sluice::offer(isa_avx2::table("avx2"));

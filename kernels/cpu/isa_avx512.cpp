@@ -6,6 +6,4 @@
 #include "simd_avx512.h"
 #include "isa.h"
 
-namespace sluice {
-const Operators& operators_avx512() { return isa_avx512::table("avx512"); }
-}  // namespace sluice
+static const bool offered = sluice::offer(isa_avx512::table("avx512"));

@@ -7,6 +7,4 @@
 #include "simd_avx512.h"
 #include "isa.h"
 
-namespace sluice {
-const Operators& operators_avx512_bf16() { return isa_avx512_bf16::table("avx512_bf16"); }
-}  // namespace sluice
+static const bool offered = sluice::offer(isa_avx512_bf16::table("avx512_bf16"));

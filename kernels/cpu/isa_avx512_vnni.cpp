@@ -6,6 +6,4 @@
 #include "simd_avx512.h"
 #include "isa.h"
 
-namespace sluice {
-const Operators& operators_avx512_vnni() { return isa_avx512_vnni::table("avx512_vnni"); }
-}  // namespace sluice
+static const bool offered = sluice::offer(isa_avx512_vnni::table("avx512_vnni"));

@@ -5,6 +5,4 @@
 #include "simd_scalar.h"
 #include "isa.h"
 
-namespace sluice {
-const Operators& operators_scalar() { return isa_scalar::table("scalar"); }
-}  // namespace sluice
+static const bool offered = sluice::offer(isa_scalar::table("scalar"));

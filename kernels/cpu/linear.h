@@ -274,9 +274,9 @@ private:
             if (height != R) return add_tile<R + 1>(height, asks, a, w, size, at_once, ahead, goes_on, to);
             if (asks == Asks::alone && at_once > 1) return tile<R, panels_at_once(R), Asks::alone>(a, w, size, ahead, goes_on, to);
             if (asks == Asks::alone) return tile<R, 1, Asks::alone>(a, w, size, ahead, goes_on, to);
-            if constexpr (2 * R >= Tile::max_rows) {  // of nearly equal ones, none is lower
-                if (asks == Asks::near) tile<R, 1, Asks::near>(a, w, size, ahead, goes_on, to);
-                else tile<R, 1, Asks::far>(a, w, size, ahead, goes_on, to);
+            if constexpr (Tile::shares_blocks && 2 * R >= Tile::max_rows) {  // of nearly equal ones, none is lower
+                if (!Tile::waits_for_memory || asks == Asks::near) return tile<R, 1, Asks::near>(a, w, size, ahead, goes_on, to);
+                if constexpr (Tile::waits_for_memory) tile<R, 1, Asks::far>(a, w, size, ahead, goes_on, to);
             }
         }
     }

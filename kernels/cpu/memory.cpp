@@ -3,6 +3,7 @@
 // pages, one of 1 row 7 %, and one of 32 rows over 512 tokens each 12 % less as a whole.
 #include "memory.h"
 
+#include <ATen/ops/from_blob.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/syscall.h>

@@ -1,7 +1,7 @@
 // Memory in huge pages where the system gives them, for what a step reads much of: weights, keys and values.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 namespace sluice {
 

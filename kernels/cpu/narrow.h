@@ -62,6 +62,8 @@ inline void pack_narrow(void* packed) {
 }
 
 struct NarrowTile : FixedTile {
+    static constexpr bool shares_blocks = false;  // Simd::narrow_rows is a tile's
+
     static constexpr int64_t panel_offset(int64_t k, int) { return narrow_offset(k); }
 
     template <int R, int C, Asks asks>

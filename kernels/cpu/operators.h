@@ -111,13 +111,7 @@ struct Operators {
     void (*attention)(const Attention& call);
 };
 
-const Operators& operators_scalar();
-#if defined(__x86_64__)
-const Operators& operators_avx2();
-const Operators& operators_avx512();
-const Operators& operators_avx512_vnni();
-const Operators& operators_avx512_bf16();
-const Operators& operators_amx();
-#endif
+// Makes known what one instruction set has compiled, as its file does when it is loaded. True.
+bool offer(const Operators& operators);
 
 }  // namespace sluice

@@ -2,7 +2,8 @@
 // checks, outputs and torch's dispatch take 5 us each if a step's weights have just passed through the caches.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 
 #include <cstring>
 #include <type_traits>

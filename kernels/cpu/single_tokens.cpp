@@ -1,7 +1,8 @@
 // torch.ops.sluice_cpu.single_tokens: the flat batch of a step of single tokens, from what the host remembers of each slot.
 //
 // One call in place of two dozen of Python's, which find the caches emptied by the step before.
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 namespace {

@@ -10,6 +10,7 @@
 //   add<R, C, asks>(a, stride, w, panel_bytes, inputs, group, ahead, goes_on, sums)
 //                           multiplies them: `a` rows `stride` elements apart, `w` in the first of C panels `panel_bytes` apart, `sums`
 //                           [R][C * panel_outputs], lanes of 32 bits, which hold those of the inputs before if it `goes_on`
+//   shares_blocks           whether rows may be more than one tile's
 //   waits_for_memory        whether two tiles take less time than a block's way from memory
 //   total(sums, after, v)   vector v of a panel's sums in floats, `after` the panel's inputs
 #pragma once
@@ -158,6 +159,7 @@ SLUICE_INLINE const uint8_t* vector_at(const uint8_t* at, int64_t panel_bytes, i
 constexpr auto add_product = [](F sum, F x, F weights) SLUICE_HERE { return Simd::add_product(sum, x, weights); };
 
 struct OneBlock {
+    static constexpr bool shares_blocks = true;
     static constexpr bool waits_for_memory = true;
     static constexpr int64_t block_inputs(int64_t inputs) { return inputs; }
     static constexpr int64_t part_inputs(int) { return 64; }
@@ -233,6 +235,7 @@ struct PairTile {
     static constexpr int pairs = 2 / weight_bytes;  // of a step
 
     static constexpr int64_t row_block(int64_t inputs) { return fixed_scale_words + inputs; }
+    static constexpr bool shares_blocks = true;
     static constexpr bool waits_for_memory = true;
     static constexpr int64_t block_inputs(int64_t inputs) { return fixed_block(inputs); }
     static constexpr int64_t part_inputs(int) { return 1; }  // whole blocks

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from kernels.cpu import BuildError
-from kernels.cpu.build import _compiler, library_path
+from kernels.cpu import BuildError, build
+from kernels.cpu.build import _compiler, library_path, runnable
 
 
 def chosen(**environment: str) -> str:
@@ -70,3 +70,18 @@ def test_no_home_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "home", nowhere)
     with pytest.raises(BuildError, match="set SLUICE_CACHE"):
         library_path()
+
+
+@pytest.mark.skipif(len(runnable()) < 2, reason="this processor has plain C++ alone")
+def test_what_the_system_refuses_is_passed_over_unless_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Linux may refuse the registers of AMX."""
+    best, second, *_ = runnable()
+    offered = build._offered
+    monkeypatch.setattr(build, "_offered", lambda name, tell: name != best and offered(name, tell))
+    try:
+        assert build.choose("auto").instruction_set == second
+        with pytest.raises(BuildError, match=f"does not let this process use {best}; leave engine.cpu_isa at auto"):
+            build.choose(best)
+    finally:
+        monkeypatch.undo()
+        assert build.choose("auto").instruction_set == best

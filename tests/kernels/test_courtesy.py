@@ -52,7 +52,7 @@ import ctypes, json, sys, time
 import torch
 
 torch.ops.load_library(sys.argv[1])
-torch.ops.sluice_cpu.select("auto")
+torch.ops.sluice_cpu.select(torch.ops.sluice_cpu.available()[0])
 torch.set_num_threads(1)  # more would yield where they wait for one another
 weight = torch.ones(256, 256)
 packed, x = torch.ops.sluice_cpu.pack(weight, "float32", False, 0), torch.ones(64, 256)

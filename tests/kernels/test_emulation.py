@@ -22,7 +22,7 @@ SUITES = ("test_cpu_linear.py", "test_narrow_copies.py", "test_greedy_linear.py"
     reason=f"{SIMDE} is missing (libsimde-dev): it runs where that is, as on Debian as root, where `make test` installs it",
 )
 @pytest.mark.timeout(900)
-def test_the_operators_with_avx512_and_amx_emulated_are_their_twins() -> None:
+def test_the_operators_of_what_this_processor_lacks_are_their_twins() -> None:
     arguments = [
         "-p",
         "tests.kernels.emulation.plugin",

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from kernels.cpu import choose
+from kernels.cpu.build import runnable
 from service.cli.demo_model import ensure_demo_model
 from service.errors import SetupError
 from tests.servers import jaeger, kafka
@@ -51,6 +52,9 @@ def _operators() -> None:
     choice = choose("auto")
     if not choice.instruction_set:
         print(f"the engine is tested on {choice.reason}", flush=True)
+        return
+    for name in runnable():
+        choose(name)
 
 
 def _told(what: str, prepare: object) -> None:

@@ -222,6 +222,7 @@ void write_behind(const Operators& operators, Chance& chance) {
 int main(int count, char** arguments) {
     if (count == 2 && std::string(arguments[1]) == "planted") {
         Chance chance(0);
+        sluice::select(sluice::available().front());
         write_behind(sluice::operators(), chance);
         return 0;
     }
