@@ -1,6 +1,6 @@
 """A pytest plugin: the C++ operators with AVX-512 emulated by SIMDe, and AMX by amx.h, stand in for those that this machine would build.
 
-`pytest -p tests.kernels.emulation.plugin tests/kernels/test_cpu_linear.py` then runs each test for the instruction sets of `EMULATED`, which
+`pytest -p tests.kernels.emulation.plugin tests/kernels/test_cpu_linear.py` then runs each test for the sets of `EMULATED`, which
 this processor lacks.
 """
 
