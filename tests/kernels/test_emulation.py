@@ -21,17 +21,10 @@ SUITES = ("test_cpu_linear.py", "test_narrow_copies.py", "test_greedy_linear.py"
     not SIMDE.exists(),
     reason=f"{SIMDE} is missing (libsimde-dev): it runs where that is, as on Debian as root, where `make test` installs it",
 )
-@pytest.mark.timeout(900)
-def test_the_operators_of_what_this_processor_lacks_are_their_twins() -> None:
-    arguments = [
-        "-p",
-        "tests.kernels.emulation.plugin",
-        "-q",
-        "-x",
-        "-k",
-        "not fuzz",
-        *(f"tests/kernels/{name}" for name in SUITES),
-    ]
+@pytest.mark.timeout(900)  # the first builds what is emulated
+@pytest.mark.parametrize("suite", SUITES)
+def test_the_operators_of_what_this_processor_lacks_are_their_twins(suite: str) -> None:
+    arguments = ["-p", "tests.kernels.emulation.plugin", "-q", "-x", "-k", "not fuzz", f"tests/kernels/{suite}"]
     done = subprocess.run([sys.executable, "-m", "pytest", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:]
     assert " passed" in done.stdout
