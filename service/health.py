@@ -16,11 +16,13 @@ State = Literal["starting", "ready", "degraded", "draining", "dead"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HealthReport:
-    """A moment's health. `fraction` of the phase in [0, 1] while `state` is starting; `reasons` say why it is not plainly ready."""
+    """A moment's health. While `state` is starting, `fraction` of the phase in [0, 1] and what is being done; `reasons` say why it is not
+    plainly ready."""
 
     state: State
     phase: str = ""
     fraction: float = 0.0
+    detail: str = ""
     reasons: tuple[str, ...] = ()
 
     @property
@@ -67,11 +69,9 @@ class Health:
             return HealthReport(state="draining", reasons=(self._drain_reason,))
         degraded = tuple(f"{part}: {reason}" for part, reason in self._degraded.items())
         if not self._engine_ready:
-            detail = f": {self._progress.detail}" if self._progress.detail else ""
-            why = self._restart_reason or f"engine is {self._progress.phase}{detail}"
-            return HealthReport(
-                state="starting", phase=self._progress.phase, fraction=self._progress.fraction, reasons=(why, *degraded)
-            )
+            phase, fraction, detail = self._progress.phase, self._progress.fraction, self._progress.detail
+            why = self._restart_reason or f"engine is {phase}{detail and f': {detail}'}"
+            return HealthReport(state="starting", phase=phase, fraction=fraction, detail=detail, reasons=(why, *degraded))
         return HealthReport(state="degraded" if degraded else "ready", reasons=degraded)
 
     def engine_progress(self, progress: EngineProgress) -> None:

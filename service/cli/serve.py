@@ -74,7 +74,7 @@ async def loading(core: Core, start: Callable[[], Awaitable[T]]) -> T:
 
         def show(report: HealthReport) -> None:
             if report.state == "starting":
-                tell(report.fraction, report.phase)
+                tell(report.fraction, report.detail or report.phase)
 
         unwatch = core.health.watch(show)
         try:

@@ -3,11 +3,14 @@
 import gc
 import os
 import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from engine import EngineProgress
 from service.app import Endpoints
 from service.cli import output, serve
 from service.config import Settings
@@ -74,3 +77,21 @@ async def test_a_second_signal_ends_at_once_also_where_nobody_reads_what_it_says
     with pytest.raises(SystemExit):
         handle()
     assert ended == [serve.SECOND_SIGNAL_EXIT]
+
+
+async def test_the_bar_says_what_a_starting_engine_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A first start waits over a minute for the compiler."""
+    told: list[tuple[float, str]] = []
+    core = SimpleNamespace(health=Health())
+
+    @contextmanager
+    def progress(title: str) -> Iterator[Callable[[float, str], None]]:
+        yield lambda share, what: told.append((share, what))
+
+    async def start() -> None:
+        for fraction, detail in ((0.0, "building the C++ operators"), (0.5, "")):
+            core.health.engine_progress(EngineProgress(phase="loading", fraction=fraction, detail=detail))
+
+    monkeypatch.setattr(output, "progress", progress)
+    await serve.loading(core, start)
+    assert told == [(0.0, "starting"), (0.0, "building the C++ operators"), (0.5, "loading")]
