@@ -28,7 +28,7 @@ $(VENV)/.dev: deploy/dev.lock $(VENV)/.runtime
 	@$(UV) pip install --quiet --python $(BIN)/python --require-hashes -r deploy/dev.lock
 	@touch $@
 
-demo: setup  ## a broker, the service, real prompts and their tokens, in two minutes
+demo: setup  ## a broker, the service, real prompts and their tokens, in some minutes the first time
 	@$(BIN)/sluice demo
 
 serve: setup  ## a broker and the service until Ctrl-C; prints what to try
