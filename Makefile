@@ -39,7 +39,7 @@ servers: setup-dev  ## fetch and build what the tests run against (model, Kafka,
 
 WORKERS ?= 2
 test: servers  ## every test, files side by side in 2 workers (WORKERS=…), each with a broker of its own unless one is named
-	@$(BIN)/python -m pytest $(if $(filter-out 1,$(WORKERS)),-n $(WORKERS) --dist loadfile --no-loadscope-reorder)
+	@$(BIN)/python -m pytest $(if $(filter-out 1,$(WORKERS)),-n $(WORKERS) --dist loadfile)
 
 lint: setup-dev  ## style, types, import contracts, generated code
 	@$(BIN)/ruff format --check --quiet . || { echo "ruff format . would change files" >&2; exit 1; }

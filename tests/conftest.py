@@ -2,7 +2,6 @@
 
 import gc
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -16,16 +15,6 @@ prefer_short_spin()
 # No test is judged by how long it took, an example of a property neither.
 settings.register_profile("sluice", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("sluice")
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files whose tests may take longest come first: of files side by side, one that began last would be waited for alone."""
-    allowed: dict[Path, float] = {}
-    for item in items:
-        marker = item.get_closest_marker("timeout")
-        allowed[item.path] = max(allowed.get(item.path, 0), marker.args[0] if marker else 0)
-    items.sort(key=lambda item: allowed[item.path], reverse=True)
 
 
 @pytest.fixture(scope="session", autouse=True)

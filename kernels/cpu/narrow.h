@@ -62,7 +62,8 @@ inline void pack_narrow(void* packed) {
 }
 
 struct NarrowTile : FixedTile {
-    static constexpr bool shares_blocks = false;  // Simd::narrow_rows is a tile's
+    static_assert(Simd::narrow_rows <= max_rows);
+    static constexpr bool shares_blocks = false;
 
     static constexpr int64_t panel_offset(int64_t k, int) { return narrow_offset(k); }
 

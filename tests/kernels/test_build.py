@@ -72,7 +72,9 @@ def test_no_home_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         library_path()
 
 
-@pytest.mark.skipif(len(runnable()) < 2, reason="this processor has plain C++ alone")
+@pytest.mark.skipif(
+    len(runnable()) < 2, reason="this processor has plain C++ alone; it runs where there is AVX2, as in continuous integration"
+)
 def test_what_the_system_refuses_is_passed_over_unless_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """As Linux may refuse the registers of AMX."""
     best, second, *_ = runnable()
