@@ -46,11 +46,6 @@ class EngineConfig:
     the C++ operators of a CPU. The embedding stays as it is, and with `int4` so does the head. Faster and smaller, and not quite the
     same model."""
 
-    narrow_copies: bool = True
-    """Keeps plain bfloat16 weights a second time, in 12 bits, where they are multiplied in fixed point (C++ operators with AVX-512 VNNI):
-    steps of up to 8 tokens read a quarter less, and say the same bit for bit. Takes 3/4 as much memory again as the weights; left out
-    where that is more than an eighth of the machine's or cgroup's."""
-
     screen_head: bool = True
     """Keeps a plain head a second time, in 8 bits, for the C++ operators of a CPU: the greedy tokens of a step that wants nothing else are
     found from half the bytes, and are the same tokens. Takes a byte for each of the head's weights (SmolLM2-135M: 28 MB); nothing

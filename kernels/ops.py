@@ -37,7 +37,7 @@ class Operators:
     greedy: Callable[[Tensor], Tensor]
     sample: Callable[[Tensor, Tensor, Tensor], Tensor]
     logprobs: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
-    pack_weight: Callable[[Tensor, str, bool, int, bool], Any] | None = None
+    pack_weight: Callable[[Tensor, str, bool, int], Any] | None = None
     linear: Callable[..., Tensor] | None = None
     rounds_rows: Callable[[Any], bool] | None = None
     greedy_linear: Callable[..., Tensor] | None = None

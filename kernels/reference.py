@@ -42,15 +42,12 @@ class PackedWeight:
     gated: bool
 
 
-def pack_weight(
-    weight: Tensor, format: str, gated: bool, group: int, narrow: bool = False, *, byte_limit: int = 127
-) -> PackedWeight:
+def pack_weight(weight: Tensor, format: str, gated: bool, group: int, *, byte_limit: int = 127) -> PackedWeight:
     """A weight [out, in] as `format` stores it: float32, bfloat16, int8 or int4.
 
     int8: q * scale, one scale an output, the largest magnitude is `byte_limit` (64 where a processor sums two products of bytes in
     16 bits, so that each sum is exact). int4: q in [-8, 7] times a float16 scale for each `group`
     inputs of an output; the value of largest magnitude is -8. `gated`: the first half of the outputs is SiLU's gate of the second.
-    `narrow`: with a second copy of the same numbers for products of few rows, where there is such a thing.
     """
     wide = weight.float()
     if format == "bfloat16":

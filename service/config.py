@@ -76,10 +76,6 @@ class EngineSection(Section):
     quantize: Literal["", "int8", "int4"] = ""
     """Store a plain checkpoint's weights in 8 or 4 bits when it is loaded, on a CPU: faster and smaller, not quite the same model."""
 
-    narrow_copies: bool = True
-    """Keep plain weights in 12 bits as well, where a CPU's fixed point gains by it: steps of few sequences come sooner, bit for bit the
-    same. 3/4 as much memory again, unless that is more than an eighth of all."""
-
     screen_head: bool = True
     """Keep a plain head in 8 bits as well, on a CPU: greedy tokens, the very same ones, come sooner. A byte for each of its weights."""
 

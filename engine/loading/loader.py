@@ -8,7 +8,6 @@ import torch
 
 from engine.config import EngineConfig
 from engine.errors import CheckpointError, ConfigError
-from engine.host_memory import usable_bytes
 from engine.loading import checkpoint, dummy
 from engine.loading.config_file import DTYPES, read_eos_token_ids, read_model_config
 from engine.loading.header import StoredTensor
@@ -26,10 +25,6 @@ class LoadPlan:
     eos_token_ids: tuple[int, ...]
     dtype: torch.dtype
     stored: dict[str, StoredTensor] | None
-
-
-NARROW_COPIES_SHARE = 8
-"""One in so many bytes of memory at most goes to narrow copies of weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,18 +48,14 @@ def plan_load(config: EngineConfig, device: torch.device, operators: Operators) 
     if config.quantize:
         shape = replace(shape, quant_method=_quantize(config.quantize, shape, operators))
     if config.load_format == "dummy":
-        stored, dtype = None, _dtype(config, shape, torch.bfloat16, device, operators)
-    else:
-        stored = checkpoint.stored_tensors(model_dir)
-        embedding = stored.get("model.embed_tokens.weight")
-        dtype = _dtype(config, shape, embedding.dtype if embedding else torch.float32, device, operators)
+        dtype = _dtype(config, shape, torch.bfloat16, device, operators)
+        return LoadPlan(shape=shape, eos_token_ids=eos_token_ids, dtype=dtype, stored=None)
+    stored = checkpoint.stored_tensors(model_dir)
+    embedding = stored.get("model.embed_tokens.weight")
+    dtype = _dtype(config, shape, embedding.dtype if embedding else torch.float32, device, operators)
     # Tensors without memory: every name and shape is compared before any is allocated.
     planned = build(replace(shape, max_position=1), operators, dtype=dtype, on=torch.device("meta"))
-    if stored is not None:
-        checkpoint.check(stored, planned.targets(), model_dir, tied=shape.tied)
-    _, weight_bytes = _sizes(planned)
-    if config.narrow_copies and weight_bytes * 3 // 4 <= usable_bytes() // NARROW_COPIES_SHARE:
-        shape = replace(shape, narrow_copies=True)
+    checkpoint.check(stored, planned.targets(), model_dir, tied=shape.tied)
     return LoadPlan(shape=shape, eos_token_ids=eos_token_ids, dtype=dtype, stored=stored)
 
 

@@ -35,7 +35,5 @@ class ModelConfig:
     """The checkpoint's own; None when config.json does not say."""
     quant_method: str = ""
     """`quantization_config.quant_method`; "" is none."""
-    narrow_copies: bool = False
-    """Whether plain weights are kept in 12 bits as well, where the operators gain by it."""
     screen_head: bool = False
     """Whether a plain head is kept in 8 bits as well, where the operators gain by it."""

@@ -29,7 +29,7 @@ class Llama(Module):
         self.layers = tuple(DecoderLayer(config, index, cos_sin, ops, dtype=dtype, on=on) for index in range(config.num_layers))
         self.norm = make_norm(config.hidden_size, config.rms_norm_eps, dtype=hidden_dtype, on=on)
         self.head = Head(
-            head_method(config.quant_method, ops, narrow=config.narrow_copies, screened=config.screen_head),
+            head_method(config.quant_method, ops, screened=config.screen_head),
             self.embedding,
             self.norm,
             tied=config.tied,
@@ -75,7 +75,7 @@ class DecoderLayer(Module):
     def __init__(self, config: ModelConfig, index: int, cos_sin: Tensor, ops: Operators, *, dtype: dtype, on: device) -> None:
         super().__init__()
         self._index = index
-        quant, hidden_dtype = method(config.quant_method, ops, narrow=config.narrow_copies), ops.hidden_dtype or dtype
+        quant, hidden_dtype = method(config.quant_method, ops), ops.hidden_dtype or dtype
         hidden, wide, dim, eps = config.hidden_size, config.intermediate_size, config.head_dim, config.rms_norm_eps
         q_size, kv_size = config.num_q_heads * dim, config.num_kv_heads * dim
         qkv_parts = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}

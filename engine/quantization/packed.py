@@ -13,20 +13,16 @@ GROUP = 32
 
 
 class Packed:
-    """One call a layer: norm, product, bias, SiLU·mul and residual. `format` "" is the weight's own dtype.
-
-    `narrow`: weights in bfloat16 are kept a second time in 12 bits, for steps of few rows, where the operators gain by it.
-    """
+    """One call a layer: norm, product, bias, SiLU·mul and residual. `format` "" is the weight's own dtype."""
 
     format = ""
     name = "packed"
 
-    def __init__(self, ops: Operators, narrow: bool) -> None:
+    def __init__(self, ops: Operators) -> None:
         if ops.pack_weight is None or ops.linear is None or ops.greedy_linear is None or ops.rounds_rows is None:
             raise ValueError(f"the operators {ops.name!r} have no packed linears")
         self._pack, self._linear, self._greedy_linear = ops.pack_weight, ops.linear, ops.greedy_linear
         self._rounds_rows = ops.rounds_rows
-        self._narrow = narrow
 
     def create(self, in_features: int, out_features: int, dtype: dtype, on: device) -> dict[str, Tensor]:
         return {"weight": empty(out_features, in_features, dtype=dtype, device=on)}
@@ -37,7 +33,7 @@ class Packed:
     def finish(self, weights: dict[str, Tensor], fusion: Fusion) -> dict[str, Tensor]:
         weight = weights["weight"]
         stored_as = self.format or str(weight.dtype).removeprefix("torch.")
-        return {"packed": self._pack(weight, stored_as, fusion.silu_mul, GROUP, self._narrow)}
+        return {"packed": self._pack(weight, stored_as, fusion.silu_mul, GROUP)}
 
     def apply(self, x: Tensor, weights: dict[str, Tensor], fusion: Fusion, residual: Tensor | None) -> Tensor:
         norm = fusion.norm
@@ -60,8 +56,8 @@ class Screened(Packed):
 
     name = "screened"
 
-    def __init__(self, ops: Operators, narrow: bool) -> None:
-        super().__init__(ops, narrow)
+    def __init__(self, ops: Operators) -> None:
+        super().__init__(ops)
         if ops.pack_screen is None:
             raise ValueError(f"the operators {ops.name!r} have no screens")
         self._pack_screen = ops.pack_screen

@@ -28,22 +28,20 @@ def methods(ops: Operators) -> dict[str, str]:
     return METHODS if ops.pack_weight is None else PACKED_METHODS
 
 
-def method(name: str, ops: Operators, *, narrow: bool) -> QuantMethod:
-    """The method of that name, bound to `ops`; `narrow`: with narrow copies if it may. Raises `KeyError` for a name that is not in
-    `methods(ops)`."""
-    path = methods(ops)[name]
-    return _made(path, ops) if ops.pack_weight is None else _made(path, ops, narrow)
+def method(name: str, ops: Operators) -> QuantMethod:
+    """The method of that name, bound to `ops`. Raises `KeyError` for a name that is not in `methods(ops)`."""
+    return _made(methods(ops)[name], ops)
 
 
-def head_method(name: str, ops: Operators, *, narrow: bool, screened: bool) -> QuantMethod:
+def head_method(name: str, ops: Operators, *, screened: bool) -> QuantMethod:
     """The head's method in a model whose layers have the method of that name; `screened`: with a screen if it may."""
     stored_as = HEAD_METHODS.get(name, "")
     if screened and not stored_as and ops.pack_screen is not None:
-        return _made(SCREENED_HEAD, ops, narrow)
-    return method(stored_as, ops, narrow=narrow)
+        return _made(SCREENED_HEAD, ops)
+    return method(stored_as, ops)
 
 
-def _made(path: str, *arguments: Operators | bool) -> QuantMethod:
+def _made(path: str, ops: Operators) -> QuantMethod:
     module, _, class_name = path.partition(":")
-    made: QuantMethod = getattr(import_module(module), class_name)(*arguments)
+    made: QuantMethod = getattr(import_module(module), class_name)(ops)
     return made

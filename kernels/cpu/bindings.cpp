@@ -37,7 +37,7 @@ Format format_of(c10::string_view name) {
     return Format::int4;
 }
 
-Tensor pack(const Tensor& weight, c10::string_view format_name, bool gated, int64_t group, bool narrow) {
+Tensor pack(const Tensor& weight, c10::string_view format_name, bool gated, int64_t group) {
     Format format = format_of(format_name);
     TORCH_CHECK(weight.dim() == 2 && weight.size(0) > 0 && weight.size(1) > 0, "weight must be [out, in]");
     TORCH_CHECK(!gated || weight.size(0) % 2 == 0, "a gated layer has as many outputs of gate as of up");
@@ -45,16 +45,15 @@ Tensor pack(const Tensor& weight, c10::string_view format_name, bool gated, int6
     Type type = type_of(weight, "weight");
     const sluice::Operators& operators = sluice::operators();
     int64_t out = weight.size(0), in = weight.size(1);
-    narrow = narrow && format == Format::fixed && operators.narrow_rows > 0;
-    if (format != Format::int4) group = narrow;
-    Tensor packed = sluice::weight_memory(operators.packed_bytes(format, out, in, gated, (int)group));
-    const auto packs_as = [&](Format as) {
-        return operators.pack(weight.const_data_ptr(), type, as, out, in, gated, (int)group, packed.data_ptr());
-    };
-    if (!packs_as(format)) packs_as(Format::bf16);  // which takes no more than fixed point
-    const PackedHeader& header = *(const PackedHeader*)packed.const_data_ptr();
-    if (narrow && header.format == Format::fixed) operators.pack_narrow(packed.data_ptr());
-    return packed.narrow(0, 0, operators.packed_bytes(header.format, out, in, gated, header.group));
+    if (format != Format::int4) group = 0;
+    const auto bytes = [&](Format of) { return operators.packed_bytes(of, out, in, gated, (int)group); };
+    // What `narrow` does not hold takes what `fixed` does, and what that does not hold no more.
+    return sluice::weight_memory(bytes(format == Format::narrow ? Format::fixed : format), [&](void* memory) {
+        while (!operators.pack(weight.const_data_ptr(), type, format, out, in, gated, (int)group, memory)) {
+            format = format == Format::narrow ? Format::fixed : Format::bf16;
+        }
+        return bytes(format);
+    });
 }
 
 const PackedHeader& header_of(const Tensor& packed) {
@@ -63,7 +62,8 @@ const PackedHeader& header_of(const Tensor& packed) {
     const PackedHeader& header = *(const PackedHeader*)packed.const_data_ptr();
     TORCH_CHECK(header.magic == sluice::packed_magic, "packed must be what `pack` made");
     const sluice::Operators& operators = sluice::operators();
-    TORCH_CHECK(header.panel == operators.panel && (header.format != Format::int8 || header.byte_limit == operators.byte_limit),
+    TORCH_CHECK(header.panel == operators.panel && (header.format != Format::int8 || header.byte_limit == operators.byte_limit) &&
+                    (header.format != Format::narrow || operators.bf16 == Format::narrow),
                 "packed was made for another instruction set");
     TORCH_CHECK(packed.numel() == operators.packed_bytes(header.format, header.out_features, header.in_features, header.gated, header.group),
                 "packed must be what `pack` made");
@@ -82,11 +82,13 @@ Tensor pack_screen(const Tensor& packed, const std::optional<Tensor>& norm_weigh
     TORCH_CHECK(header.format != Format::int8 && header.format != Format::int4 && !header.gated,
                 "a screen is made of weights in float32 or bfloat16, not gated");
     const sluice::Operators& operators = sluice::operators();
-    Tensor screen = sluice::weight_memory(operators.packed_bytes(Format::coarse, header.out_features, header.in_features, false, 0));
     const Type type = norm_weight.has_value() ? type_of(*norm_weight, "norm_weight") : Type::f32;
     const void* norm = checked_vector(norm_weight, "norm_weight", header.in_features, type, "itself");
-    operators.pack_screen(packed.const_data_ptr(), norm, type, screen.data_ptr());
-    return screen;
+    const int64_t bytes = operators.packed_bytes(Format::coarse, header.out_features, header.in_features, false, 0);
+    return sluice::weight_memory(bytes, [&](void* screen) {
+        operators.pack_screen(packed.const_data_ptr(), norm, type, screen);
+        return bytes;
+    });
 }
 
 Tensor linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& norm_weight, double eps,
@@ -223,8 +225,6 @@ void select_one(std::string name) { sluice::select(name); }
 
 int64_t byte_limit() { return sluice::operators().byte_limit; }
 
-int64_t narrow_rows() { return sluice::operators().narrow_rows; }
-
 bool screens() { return sluice::operators().screens; }
 
 }  // namespace
@@ -233,9 +233,8 @@ TORCH_LIBRARY(sluice_cpu, library) {
     library.def("available() -> str[]", instruction_sets);
     library.def("select(str name) -> ()", select_one);
     library.def("byte_limit() -> int", byte_limit);
-    library.def("narrow_rows() -> int", narrow_rows);
     library.def("screens() -> bool", screens);
-    library.def("pack(Tensor weight, str format, bool gated, int group, bool narrow=False) -> Tensor");
+    library.def("pack(Tensor weight, str format, bool gated, int group) -> Tensor");
     library.def(
         "linear(Tensor x, Tensor packed, Tensor? norm_weight, float eps, Tensor? bias, Tensor? residual, ScalarType? out_dtype) -> Tensor");
     library.def("rounds_rows(Tensor packed) -> bool");

@@ -159,7 +159,7 @@ inline void best_outputs(const Linear& call, const void* screen, int64_t* tokens
 inline void greedy_linear(const GreedyLinear& call) {
     if (call.rows == 0) return;
     const Linear linear{call.x, call.rows, call.type, call.packed, call.norm_weight, call.eps, nullptr, nullptr, Type::f32, nullptr, Type::f32};
-    with_tile(call.packed, call.rows, [&](auto tile) { best_outputs<decltype(tile)>(linear, call.screen, call.tokens); });
+    with_tile(call.packed, [&](auto tile) { best_outputs<decltype(tile)>(linear, call.screen, call.tokens); });
 }
 
 }  // namespace SLUICE_ISA

@@ -8,6 +8,7 @@
 #include "tiles.h"
 #include "narrow.h"
 #include "matrix_tiles.h"
+#include "scratch.h"
 #include "linear.h"
 #include "sampling.h"
 #include "screen_tiles.h"
@@ -23,11 +24,11 @@ namespace SLUICE_ISA {
 
 inline const sluice::Operators& table(const char* name) {
     static const sluice::Operators operators{
-        name,           panel_outputs,  Simd::byte_limit, Simd::fixed_point ? Format::fixed : Format::bf16,
-        bf16_rows,      Simd::narrow_rows, Simd::screens, packed_bytes,
-        pack,           pack_narrow,    pack_screen,      linear,
-        greedy_linear,  embedding_rows, rms_norm_rows,    greedy,
-        sample,         logprobs,       attention,
+        name,           panel_outputs,  Simd::byte_limit, Simd::narrow ? Format::narrow : Simd::fixed_point ? Format::fixed : Format::bf16,
+        bf16_rows,      Simd::screens,  packed_bytes,     pack,
+        pack_screen,    linear,         greedy_linear,    embedding_rows,
+        rms_norm_rows,  greedy,         sample,           logprobs,
+        attention,
     };
     return operators;
 }

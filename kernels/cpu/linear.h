@@ -14,43 +14,12 @@ constexpr int64_t rows_in_parts = 48;  // where fewer whole rows fit, rows are m
 constexpr int64_t part_bytes = 384 << 10, panels_of_part = 4;  // each part by so many panels at most
 constexpr int64_t stretches_of_parts = 10;  // a thread's, at least where there are as many
 
-// As much as is asked for and no more, where a sanitizer watches what lies behind.
-#ifdef __SANITIZE_ADDRESS__
-constexpr bool exact_scratch = true;
-#else
-constexpr bool exact_scratch = false;
-#endif
-
-// Memory that a thread keeps between calls: 0 the rows of a product, 1 what a thread needs for itself, 2 to 4 greedy_linear.h. Throws
-// std::bad_alloc, which ends the process in a job; what is large (0, 2, 3) is taken before one.
-inline uint8_t* scratch(int which, int64_t bytes) {
-    struct Buffer {
-        void* data;
-        int64_t size;
-    };
-    struct Kept {
-        Buffer buffers[5] = {};
-        ~Kept() {
-            for (Buffer& buffer : buffers) std::free(buffer.data);
-        }
-    };
-    static thread_local Kept kept;
-    Buffer& buffer = kept.buffers[which];
-    if (buffer.size < bytes || (exact_scratch && buffer.size != bytes)) {
-        std::free(buffer.data);
-        buffer = {};
-        const int64_t size = exact_scratch ? bytes : round_up(bytes + bytes / 2, 4096);
-        if (posix_memalign(&buffer.data, 64, (size_t)size)) throw std::bad_alloc();
-        buffer.size = size;
-    }
-    return (uint8_t*)buffer.data;
-}
-
 // What a linear of one format knows of itself while it runs.
 template <class Tile>
 struct Product {
     using Row = typename Tile::Row;
-    static constexpr bool narrow = std::is_same_v<Tile, NarrowTile>;
+    using Room = typename Tile::Room;
+    using NextTile = typename Room::template Next<Tile>;
 
     const Linear& call;
     const PackedHeader& header;
@@ -110,8 +79,8 @@ struct Product {
           header(*(const PackedHeader*)call.packed),
           inputs(header.inputs),
           outputs(header.gated ? header.out_features / 2 : header.out_features),
-          panels(narrow ? narrow_panels(header) : (const uint8_t*)call.packed + header.panels),
-          panel_bytes(narrow ? narrow_size(inputs) : header.panel_bytes),
+          panels((const uint8_t*)call.packed + header.panels),
+          panel_bytes(header.panel_bytes),
           stride(row_elements(inputs)),
           rows((Row*)memory),
           row_scales((float*)(memory + round_up(call.rows * stride * (int64_t)sizeof(Row), 64))),
@@ -255,38 +224,53 @@ private:
         for (int64_t k = first; k < last; k += block) {
             const Row* a = rows + row * stride + Tile::row_offset(k, inputs);
             const uint8_t* w = panels + panel * panel_bytes + Tile::panel_offset(k, header.group);
-            int64_t size = std::min(block, last - k);
-            int64_t share = (size == inputs ? panel_bytes : Tile::panel_offset(size, header.group)) / tiles;
-            const Asks asks = tiles == 1 ? Asks::alone : tiles == 2 && Tile::waits_for_memory ? Asks::far : Asks::near;
-            const int64_t distance = tiles == 1 && Simd::bytes_ahead ? Simd::bytes_ahead : next;
+            const int64_t size = std::min(block, last - k);
+            if (tiles == 1) {
+                alone<1>((int)count, at_once, a, w, size, {w + (Simd::bytes_ahead ? Simd::bytes_ahead : next), 64, nullptr}, k > 0, to);
+                continue;
+            }
+            const int64_t share = (size == inputs ? panel_bytes : Tile::panel_offset(size, header.group)) / tiles;
+            const Asks asks = tiles == 2 && Tile::waits_for_memory ? Asks::far : Asks::near;
             // Tiles of nearly equal height: none so low that its few sums wait for each other.
             for (int64_t i = 0; i < tiles; ++i) {
-                int64_t top = count * i / tiles, bottom = count * (i + 1) / tiles;
-                Ahead ahead{w + distance + share * i, (tiles > 1 ? 128 : 64) / tiles};
-                add_tile<1>((int)(bottom - top), asks, a + top * stride, w, size, at_once, ahead, k > 0, to + top * at_once * panel_outputs);
+                const int64_t top = count * i / tiles, height = count * (i + 1) / tiles - top;
+                const auto add = [&](auto tile, const uint8_t* of, int64_t asked) SLUICE_HERE {
+                    const Ahead ahead{w + next + share * i, asked / tiles, room_.kept()};
+                    one_of_several<1>(tile, (int)height, asks, a + top * stride, of, size, ahead, k > 0, to + top * panel_outputs);
+                };
+                if (i == 0 || std::is_same_v<NextTile, Tile>) add(Tile(), w, 128);
+                else add(NextTile(), room_.kept(), Room::asked);
             }
         }
     }
 
     template <int R>
-    void add_tile(int height, Asks asks, const Row* a, const uint8_t* w, int64_t size, int64_t at_once, Ahead ahead, bool goes_on, float* to) {
+    void alone(int height, int64_t at_once, const Row* a, const uint8_t* w, int64_t size, Ahead ahead, bool goes_on, float* to) {
         if constexpr (R <= Tile::max_rows) {
-            if (height != R) return add_tile<R + 1>(height, asks, a, w, size, at_once, ahead, goes_on, to);
-            if (asks == Asks::alone && at_once > 1) return tile<R, panels_at_once(R), Asks::alone>(a, w, size, ahead, goes_on, to);
-            if (asks == Asks::alone) return tile<R, 1, Asks::alone>(a, w, size, ahead, goes_on, to);
-            if constexpr (Tile::shares_blocks && 2 * R >= Tile::max_rows) {  // of nearly equal ones, none is lower
-                if (!Tile::waits_for_memory || asks == Asks::near) return tile<R, 1, Asks::near>(a, w, size, ahead, goes_on, to);
-                if constexpr (Tile::waits_for_memory) tile<R, 1, Asks::far>(a, w, size, ahead, goes_on, to);
+            if (height != R) return alone<R + 1>(height, at_once, a, w, size, ahead, goes_on, to);
+            if (at_once > 1) return add_tile<Tile, R, panels_at_once(R), Asks::alone>(a, w, size, ahead, goes_on, to);
+            add_tile<Tile, R, 1, Asks::alone>(a, w, size, ahead, goes_on, to);
+        }
+    }
+
+    template <int R, class T>
+    void one_of_several(T tile, int height, Asks asks, const Row* a, const uint8_t* w, int64_t size, Ahead ahead, bool goes_on, float* to) {
+        if constexpr (R <= Tile::max_rows) {
+            if (height != R) return one_of_several<R + 1>(tile, height, asks, a, w, size, ahead, goes_on, to);
+            if constexpr (2 * R >= Tile::max_rows) {  // of nearly equal ones, none is lower
+                if (!Tile::waits_for_memory || asks == Asks::near) return add_tile<T, R, 1, Asks::near>(a, w, size, ahead, goes_on, to);
+                if constexpr (Tile::waits_for_memory) add_tile<T, R, 1, Asks::far>(a, w, size, ahead, goes_on, to);
             }
         }
     }
 
     // Not inlined: among other tiles, its sums would not be given registers.
-    template <int R, int C, Asks asks>
-    [[gnu::noinline]] void tile(const Row* a, const uint8_t* w, int64_t size, Ahead ahead, bool goes_on, float* to) {
-        Tile::template add<R, C, asks>(a, stride, w, panel_bytes, size, header.group, ahead, goes_on, to);
+    template <class T, int R, int C, Asks asks>
+    [[gnu::noinline]] void add_tile(const Row* a, const uint8_t* w, int64_t size, Ahead ahead, bool goes_on, float* to) {
+        T::template add<R, C, asks>(a, stride, w, panel_bytes, size, header.group, ahead, goes_on, to);
     }
 
+    [[no_unique_address]] Room room_;
     [[no_unique_address]] RowShape shape_;
     [[no_unique_address]] WeightsAhead ahead_;
 };
@@ -373,17 +357,16 @@ inline void run_product(const Linear& call, const Out& out) {
     });
 }
 
-// body(Tile()) with the tile of the weight's format, for so many rows.
+// body(Tile()) with the tile of the weight's format.
 template <class Body>
-inline void with_tile(const void* packed, int64_t rows, const Body& body) {
-    const PackedHeader& header = *(const PackedHeader*)packed;
-    if constexpr (Simd::narrow_rows > 0) {
-        if (header.format == Format::fixed && header.group && rows <= Simd::narrow_rows) return body(NarrowTile());
-    }
-    switch (header.format) {
+inline void with_tile(const void* packed, const Body& body) {
+    switch (((const PackedHeader*)packed)->format) {
         case Format::f32: return body(FloatTile());
         case Format::bf16: return body(Bf16Matrix());
         case Format::fixed: return body(FixedTile());
+        case Format::narrow:
+            if constexpr (Simd::narrow) body(NarrowTile());  // elsewhere nothing is packed so
+            return;
         case Format::int8: return body(Int8Matrix());
         case Format::int4: return body(Int4Tile());
         case Format::coarse: return;  // stands for no weight of its own
@@ -392,7 +375,7 @@ inline void with_tile(const void* packed, int64_t rows, const Body& body) {
 
 inline void linear(const Linear& call) {
     if (call.rows == 0) return;
-    with_tile(call.packed, call.rows, [&](auto tile) { run_product<decltype(tile)>(call, Outputs{call}); });
+    with_tile(call.packed, [&](auto tile) { run_product<decltype(tile)>(call, Outputs{call}); });
 }
 
 }  // namespace SLUICE_ISA

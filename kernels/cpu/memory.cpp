@@ -49,13 +49,10 @@ class Region {
 public:
     explicit Region(int64_t bytes) : mapping_(bytes), end_(bytes) {}
 
-    // Null when it does not fit.
-    void* take(int64_t bytes) {
-        if (bytes > end_ - used_) return nullptr;
-        char* taken = mapping_.start() + used_;
-        used_ = (used_ + bytes + line - 1) / line * line;
-        return taken;
-    }
+    // What is left begins at next().
+    bool has(int64_t bytes) const { return bytes <= end_ - used_; }
+    void* next() const { return mapping_.start() + used_; }
+    void take(int64_t bytes) { used_ = (used_ + bytes + line - 1) / line * line; }
 
 private:
     Mapping mapping_;
@@ -86,19 +83,20 @@ void take_pages(const std::vector<Storage>& storages, size_t first, size_t last)
 
 }  // namespace
 
-at::Tensor weight_memory(int64_t bytes) {
+at::Tensor weight_memory(int64_t bytes, const std::function<int64_t(void*)>& fill) {
     check_size(bytes);
     static std::mutex one_at_a_time;
     static std::weak_ptr<Region> last;
     std::lock_guard<std::mutex> hold(one_at_a_time);
     std::shared_ptr<Region> region = last.lock();
-    void* taken = region ? region->take(bytes) : nullptr;
-    if (!taken) {
+    if (!region || !region->has(bytes)) {
         region = std::make_shared<Region>(std::max(bytes, region_bytes));
         last = region;
-        taken = region->take(bytes);
     }
-    return at::from_blob(taken, {bytes}, [region](void*) {}, at::kByte);
+    void* memory = region->next();
+    const int64_t filled = fill(memory);
+    region->take(filled);
+    return at::from_blob(memory, {filled}, [region](void*) {}, at::kByte);
 }
 
 at::Tensor zeroed_memory(int64_t bytes) {

@@ -3,11 +3,13 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <functional>
+
 namespace sluice {
 
-// `bytes` of memory, 64-byte aligned, as a byte tensor; its contents are not defined. Pieces lie one after another, in the order asked
+// `bytes` of memory, 64-byte aligned, as a byte tensor of what `fill` says it takes of them. Pieces lie one after another, in the order asked
 // for. Thread-safe. Throws c10::Error when it cannot be had.
-at::Tensor weight_memory(int64_t bytes);
+at::Tensor weight_memory(int64_t bytes, const std::function<int64_t(void* memory)>& fill);
 
 // `bytes` of zeros in a mapping of their own, taken from the system when they are first written. Throws c10::Error when they cannot be had.
 at::Tensor zeroed_memory(int64_t bytes);

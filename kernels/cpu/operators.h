@@ -10,16 +10,15 @@
 namespace sluice {
 
 enum class Type : int32_t { f32 = 0, bf16 = 1, int8 = 2 };  // int8: of a cache alone
-// fixed: of bf16 weights, packing.h; coarse: of any of the weights that stand as they are, screen.h
-enum class Format : int32_t { f32 = 0, bf16 = 1, int8 = 2, int4 = 3, fixed = 4, coarse = 5 };
+// fixed: of bf16 weights, packing.h; coarse: of any of the weights that stand as they are, screen.h; narrow: fixed's numbers in 12 bits, narrow.h
+enum class Format : int32_t { f32 = 0, bf16 = 1, int8 = 2, int4 = 3, fixed = 4, coarse = 5, narrow = 6 };
 
 // What stands before the panels of a packed weight, 64 bytes; offsets are bytes from the start of the header.
 struct PackedHeader {
     uint32_t magic;
     Format format;
     int32_t panel;         // outputs a panel, as the instruction set that packed it has them
-    int32_t group;         // int4: inputs that share a scale; fixed: 1 where a narrow copy follows (narrow.h);
-                           // coarse: 1 where the weight's own product rounds its rows to bf16; else 0
+    int32_t group;         // int4: inputs that share a scale; coarse: 1 where the weight's own product rounds its rows to bf16; else 0
     int64_t out_features;  // of the layer as a checkpoint has it; twice the outputs when gated
     int64_t in_features;
     int64_t inputs;        // of a panel, padding included
@@ -86,18 +85,15 @@ struct Operators {
     const char* name;
     int32_t panel;  // of the weights that it packs and multiplies by: outputs a panel,
     int32_t byte_limit;  // the magnitude to which it rounds an output's largest INT8 weight,
-    Format bf16;         // and the format that it multiplies bf16 weights in;
+    Format bf16;         // and the format in which it best multiplies bf16 weights;
     bool bf16_rows;      // whether a product with weights in Format::bf16 rounds its rows to bf16
-    int32_t narrow_rows; // how many rows at most are multiplied by a narrow copy, if there is one; 0: never
     bool screens;        // whether greedy_linear is faster with a screen
     int64_t (*packed_bytes)(Format format, int64_t out_features, int64_t in_features, bool gated, int group);
-    // weight: [out_features, in_features] of `type`; packed: packed_bytes() bytes, 64-byte aligned. False where the format is `fixed` and
-    // holds some of the weights badly: they are for bf16.
+    // weight: [out_features, in_features] of `type`; packed: packed_bytes() bytes, 64-byte aligned. False where the format is `narrow` or
+    // `fixed` and does not hold some of the weights: they are for `fixed`, and `bf16`.
     bool (*pack)(const void* weight, Type type, Format format, int64_t out_features, int64_t in_features, bool gated, int group,
                  void* packed);
-    // packed: fixed, of so many bytes as packed_bytes() says of group 1. Makes the narrow copy behind it, unless some weights do not fit.
-    void (*pack_narrow)(void* packed);
-    // packed: f32, bf16 or fixed, not gated; screen: packed_bytes() bytes of a `coarse` weight, 64-byte aligned.
+    // packed: f32, bf16, fixed or narrow, not gated; screen: packed_bytes() bytes of a `coarse` weight, 64-byte aligned.
     // norm_weight: [in_features] of `type`, what rows are multiplied by, or null.
     void (*pack_screen)(const void* packed, const void* norm_weight, Type type, void* screen);
     void (*linear)(const Linear& call);

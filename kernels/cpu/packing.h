@@ -1,15 +1,16 @@
 // How weights lie in memory: panels of a few vectors of outputs, each a run of [in / step][outputs][step] that a tile reads in order.
 //
 //   f32   step 1                                  bf16  step 2: pairs
-//   fixed step 2: pairs of int16, then a panel's float scales; behind all panels, where there is one, the narrow copy (narrow.h)
+//   fixed step 2: pairs of int16, then a panel's float scales
+//   narrow narrow.h: of 8 inputs the numbers of `fixed` in three quarters of its bytes, then the scales
 //   int8  step 4: bytes, then a panel's float scales, then int32 128 * sum(w)
 //   int4  per group of inputs: step 8, 4 bytes: input i in the low nibble of byte i, input 4 + i in the high one, biased by 8;
 //         then half-float scales
 //   coarse screen.h
 //
 // Outputs and inputs are padded with zeros. Gated layers alternate a panel of gate and the panel of up that it multiplies.
-// INT8 is symmetric per output: w = scale * q, |q| at most 127, or what the processor's products of bytes are exact for. INT4 is symmetric per output and group, q in [-8, 7], the scale
-// chosen so that the value of largest magnitude is met exactly by -8.
+// INT8 is symmetric per output: w = scale * q, |q| at most 127, or what the processor's products of bytes are exact for. INT4 is symmetric per
+// output and group, q in [-8, 7], the scale chosen so that the value of largest magnitude is met exactly by -8.
 //
 // Fixed is how bf16 weights are kept where whole numbers are multiplied faster: w = scale * q, one power of two an output, as small as
 // keeps the sum of a block of `fixed_block` inputs within 32 bits. Of weights as models have them, what bf16's 8 bits hold is met exactly
@@ -36,12 +37,14 @@ constexpr int64_t equal_blocks(int64_t inputs, int64_t most) {
     return round_up((inputs + blocks - 1) / blocks, 16);
 }
 
+constexpr bool is_fixed(Format format) { return format == Format::fixed || format == Format::narrow; }
+
 // Inputs of two of a tile's steps, which it makes at once, or of four; or of 16, which a product of matrices does.
 inline int input_steps(Format format) {
     if (format == Format::f32) return 2;
     if (Simd::matrices && format == Format::bf16) return 32;
     if (Simd::matrices && format == Format::int8) return 64;
-    return format == Format::int8 || format == Format::coarse || format == Format::fixed ? 8 : 4;
+    return format == Format::int8 || format == Format::coarse || is_fixed(format) ? 8 : 4;
 }
 
 // A block's sums: |x| <= fixed_row_limit, and magnitudes of q that add up to at most fixed_sum_limit.
@@ -53,7 +56,8 @@ constexpr int fixed_coarse_among = 5;     // which at most one in so many of an 
 constexpr float fixed_smallest = 1e-30f;  // where the largest is below, a block's numbers are 0: one divided by it need be no number
 static_assert((int64_t)fixed_row_limit * (int64_t)fixed_sum_limit <= INT32_MAX);
 
-constexpr int64_t fixed_block(int64_t inputs) { return equal_blocks(inputs, 256); }
+constexpr int64_t fixed_block_most = 256;
+constexpr int64_t fixed_block(int64_t inputs) { return equal_blocks(inputs, fixed_block_most); }
 constexpr int64_t fixed_scale_words = 2;  // of a row's block: the float that its numbers are multiplied by stands first
 
 // Inputs of a panel, padding included.
@@ -79,6 +83,7 @@ inline int64_t panel_size(Format format, int64_t in_features, int group) {
         case Format::f32: bytes = inputs * panel_outputs * 4; break;
         case Format::bf16: bytes = inputs * panel_outputs * 2; break;
         case Format::fixed: bytes = inputs * panel_outputs * 2 + panel_outputs * 4; break;
+        case Format::narrow: bytes = inputs * panel_outputs * 3 / 2 + panel_outputs * 4; break;
         case Format::int8: bytes = inputs * panel_outputs + panel_outputs * 8; break;
         case Format::coarse: bytes = inputs * panel_outputs + coarse_after_bytes; break;
         case Format::int4: bytes = inputs / group * group_bytes(group); break;
@@ -91,13 +96,9 @@ inline int64_t num_panels(int64_t out_features, bool gated) {
                  : (out_features + panel_outputs - 1) / panel_outputs;
 }
 
-// Bytes of a panel's narrow copy (narrow.h).
-inline int64_t narrow_size(int64_t inputs) { return round_up(inputs * panel_outputs * 3 / 2 + panel_outputs * 4, 64); }
-
 inline int64_t packed_bytes(Format format, int64_t out_features, int64_t in_features, bool gated, int group) {
-    const int64_t inputs = padded_inputs(format, in_features, group), narrow = format == Format::fixed && group ? narrow_size(inputs) : 0;
-    return (int64_t)sizeof(PackedHeader) + table_bytes(format, inputs) +
-           num_panels(out_features, gated) * (panel_size(format, in_features, group) + narrow);
+    return (int64_t)sizeof(PackedHeader) + table_bytes(format, padded_inputs(format, in_features, group)) +
+           num_panels(out_features, gated) * panel_size(format, in_features, group);
 }
 
 // The row of the checkpoint's weight behind an output of a panel, -1 for padding.
@@ -204,8 +205,11 @@ inline void pack_int4_row(const float* row, int64_t in_features, int output, int
     }
 }
 
-// Whether the format holds the panel's weights well.
-inline bool pack_panel(const void* weight, Type type, const PackedHeader& header, int64_t index, uint8_t* panel, float* row) {
+// Of a panel in fixed point. False: it does not hold one of the numbers (narrow.h).
+inline bool pack_narrow_panel(const uint8_t* fixed, int64_t inputs, uint8_t* panel);
+
+// Whether the format holds the panel's weights well. `row`: [in_features], room for weights; `fixed`: room for such a panel if it is narrow.
+inline bool pack_panel(const void* weight, Type type, const PackedHeader& header, int64_t index, uint8_t* panel, float* row, uint8_t* fixed) {
     Format format = header.format;
     int64_t in = header.in_features;
     bool well = true;
@@ -222,12 +226,13 @@ inline bool pack_panel(const void* weight, Type type, const PackedHeader& header
                 }
                 break;
             case Format::fixed: well &= pack_fixed_row(row, in, output, panel, header.inputs); break;
+            case Format::narrow: well &= pack_fixed_row(row, in, output, fixed, header.inputs); break;
             case Format::int8: pack_int8_row(row, in, output, panel, header.inputs); break;
             case Format::int4: pack_int4_row(row, in, output, header.group, panel); break;
             case Format::coarse: break;  // screen.h
         }
     }
-    return well;
+    return well && (format != Format::narrow || pack_narrow_panel(fixed, header.inputs, panel));
 }
 
 inline bool pack(const void* weight, Type type, Format format, int64_t out_features, int64_t in_features, bool gated, int group,
@@ -250,15 +255,14 @@ inline bool pack(const void* weight, Type type, Format format, int64_t out_featu
     bool well = true;
     sluice::parallel(count, std::max<int64_t>(65536 / header.panel_bytes, 1), [&](sluice::Share& share) {
         std::vector<float> row((size_t)in_features);
-        bool mine = true;
+        std::vector<uint8_t> fixed(format == Format::narrow ? (size_t)panel_size(Format::fixed, in_features, 0) : 0);
         for (int64_t first, last; share.take(first, last);) {
-            for (int64_t i = first; i < last; ++i) {
+            for (int64_t i = first; i < last && __atomic_load_n(&well, __ATOMIC_RELAXED); ++i) {
                 uint8_t* panel = panels + i * header.panel_bytes;
                 std::memset(panel, 0, (size_t)header.panel_bytes);
-                mine &= pack_panel(weight, type, header, i, panel, row.data());
+                if (!pack_panel(weight, type, header, i, panel, row.data(), fixed.data())) __atomic_store_n(&well, false, __ATOMIC_RELAXED);
             }
         }
-        if (!mine) __atomic_store_n(&well, false, __ATOMIC_RELAXED);
     });
     return well;
 }

@@ -40,7 +40,9 @@ inline double weight_at(const PackedHeader& header, const uint8_t* panel, int ou
     if (header.format == Format::f32) return ((const float*)panel)[k * panel_outputs + output];
     const int64_t at = (k / 2 * panel_outputs + output) * 2 + k % 2;
     if (header.format == Format::bf16) return bf16_to_float(((const uint16_t*)panel)[at]);
-    return (double)((const int16_t*)panel)[at] * ((const float*)(panel + header.inputs * panel_outputs * 2))[output];
+    const bool narrow = header.format == Format::narrow;
+    const float* scales = (const float*)(panel + (narrow ? narrow_offset(header.inputs) : header.inputs * panel_outputs * 2));
+    return (double)(narrow ? narrow_number(panel, output, k) : ((const int16_t*)panel)[at]) * scales[output];
 }
 
 inline float rounded_up(double bound) { return (float)(bound * (1.0 + 0x1p-10) + 0x1p-40); }
@@ -50,7 +52,7 @@ inline float bound_of(const PackedHeader& header, double difference, double weig
     const double in = (double)header.in_features;
     const double row_step = 0.502 * std::sqrt(in) / fixed_row_limit + 0x1p-22;
     double share = 4.0 * (in + 40.0) * unit;  // of |y| |w|: each product and each sum of the two may be rounded, and their scales
-    if (screens_by_bytes == (header.format == Format::fixed)) share += row_step;
+    if (screens_by_bytes == is_fixed(header.format)) share += row_step;
     if (!screens_by_bytes && header.format == Format::bf16 && bf16_rows) share += 1.01 * 0x1p-8;  // the row is rounded to bf16
     return rounded_up(difference * (1.0 + row_step) + weight * share);
 }

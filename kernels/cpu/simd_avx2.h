@@ -17,7 +17,7 @@ struct Simd {
     static constexpr int byte_limit = 64;     // magnitude of an int8 weight up to which add_byte_products is exact
     static constexpr bool reads_ahead = false;  // memory that is read in order comes faster when nobody asks for it ahead
     static constexpr int64_t bytes_ahead = 0;   // of a lone high tile's weights, how far ahead the next are asked for; 0: a panel
-    static constexpr int narrow_rows = 0;     // rows for which weights are read in 12 bits (narrow.h); 0: none
+    static constexpr bool narrow = false;     // whether fixed point is kept in 12 bits (narrow.h)
     static constexpr bool screens = true;     // products with a screen (screen.h) take no longer than those with the weight itself
 
     using F = __m256;
@@ -124,9 +124,9 @@ struct Simd {
     // The same in sums of 16 bits or more, made whole lanes by widen_small: for so few and so small products that they fit.
     static I add_small_products(I sum, I a, I b) { return _mm256_add_epi16(sum, _mm256_maddubs_epi16(a, b)); }
     static I widen_small(I sum) { return _mm256_madd_epi16(sum, _mm256_set1_epi16(1)); }
-    // narrow.h: the numbers of words, and of what the holes of the words at p, q and r hold. Defined where narrow_rows is not 0.
-    static I widen_words(const void* p);
-    static I widen_holes(const void* p, const void* q, const void* r);
+    // narrow.h: the numbers of words, and of what the holes of such words hold. Defined where `narrow` is true.
+    static I widen_words(I words);
+    static I widen_holes(I first, I second, I third);
     static F add_bf16_products(F sum, I a, I b);  // defined where bf16_dot is true
     static F load_half(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
 

@@ -26,11 +26,11 @@ struct Simd {
     static constexpr int64_t bytes_ahead = reads_ahead || matrices ? 0 : 6144;
 #ifdef SLUICE_VNNI
     static constexpr bool fixed_point = !bf16_dot && !matrices;
-    static constexpr int narrow_rows = fixed_point ? tile_rows : 0;
+    static constexpr bool narrow = fixed_point;
     static constexpr int byte_limit = 127;
 #else
     static constexpr bool fixed_point = false;  // a product and a sum take as long as two products in floats
-    static constexpr int narrow_rows = 0;
+    static constexpr bool narrow = false;
     static constexpr int byte_limit = 64;
 #endif
 
@@ -85,15 +85,15 @@ struct Simd {
         return _mm512_set1_epi32(lane);
     }
     static I widen_bytes(const void* p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p)); }
-    static I widen_words(const void* p) {
-        const I x = load_lanes(p);
-        return _mm512_srav_epi16(_mm512_and_si512(x, _mm512_set1_epi16((short)0xff80)), _mm512_and_si512(x, _mm512_set1_epi16(7)));
+    static I widen_words(I words) {
+        const I shift = _mm512_and_si512(words, _mm512_set1_epi16(7));
+        return _mm512_srav_epi16(_mm512_and_si512(words, _mm512_set1_epi16((short)0xff80)), shift);
     }
-    static I widen_holes(const void* p, const void* q, const void* r) {
+    static I widen_holes(I first, I second, I third) {
         constexpr int choose = 0xca;  // where the first has a bit the second's, else the third's
-        const I first = _mm512_slli_epi16(load_lanes(p), 9), second = _mm512_slli_epi16(load_lanes(q), 5), third = load_lanes(r);
-        const I both = _mm512_ternarylogic_epi32(_mm512_set1_epi16((short)0xf000), first, second, choose);
-        const I all = _mm512_ternarylogic_epi32(_mm512_set1_epi16((short)0xff00), both, _mm512_slli_epi16(third, 1), choose);
+        const I high = _mm512_set1_epi16((short)0xf000), higher = _mm512_set1_epi16((short)0xff00);
+        const I both = _mm512_ternarylogic_epi32(high, _mm512_slli_epi16(first, 9), _mm512_slli_epi16(second, 5), choose);
+        const I all = _mm512_ternarylogic_epi32(higher, both, _mm512_slli_epi16(third, 1), choose);
         const I shift = _mm512_and_si512(_mm512_srli_epi16(third, 3), _mm512_set1_epi16(7));
         return _mm512_srav_epi16(_mm512_and_si512(all, _mm512_set1_epi16((short)0xff80)), shift);
     }

@@ -14,7 +14,7 @@ struct Simd {
     static constexpr int byte_limit = 127;
     static constexpr bool reads_ahead = false;
     static constexpr int64_t bytes_ahead = 0;
-    static constexpr int narrow_rows = 0;
+    static constexpr bool narrow = false;
     static constexpr bool screens = false;
 
     struct F {
@@ -129,8 +129,8 @@ struct Simd {
     }
     static I add_small_products(I sum, I a, I b) { return add_byte_products(sum, a, b); }
     static I widen_small(I sum) { return sum; }
-    static I widen_words(const void* p);  // defined where narrow_rows is not 0
-    static I widen_holes(const void* p, const void* q, const void* r);
+    static I widen_words(I words);  // defined where `narrow` is true
+    static I widen_holes(I first, I second, I third);
     static F add_bf16_products(F sum, I a, I b);  // defined where bf16_dot is true
     static F load_half(const uint16_t* p) {
         return each([&](int i) {

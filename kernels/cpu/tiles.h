@@ -10,7 +10,7 @@
 //   add<R, C, asks>(a, stride, w, panel_bytes, inputs, group, ahead, goes_on, sums)
 //                           multiplies them: `a` rows `stride` elements apart, `w` in the first of C panels `panel_bytes` apart, `sums`
 //                           [R][C * panel_outputs], lanes of 32 bits, which hold those of the inputs before if it `goes_on`
-//   shares_blocks           whether rows may be more than one tile's
+//   Room                    how a block is kept for tiles after the first, and which tile takes it
 //   waits_for_memory        whether two tiles take less time than a block's way from memory
 //   total(sums, after, v)   vector v of a panel's sums in floats, `after` the panel's inputs
 #pragma once
@@ -96,10 +96,12 @@ SLUICE_INLINE void add_products(Sum (&sum)[R][V], Factor factor, Vector vector, 
 // What a panel holds of one step's inputs.
 constexpr int step_bytes = panel_outputs * 4;
 
-// Weights to ask for while others are multiplied: `step` bytes further for each line that the tile asks for.
+// Weights to ask for while others are multiplied: `step` bytes further for each line that the tile asks for. `kept`: where the first of several
+// tiles leaves the block for the others, if they do not take it as it is.
 struct Ahead {
     const uint8_t* at;
     int64_t step;
+    uint8_t* kept;
 };
 
 // What a tile asks for: alone with its block; one of several, into the first cache; one of two that wait for memory, each of which brings
@@ -158,8 +160,16 @@ SLUICE_INLINE const uint8_t* vector_at(const uint8_t* at, int64_t panel_bytes, i
 
 constexpr auto add_product = [](F sum, F x, F weights) SLUICE_HERE { return Simd::add_product(sum, x, weights); };
 
+struct AsItIs {
+    template <class Tile>
+    using Next = Tile;
+    static constexpr int64_t asked = 128;  // bytes of a panel that such a tile asks for with 128 that it takes
+
+    static uint8_t* kept() { return nullptr; }
+};
+
 struct OneBlock {
-    static constexpr bool shares_blocks = true;
+    using Room = AsItIs;
     static constexpr bool waits_for_memory = true;
     static constexpr int64_t block_inputs(int64_t inputs) { return inputs; }
     static constexpr int64_t part_inputs(int) { return 64; }
@@ -235,7 +245,7 @@ struct PairTile {
     static constexpr int pairs = 2 / weight_bytes;  // of a step
 
     static constexpr int64_t row_block(int64_t inputs) { return fixed_scale_words + inputs; }
-    static constexpr bool shares_blocks = true;
+    using Room = AsItIs;
     static constexpr bool waits_for_memory = true;
     static constexpr int64_t block_inputs(int64_t inputs) { return fixed_block(inputs); }
     static constexpr int64_t part_inputs(int) { return 1; }  // whole blocks

@@ -4,7 +4,7 @@
 
 Ready beyond loading is exec-to-ready less the engine's own loading time. The first request is one of 64 tokens, over gRPC. Memory is
 proportional set size, idle and after 32 more requests, 16 at a time; the engine's is shown less its weight files and its KV cache, which
-the configuration decides. Narrow copies of weights, where the processor has them, are in it: so it is told without them, too.
+the configuration decides.
 """
 
 import argparse
@@ -41,14 +41,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     ready, load, beyond, idle = [], [], [], []
     first_token: list[float] = []
     parents, engines, busy = [], [], []
-    plain_load, plain_engines = [], []
-    flags = ("--embedded", "--brokers", "127.0.0.1:0", "--set", f"engine.kv_cache_bytes={KV_BYTES}")
     for _ in range(arguments.starts):
-        with serving(*flags, "--set", "engine.narrow_copies=false") as plain:
-            plain_load.append(plain.load_s)
-            run_load(plain, "grpc", plan(fixed(64, 32), requests=32, concurrency=16), "memory")
-            plain_engines.append(beside(plain))
-        with serving(*flags) as served:
+        with serving("--embedded", "--brokers", "127.0.0.1:0", "--set", f"engine.kv_cache_bytes={KV_BYTES}") as served:
             ready.append(served.ready_s)
             load.append(served.load_s)
             beyond.append(served.ready_s - served.load_s)
@@ -70,10 +64,6 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "first_token_of_the_first_request_ms": report.spread(first_token),
         "parent_mib": max(parents),
         "engine_beside_weights_and_kv_mib": {"idle": report.spread(engines, 0), "after_requests": report.spread(busy, 0)},
-        "without_narrow_copies": {
-            "load_s": report.spread(plain_load),
-            "engine_beside_weights_and_kv_mib": {"after_requests": report.spread(plain_engines, 0)},
-        },
     }
     return report.emit("startup", vars(arguments) | {"kv_cache_bytes": KV_BYTES}, results, began)
 

@@ -10,7 +10,7 @@ from kernels.cpu.build import runnable
 from tests.servers.prepare import SIMDE
 
 ROOT = Path(__file__).resolve().parents[2]
-SUITES = ("test_cpu_linear.py", "test_narrow_copies.py", "test_greedy_linear.py", "test_cpu_attention.py", "test_sampling.py")
+SUITES = ("test_cpu_linear.py", "test_narrow.py", "test_greedy_linear.py", "test_cpu_attention.py", "test_sampling.py")
 
 
 @pytest.mark.skipif(

@@ -35,8 +35,8 @@ def fuzz() -> Path:
 
 @pytest.fixture(scope="module")
 def threaded() -> Path:
-    """What this processor runs best is in it."""
-    return operators("thread", list(build.runnable()[:1]))
+    """AVX2 or plain C++: what threads share is written once, for every instruction set, and others take the compiler longer."""
+    return operators("thread", [next(name for name in build.runnable() if name in ("avx2", "scalar"))])
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def test_the_sanitizers_watch(fuzz):
 def test_the_threads_of_an_operator_share_nothing_unguarded(threaded):
     done = run(threaded, "0", str(CASES))
     assert done.returncode == 0, done.stderr[-4000:]
-    assert f"{build.runnable()[0]}: {CASES} cases of each operator" in done.stdout
+    assert f": {CASES} cases of each operator" in done.stdout
 
 
 @pytest.mark.timeout(300)

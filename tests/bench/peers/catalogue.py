@@ -39,13 +39,6 @@ CATALOGUE: dict[str, Entry] = {
     "sluice-int8": Entry(
         label="Sluice engine INT8", kind="ours", bits=8, script="sluice_engine.py", options={"config": {"quantize": "int8"}}
     ),
-    "sluice-wide": Entry(
-        label="Sluice engine, without narrow copies",
-        kind="ours",
-        bits=16,
-        script="sluice_engine.py",
-        options={"config": {"narrow_copies": False}},
-    ),
     "sluice-kv8": Entry(
         label="Sluice engine, KV cache INT8",
         kind="ours",

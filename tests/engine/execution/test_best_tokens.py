@@ -76,18 +76,6 @@ def test_tokens_are_those_of_a_batch_that_needs_logits(model_dir, dtype, cpu_isa
 
 
 @native
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_narrow_copies_change_no_token(model_dir, temperature):
-    said = []
-    for narrow_copies in (True, False):
-        engine = make(model_dir, dtype="bfloat16", narrow_copies=narrow_copies)
-        for name, length in {"a": 3, "bb": 40, "ccc": 17}.items():
-            add(engine, name, length, 30, temperature=temperature)
-        said.append(run(engine))
-    assert said[0] == said[1]
-
-
-@native
 def test_recorded_steps_change_with_what_their_rows_want(model_dir):
     engine = make(model_dir)
     add(engine, "a", 5, 30)

@@ -31,7 +31,7 @@ def test_every_fusion_is_the_composition_of_its_parts(operators, bias, normed, g
     norm = make_norm(6, 1e-5, dtype=torch.float32, on=CPU) if normed else None
     if norm is not None:
         norm.weight.normal_()
-    quant = method("", operators, narrow=False)
+    quant = method("", operators)
     layer = Linear(quant, 6, {"gate": 5, "up": 5}, dtype=torch.float32, on=CPU, bias=bias, norm=norm, silu_mul=gated)
     parts = filled(layer)
     x, residual = torch.randn(3, 6), torch.randn(3, 5 if gated else 10)
@@ -44,14 +44,14 @@ def test_every_fusion_is_the_composition_of_its_parts(operators, bias, normed, g
 
 
 def test_the_parts_of_a_checkpoint_are_named_and_shaped():
-    layer = Linear(method("", COMPOSED, narrow=False), 6, {"q_proj": 8, "k_proj": 2}, dtype=torch.bfloat16, on=CPU, bias=True)
+    layer = Linear(method("", COMPOSED), 6, {"q_proj": 8, "k_proj": 2}, dtype=torch.bfloat16, on=CPU, bias=True)
     shapes = {name: tuple(view.shape) for name, view in layer.targets("a").items()}
     assert shapes == {"a.q_proj.weight": (8, 6), "a.q_proj.bias": (8,), "a.k_proj.weight": (2, 6), "a.k_proj.bias": (2,)}
 
 
 @pytest.mark.parametrize(("operators", "names"), [(COMPOSED, ["unquantized"]), (PACKED, ["packed", "int8", "int4"])])
 def test_every_registered_format_can_be_made(operators, names):
-    assert [method(name, operators, narrow=True).name for name in methods(operators)] == names
+    assert [method(name, operators).name for name in methods(operators)] == names
 
 
 @pytest.mark.parametrize(
@@ -59,6 +59,6 @@ def test_every_registered_format_can_be_made(operators, names):
     [(COMPOSED, [""], ["unquantized"]), (PACKED, ["", "int8", "int4"], ["packed", "int8", "packed"])],
 )
 def test_the_head_is_quantised_beside_int8_alone(operators, formats, names):
-    assert [head_method(name, operators, narrow=True, screened=False).name for name in formats] == names
+    assert [head_method(name, operators, screened=False).name for name in formats] == names
     screens = ["screened" if name == "packed" and operators.pack_screen is not None else name for name in names]
-    assert [head_method(name, operators, narrow=True, screened=True).name for name in formats] == screens
+    assert [head_method(name, operators, screened=True).name for name in formats] == screens

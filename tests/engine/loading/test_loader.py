@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from engine.config import EngineConfig
 from engine.errors import CheckpointError, ConfigError
 from engine.layers.rotary import cos_sin_table
-from engine.loading import LoadedModel, checkpoint, load_model, loader, plan_load
+from engine.loading import LoadedModel, checkpoint, load_model, plan_load
 from kernels.ops import for_device
 from tests.engine.models.families import save
 from tests.engine.models.paged import CPU, Sequences
@@ -211,16 +211,3 @@ def test_a_directory_that_is_none_is_named(tmp_path):
 def edit_config(model_dir: Path, **values: object) -> None:
     path = model_dir / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
-
-
-@pytest.mark.parametrize("load_format", ["auto", "dummy"])
-def test_narrow_copies_are_left_out_where_memory_is_short(model_dir, load_format, monkeypatch):
-    def planned(**settings: bool) -> bool:
-        config = EngineConfig(model_dir=str(model_dir), load_format=load_format, **settings)
-        return plan_load(config, CPU, for_device("cpu")).shape.narrow_copies
-
-    weight_bytes = load(model_dir, load_format=load_format).weight_bytes
-    for spare, wanted in ((0, True), (-1, False)):
-        monkeypatch.setattr(loader, "usable_bytes", lambda: weight_bytes * 3 // 4 * loader.NARROW_COPIES_SHARE + spare)  # noqa: B023
-        assert planned() is wanted
-        assert not planned(narrow_copies=False)

@@ -21,19 +21,19 @@ using sluice::Operators;
 
 Type type_of(Chance& chance) { return chance.one_in(2) ? Type::f32 : Type::bf16; }
 
-// int4: inputs that share a scale; fixed: whether there is a narrow copy.
-int group_of(Chance& chance, Format format) {
-    if (format == Format::int4) return (int)chance.between(1, 8) * 16;
-    return format == Format::fixed && chance.one_in(2);
+Format format_of(const Operators& operators, Chance& chance) {
+    const int64_t drawn = chance.between(0, 5);
+    return drawn == 5 ? operators.bf16 : (Format)drawn;
 }
 
-struct Packed : Exact {
-    Packed(const Operators& operators, Exact& weight, Type type, Format format, int64_t out, int64_t in, bool gated, int group)
-        : Exact(operators.packed_bytes(format, out, in, gated, group)) {
-        operators.pack(weight.data(), type, format, out, in, gated, group, data());
-        if (format == Format::fixed && group) operators.pack_narrow(data());
+// In `format`, or in one that holds what it does not.
+Exact packed_weight(const Operators& operators, Chance& chance, Exact& weight, Type type, Format format, int64_t out, int64_t in, bool gated) {
+    const int group = format == Format::int4 ? (int)chance.between(1, 8) * 16 : 0;
+    for (;; format = format == Format::narrow ? Format::fixed : Format::bf16) {
+        Exact packed(operators.packed_bytes(format, out, in, gated, group));
+        if (operators.pack(weight.data(), type, format, out, in, gated, group, packed.data())) return packed;
     }
-};
+}
 
 void fuzz_linear(const Operators& operators, Chance& chance) {
     const bool gated = chance.one_in(3);
@@ -41,10 +41,10 @@ void fuzz_linear(const Operators& operators, Chance& chance) {
     const int64_t outputs = chance.between(1, 150), out = outputs * (gated ? 2 : 1);
     const int64_t in = chance.between(1, chance.one_in(8) ? 1200 : 300);  // several blocks too
     const Type type = type_of(chance), x_type = chance.one_in(2) ? type_of(chance) : type, out_type = chance.one_in(4) ? type_of(chance) : type;
-    const auto format = (Format)chance.between(0, 4);
+    const Format format = format_of(operators, chance);
     Numbers weight(chance, out * in, type), x(chance, rows * in, x_type);
     Numbers norm(chance, in, x_type), bias(chance, out, type), residual(chance, rows * outputs, type);
-    Packed packed(operators, weight, type, format, out, in, gated, group_of(chance, format));
+    Exact packed = packed_weight(operators, chance, weight, type, format, out, in, gated);
     Exact apart(rows * outputs * bytes_of(out_type));
     const bool in_place = out_type == type && chance.one_in(4);  // the residual may be the output
     Exact& to = in_place ? residual : apart;
@@ -68,7 +68,7 @@ void fuzz_greedy_linear(const Operators& operators, Chance& chance) {
     const int64_t rows = chance.one_in(20) ? 0 : chance.between(1, chance.one_in(4) ? 70 : 9);
     const int64_t out = chance.between(1, chance.one_in(4) ? 900 : 150), in = chance.between(1, chance.one_in(8) ? 1200 : 300);
     const Type type = type_of(chance);
-    const auto format = (Format)chance.between(0, 4);
+    const Format format = format_of(operators, chance);
     Numbers weight(chance, out * in, type), x(chance, rows * in, type), norm(chance, in, type);
     // An output that has no bound, outputs that are all equal, a row that is not to be screened.
     const bool plain = format != Format::int8 && format != Format::int4;
@@ -77,7 +77,7 @@ void fuzz_greedy_linear(const Operators& operators, Chance& chance) {
         for (int64_t i = 0; i < out * in; ++i) put(weight, i, 1.0f, type);
     }
     if (rows && chance.one_in(4)) put(x, chance.between(0, rows * in - 1), chance.one_in(2) ? NAN : 1e30f, type);
-    Packed packed(operators, weight, type, format, out, in, false, group_of(chance, format));
+    Exact packed = packed_weight(operators, chance, weight, type, format, out, in, false);
     const bool screened = plain && !chance.one_in(3);
     Exact screen(screened ? operators.packed_bytes(Format::coarse, out, in, false, 0) : 0), tokens(rows * 8), best(rows * 8), logits(rows * out * 4);
     if (screened) operators.pack_screen(packed.data(), chance.one_in(2) ? norm.data() : nullptr, type, screen.data());

@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <random>
+#include <utility>
 
 #include "operators.h"
 
@@ -30,8 +31,7 @@ public:
         if (posix_memalign(&data_, 64, (size_t)bytes)) std::abort();
         std::memset(data_, 0xff, (size_t)bytes);  // NaN in float32 and bfloat16, -1 in integers
     }
-    Exact(const Exact&) = delete;
-    Exact& operator=(const Exact&) = delete;
+    Exact(Exact&& other) : data_(std::exchange(other.data_, nullptr)), size_(other.size_) {}
     ~Exact() { std::free(data_); }
 
     void* data() { return data_; }
